@@ -1,0 +1,35 @@
+"""Heteromesh: distributed training for heterogeneous clusters.
+
+Names are imported when first used, so that `import heteromesh` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from heteromesh.parallel.attention import attention
+    from heteromesh.planner.errors import UserError
+    from heteromesh.planner.step import plan_step
+    from heteromesh.runtime.config import TrainerConfig
+    from heteromesh.runtime.executor import StepExecutor
+    from heteromesh.runtime.trainer import Trainer
+
+__version__ = "0.1.0"
+__all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "plan_step"]
+
+_HOME = {
+    "StepExecutor": "heteromesh.runtime.executor",
+    "Trainer": "heteromesh.runtime.trainer",
+    "TrainerConfig": "heteromesh.runtime.config",
+    "UserError": "heteromesh.planner.errors",
+    "attention": "heteromesh.parallel.attention",
+    "plan_step": "heteromesh.planner.step",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'heteromesh' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

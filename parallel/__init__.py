@@ -1,0 +1,1 @@
+"""How tensors are split and computed: layouts and sequence-parallel attention."""

@@ -1,0 +1,163 @@
+"""What a plan is: a step is an ordered list of passes; a plan is a list of steps and their proof.
+
+Readable as JSON (`schema: 1`, docs/plan-file.md); unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from heteromesh.planner.errors import UserError
+
+SCHEMA = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Ranks and the sequences they work through together: one forward and one backward."""
+
+    ranks: tuple[int, ...]
+    """World ranks, ascending, without repeats."""
+    method: str
+    """How a sequence is split; `local` exactly when there is one rank."""
+    sequences: tuple[int, ...]
+    """Indices into the step's batch."""
+    shards: tuple[tuple[int, ...], ...]
+    """shards[i][j]: tokens of sequence j that rank i holds."""
+    seconds: float
+    """Predicted duration."""
+
+    def tokens(self, member: int) -> int:
+        """Tokens held by the pass's `member`-th rank."""
+        return sum(self.shards[member])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optimizer update: the passes over one global batch, in the order every rank follows."""
+
+    passes: tuple[Pass, ...]
+    seconds: float
+    """Predicted duration of the step."""
+    bound_seconds: float
+    """No pass list takes less under the same cost model."""
+    gap: float
+    """seconds / bound_seconds - 1."""
+    solve_seconds: float
+    batch: tuple[int, ...]
+    """Length of every sequence of the batch, in tokens."""
+
+    def passes_of(self, rank: int) -> tuple[tuple[int, Pass], ...]:
+        """(position in the step, pass) of every pass that names `rank`, in list order."""
+        return tuple((i, p) for i, p in enumerate(self.passes) if rank in p.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejected:
+    """An alternative that lost."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCluster:
+    """Which cluster a plan was made for."""
+
+    fingerprint: str
+    ranks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything decided before running."""
+
+    schema: int = SCHEMA
+    cluster: PlannedCluster
+    model: str
+    layout: dict[str, Any] = field(default_factory=dict)
+    """What is fixed for the whole job, each with its predicted effect."""
+    steps: tuple[Step, ...] = ()
+    memory_bytes: tuple[int, ...] = ()
+    """Predicted peak per rank."""
+    rejected: tuple[Rejected, ...] = ()
+
+
+def to_json(value: Plan | Step) -> dict[str, Any]:
+    """The JSON object of a plan or a step."""
+    return asdict(value)
+
+
+def dump(plan: Plan, path: Path) -> None:
+    """Writes the plan so that a reader never sees half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(to_json(plan), indent=1) + "\n")
+    part.replace(path)
+
+
+def step_from_json(data: Mapping[str, Any], where: str = "step") -> Step:
+    """A step from its JSON object; raises UserError on missing or unknown keys."""
+    raw = _strict(Step, data, where)
+    passes = tuple(_pass(p, f"{where}.passes[{i}]") for i, p in enumerate(raw.pop("passes")))
+    return Step(passes=passes, batch=tuple(raw.pop("batch")), **raw)
+
+
+def plan_from_json(data: Mapping[str, Any]) -> Plan:
+    """A plan from its JSON object; raises UserError on missing or unknown keys or another schema."""
+    if data.get("schema") != SCHEMA:
+        raise UserError(
+            f"plan schema {data.get('schema')!r} is not {SCHEMA}: make the plan again with `heteromesh plan`"
+        )
+    raw = _strict(Plan, data, "plan")
+    raw["cluster"] = PlannedCluster(**_strict(PlannedCluster, raw["cluster"], "plan.cluster"))
+    raw["steps"] = tuple(step_from_json(s, f"plan.steps[{i}]") for i, s in enumerate(raw["steps"]))
+    raw["rejected"] = tuple(Rejected(**_strict(Rejected, r, "plan.rejected")) for r in raw["rejected"])
+    raw["memory_bytes"] = tuple(raw["memory_bytes"])
+    return Plan(**raw)
+
+
+def load(path: Path) -> Plan:
+    """Reads plan.json; raises UserError naming the file, and the line where it does not parse."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"plan file {path} does not exist: make it with `heteromesh plan -o {path}`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"plan file {path} can't be read: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(
+            f"plan file {path}{line} is not JSON ({error}): make it again with `heteromesh plan`"
+        ) from None
+    if not isinstance(data, dict):
+        raise UserError(f"plan file {path} holds no JSON object: make it again with `heteromesh plan`")
+    try:
+        return plan_from_json(data)
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"plan file {path} is not a plan ({error}): make it again with `heteromesh plan`"
+        ) from None
+
+
+def _pass(data: Mapping[str, Any], where: str) -> Pass:
+    raw = _strict(Pass, data, where)
+    raw["ranks"], raw["sequences"] = tuple(raw["ranks"]), tuple(raw["sequences"])
+    raw["shards"] = tuple(tuple(row) for row in raw["shards"])
+    return Pass(**raw)
+
+
+def _strict(kind: type[T], data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    names: Sequence[str] = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
+    if unknown:
+        raise UserError(f"{where} has the unknown key {unknown[0]!r}: known keys are {', '.join(names)}")
+    if missing:
+        raise UserError(f"{where} lacks the key {missing[0]!r}")
+    return dict(data)

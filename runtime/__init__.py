@@ -1,0 +1,1 @@
+"""Trainer, launcher, command line, data, checkpoints, metrics and traces."""
