@@ -88,9 +88,7 @@ class Costs:
             return fixed
         chosen = self._method(method)
         wire = chosen.bytes_at(degree) / self.rate(ranks) if chosen and degree > 1 else 0.0
-        heads = (
-            split_heads(chosen.heads, [self.speeds[r] for r in ranks]) if chosen and chosen.heads else None
-        )
+        heads = split_heads(chosen.heads, [self.speeds[r] for r in ranks]) if chosen and chosen.heads else None
         squares = sum(s * s for s in lengths)
         worst = 0.0
         for i, rank in enumerate(ranks):
@@ -133,9 +131,7 @@ def split_heads(heads: int, speeds: Sequence[float]) -> tuple[int, ...]:
         counts[
             max(
                 range(len(counts)),
-                key=lambda i: (
-                    (counts[i] - heads * speeds[i] / power, -i) if counts[i] > 1 else (-math.inf, -i)
-                ),
+                key=lambda i: (counts[i] - heads * speeds[i] / power, -i) if counts[i] > 1 else (-math.inf, -i),
             )
         ] -= 1
     while sum(counts) < heads:

@@ -126,24 +126,18 @@ def load(path: Path) -> Plan:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(
-            f"plan file {path} does not exist: make it with `heteromesh plan -o {path}`"
-        ) from None
+        raise UserError(f"plan file {path} does not exist: make it with `heteromesh plan -o {path}`") from None
     except OSError as error:
         raise UserError(f"plan file {path} can't be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(
-            f"plan file {path}{line} is not JSON ({error}): make it again with `heteromesh plan`"
-        ) from None
+        raise UserError(f"plan file {path}{line} is not JSON ({error}): make it again with `heteromesh plan`") from None
     if not isinstance(data, dict):
         raise UserError(f"plan file {path} holds no JSON object: make it again with `heteromesh plan`")
     try:
         return plan_from_json(data)
     except (TypeError, KeyError) as error:
-        raise UserError(
-            f"plan file {path} is not a plan ({error}): make it again with `heteromesh plan`"
-        ) from None
+        raise UserError(f"plan file {path} is not a plan ({error}): make it again with `heteromesh plan`") from None
 
 
 def _pass(data: Mapping[str, Any], where: str) -> Pass:
