@@ -139,13 +139,14 @@ def split_heads(heads: int, speeds: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def rate_by_degree(table: Mapping[int, float]) -> Callable[[Sequence[int]], float]:
+@dataclass(frozen=True)
+class RateByDegree:
     """A cost file's `[bytes_per_second]`: a missing degree takes the next larger one's rate (beyond all: the last)."""
-    degrees = sorted(table)
 
-    def rate(ranks: Sequence[int]) -> float:
-        if not degrees:
+    table: Mapping[int, float]
+
+    def __call__(self, ranks: Sequence[int]) -> float:
+        if not self.table:
             return math.inf
-        return table[next((d for d in degrees if d >= len(ranks)), degrees[-1])]
-
-    return rate
+        degree = min((d for d in self.table if d >= len(ranks)), default=max(self.table))
+        return self.table[degree]

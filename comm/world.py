@@ -1,0 +1,164 @@
+"""The world: this rank, its device, and the few fixed process groups. Passed in, never global."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from heteromesh.comm.records import Recorder
+from heteromesh.planner.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class World:
+    """One rank's view of the job. With `size` 1 there may be no process group at all.
+
+    Passes exchange point to point inside `exchange` (no group per pass); `gradients` and `control` are separate
+    communicators so that gradient sums, plan broadcasts and passes never queue behind each other.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    exchange: dist.ProcessGroup | None = None
+    gradients: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+    """Small messages on CPU tensors (gloo), used from the plan thread."""
+    checkpoint: dist.ProcessGroup | None = None
+    """Used by the checkpoint writer only (gloo)."""
+    statistics: dist.ProcessGroup | None = None
+    """Step statistics on CPU tensors (gloo)."""
+    recorder: Recorder = field(default_factory=Recorder)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value` on every rank (control group; blocks)."""
+        if self.size == 1:
+            return value
+        payload = pickle.dumps(value) if self.rank == 0 else b""
+        size = torch.tensor([len(payload)])
+        dist.broadcast(size, 0, group=self.control)
+        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
+        if self.rank != 0:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self.control)
+        return value if self.rank == 0 else pickle.loads(data.numpy().tobytes())
+
+    def once(self, act: Callable[[], T]) -> T:
+        """Rank 0's result of `act` on every rank; its UserError is raised on every rank."""
+        outcome: T | UserError | None = None
+        if self.rank == 0:
+            try:
+                outcome = act()
+            except UserError as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return cast(T, outcome)
+
+    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Rank 0's values in these tensors on every rank, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0, group=self.gradients)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in rank order, on every rank (statistics group; blocks)."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.statistics)
+        return values
+
+    def sum(self, vector: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over the ranks of a CPU vector, in place (statistics group; blocks)."""
+        if self.size > 1:
+            dist.all_reduce(vector, group=self.statistics)
+        return vector
+
+    def sum_ahead(self, vector: torch.Tensor) -> torch.Tensor:
+        """As `sum`, in the control group: for the plan thread."""
+        if self.size > 1:
+            dist.all_reduce(vector, group=self.control)
+        return vector
+
+    def barrier(self) -> None:
+        """Returns when every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.statistics)
+
+
+def local_rank() -> int:
+    """This process's index on its host, as torchrun gives it (0 without torchrun)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def pick_device() -> torch.device:
+    """The CUDA device of this local rank where there is one, else the CPU.
+
+    Raises UserError when a host starts more ranks than it has CUDA devices.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank()} has no CUDA device ({torch.cuda.device_count()} here): "
+            "start one rank per device with --nproc-per-node, or hide them with CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return torch.device("cuda", local_rank())
+
+
+@contextmanager
+def join_world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+    """Joins the job that torchrun's environment describes, and leaves it at the end.
+
+    Without that environment: a world of this one process. A default process group that the caller has
+    initialised is used and left alone.
+    """
+    device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    owned = not dist.is_initialized() and "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    if owned:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield World(device=device)
+        return
+    world = _world(device, timeout)
+    if device.type == "cuda":
+        # NCCL builds a communicator at its first use, and that first use must include every rank
+        dist.all_reduce(torch.zeros(1, device=device), group=world.exchange)
+    try:
+        yield world
+        # gloo aborts when a peer destroys its pairs while another still uses them
+        world.barrier()
+    finally:
+        for group in (world.gradients, world.control, world.checkpoint, world.statistics):
+            dist.destroy_process_group(group)
+        if owned:
+            dist.destroy_process_group()
+
+
+def _world(device: torch.device, timeout: timedelta) -> World:
+    # a plan or a checkpoint may be long in coming: only the passes and gradients have the short limit
+    patient = timedelta(days=1)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        exchange=dist.group.WORLD,
+        gradients=dist.new_group(timeout=timeout),
+        control=dist.new_group(backend="gloo", timeout=patient),
+        checkpoint=dist.new_group(backend="gloo", timeout=patient),
+        statistics=dist.new_group(backend="gloo", timeout=timeout),
+    )

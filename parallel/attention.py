@@ -1,0 +1,109 @@
+"""`hm.attention`: what a model calls. Inside a pass it attends under the pass's layout, elsewhere plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.world import World
+from heteromesh.parallel.blocks import Tile, tile_attention
+from heteromesh.parallel.gather import Gather
+from heteromesh.parallel.layout import Layout, layout_of
+from heteromesh.parallel.ulysses import Ulysses
+from heteromesh.planner.cost import split_heads
+from heteromesh.planner.plan import Pass
+
+Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """One pass as this rank sees it: its layout and how its attention runs."""
+
+    layout: Layout
+    member: int
+    attend: Method
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this rank holds."""
+        return self.layout.tokens(self.member)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block, `attention` is this pass's."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[PassContext | None] = ContextVar("heteromesh_pass", default=None)
+
+
+def active_pass() -> PassContext | None:
+    """The pass that this thread is in, if any."""
+    return _ACTIVE.get()
+
+
+def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Sequence[float]) -> PassContext:
+    """What this rank needs to run a pass. lengths[j]: of the pass's j-th sequence; speeds[r]: of world rank r.
+
+    Raises ValueError for a method that does not exist and for a rank that is not in the pass.
+    """
+    layout = layout_of(plan, lengths)
+    if plan.method == "local":
+        tiles = tuple(Tile(o, o + n, o, o + n, True) for o, n in zip(layout.offsets, layout.lengths, strict=True))
+        return PassContext(layout, 0, lambda q, k, v, scale: tile_attention(q, k, v, tiles, scale))
+    exchange = Exchange(world, plan.ranks)
+    if plan.method == "gather":
+        return PassContext(layout, exchange.member, Gather(exchange, layout, world.device))
+    if plan.method == "ulysses":
+        members = [speeds[r] for r in plan.ranks]
+
+        def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+            heads = split_heads(q.shape[1], members)
+            return Ulysses(exchange, layout, heads, world.device)(q, k, v, scale)
+
+        return PassContext(layout, exchange.member, ulysses)
+    raise ValueError(f"unknown method {plan.method!r}: one of local, ulysses, gather")
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """Causal attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
+
+    Outside a pass every row of the batch is one sequence. Inside a pass B is 1 and S holds this rank's tokens of the
+    pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes.
+    """
+    _check(q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        wanted = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
+    context = _ACTIVE.get()
+    if context is None:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    if q.shape[0] != 1 or q.shape[2] != context.tokens:
+        raise ValueError(
+            f"inside a pass attention takes (1, heads, {context.tokens}, dim) for this rank's tokens, "
+            f"got {tuple(q.shape)}"
+        )
+    return context.attend(q, k, v, scale)
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dim() != 4 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            "attention takes q (B, H, S, D) and k, v (B, Hk, S, D), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention needs as many queries as keys and query heads in multiples of key heads, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )

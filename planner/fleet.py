@@ -1,0 +1,108 @@
+"""The ranks of a cluster as the step solver sees them: what a pass on a set of ranks costs, and where to look for sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heteromesh.planner.cost import LOCAL, Costs, Method, RateByDegree, split_heads
+from heteromesh.planner.shards import shares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """What a pass on some set of ranks costs, with shards proportional to speed as far as memory allows."""
+
+    speeds: tuple[float, ...]
+    room: tuple[int, ...]
+    """Tokens that fit each rank."""
+    method: Method | None
+    """None on one rank."""
+    heads: tuple[int, ...]
+    """Attention heads per rank where the method splits them, else empty."""
+    fixed: float
+    per_token: float
+    per_square: float
+    """seconds = fixed + per_token * tokens + per_square * (sum of squared lengths), while tokens <= even."""
+    wire: float
+    """Seconds of exchange per token of a shard."""
+    even: int
+    """Tokens up to which shards proportional to speed fit every rank."""
+    most: int
+    """Tokens that fit at all."""
+    power: float
+    """Sum of speeds."""
+    costs: Costs
+
+    @property
+    def method_name(self) -> str:
+        return self.method.name if self.method else LOCAL
+
+    def seconds(self, tokens: int, squares: int) -> float:
+        """Of a pass over sequences with this many tokens and this sum of squared lengths."""
+        if tokens <= self.even:
+            return self.fixed + self.per_token * tokens + self.per_square * squares
+        worst = 0.0
+        for i, share in enumerate(shares(tokens, self.speeds, self.room)):
+            part = self.heads[i] / sum(self.heads) if self.heads else share / tokens
+            work = self.costs.seconds_per_token2 * squares * part + self.costs.seconds_per_token * share
+            worst = max(worst, work / self.speeds[i] + self.wire * share)
+        return self.fixed + worst
+
+
+class Fleet:
+    """Teams of one cost model, remembered; `uniform` when only a team's degree matters."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        same = len(set(costs.speeds)) == 1 and len(set(costs.capacity)) == 1
+        self.uniform = same and isinstance(costs.rate, RateByDegree)
+        self.pools = self._pools()
+        self._teams: dict[object, Team] = {}
+
+    def team(self, ranks: Sequence[int], length: int) -> Team | None:
+        """The team of these ranks with the method that is fastest for a sequence of this length; None without one."""
+        several = len(self.costs.methods) > 1
+        key = (len(ranks) if self.uniform else tuple(sorted(ranks)), length if several else 0)
+        if key not in self._teams:
+            method = self.costs.method_for(sorted(ranks), length) if len(ranks) > 1 else None
+            if len(ranks) > 1 and method is None:
+                return None
+            self._teams[key] = self._make(sorted(ranks), method)
+        return self._teams[key]
+
+    def _make(self, ranks: Sequence[int], method: Method | None) -> Team:
+        costs = self.costs
+        speeds, room = tuple(costs.speeds[r] for r in ranks), tuple(costs.capacity[r] for r in ranks)
+        power, uneven, wire, heads = sum(speeds), 1.0, 0.0, ()
+        if method is not None:
+            wire = method.bytes_at(len(ranks)) / costs.rate(ranks)
+            if method.heads:
+                heads = split_heads(method.heads, speeds)
+                uneven = max(h / method.heads * power / v for h, v in zip(heads, speeds, strict=True))
+        return Team(
+            speeds=speeds,
+            room=room,
+            method=method,
+            heads=heads,
+            fixed=costs.seconds_per_pass + (costs.seconds_per_split_pass if method else 0.0),
+            per_token=costs.seconds_per_token / power + wire * max(speeds) / power,
+            per_square=costs.seconds_per_token2 * uneven / power,
+            wire=wire,
+            even=int(min(n / v for n, v in zip(room, speeds, strict=True)) * power + 1e-6),
+            most=sum(room),
+            power=power,
+            costs=costs,
+        )
+
+    def _pools(self) -> list[list[int]]:
+        """Sets of ranks inside which a split pass looks for its members: hosts, equal devices, all."""
+        every = list(range(self.costs.ranks))
+        if self.uniform:
+            return [every]
+        groups: dict[object, list[int]] = {}
+        for r in every:
+            for key in (("host", self.costs.hosts[r]), ("kind", self.costs.speeds[r], self.costs.capacity[r])):
+                groups.setdefault(key, []).append(r)
+        unique = {tuple(g) for g in groups.values() if len(g) > 1} | {tuple(every)}
+        return [list(g) for g in sorted(unique)]

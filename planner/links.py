@@ -1,0 +1,81 @@
+"""How fast a set of ranks exchanges data: device links inside a host, NICs between hosts.
+
+Of the bytes a rank sends inside a set of d ranks, k of them on its own host, (k-1)/(d-1) stay on the host and
+(d-k)/(d-1) leave it; the host's NICs are shared by its k members. Both ways are used at once, so the slower one
+decides, and the slowest member decides for the set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from heteromesh.planner.cluster import Cluster, Host
+
+LINK_UTILISATION = 0.3
+"""Of a device link's peak; what FlexSP's all-to-all rates on A100s come to at degrees 2 to 8: 0.2 to 0.28."""
+NIC_UTILISATION = 0.75
+"""Of the NICs' peak; FlexSP's rates at degrees 16, 32 and 64 come to 0.83, 0.71 and 0.68."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Sustained rates of a cluster in bytes per second each way; callable as `Costs.rate`."""
+
+    hosts: tuple[int, ...]
+    """Per rank, its host."""
+    link: tuple[float, ...]
+    """Per host, one device's link to the others."""
+    fabrics: tuple[str, ...]
+    """Per host; empty: on none."""
+    fabric_nics: tuple[float, ...]
+    """Per host, all cards that reach hosts on its fabric."""
+    ethernet: tuple[float, ...]
+    """Per host, all cards that reach any host."""
+    _memo: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __call__(self, ranks: Sequence[int]) -> float:
+        """Bytes per second each way of the slowest member of a set of two ranks or more."""
+        key = tuple(self.hosts[r] for r in ranks)
+        rate = self._memo.get(key)
+        if rate is None:
+            rate = self._memo[key] = self._slowest(Counter(key))
+        return rate
+
+    def ring_rate(self) -> float:
+        """Bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
+        present = sorted(set(self.hosts))
+        slowest = min(self.link[h] for h in present)
+        return slowest if len(present) == 1 else min(slowest, *(self._nics(h, present) for h in present))
+
+    def _slowest(self, members: Counter[int]) -> float:
+        others = max(sum(members.values()) - 1, 1)
+        seconds_per_byte = 0.0
+        for host, count in members.items():
+            local = (count - 1) / others / self.link[host]
+            remote = 0.0
+            if len(members) > 1:
+                remote = (others + 1 - count) / others * count / self._nics(host, list(members))
+            seconds_per_byte = max(seconds_per_byte, local, remote)
+        return 1 / seconds_per_byte if seconds_per_byte else self.link[next(iter(members))]
+
+    def _nics(self, host: int, hosts: Sequence[int]) -> float:
+        fabrics = {self.fabrics[h] for h in hosts}
+        same = len(fabrics) == 1 and "" not in fabrics
+        return self.fabric_nics[host] if same else self.ethernet[host]
+
+
+def cluster_links(cluster: Cluster) -> Links:
+    """The links of a cluster, peaks times the utilisations above."""
+    return Links(
+        hosts=cluster.rank_hosts,
+        link=tuple(cluster.devices[host.device].link_gbps * 1e9 * LINK_UTILISATION for host in cluster.hosts),
+        fabrics=tuple(host.fabric for host in cluster.hosts),
+        fabric_nics=tuple(_rate(host, ("infiniband", "roce")) or _rate(host, ("ethernet",)) for host in cluster.hosts),
+        ethernet=tuple(_rate(host, ("ethernet",)) for host in cluster.hosts),
+    )
+
+
+def _rate(host: Host, kinds: tuple[str, ...]) -> float:
+    return sum(nic.gbit * nic.count for nic in host.nics if nic.kind in kinds) * 1e9 / 8 * NIC_UTILISATION

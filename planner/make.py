@@ -1,0 +1,148 @@
+"""Assembles a plan: steps, what they were compared with, memory, and the cost model they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from heteromesh.planner.analytic import analytic_costs, state_bytes
+from heteromesh.planner.check import check_step
+from heteromesh.planner.cluster import Cluster
+from heteromesh.planner.cost import Costs
+from heteromesh.planner.cost_file import Constants, bind
+from heteromesh.planner.cost_json import costs_to_json
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.fixes import Fixes
+from heteromesh.planner.model import ModelSpec
+from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
+from heteromesh.planner.static import static_data_parallel, static_sequence_parallel
+from heteromesh.planner.step import plan_step
+
+COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"
+STATIC: tuple[tuple[str, Callable[[Sequence[int], Costs], Step]], ...] = (
+    ("static sequence parallel", static_sequence_parallel),
+    ("static data parallel", static_data_parallel),
+)
+"""The even layouts that every plan is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A cluster and a model with their costs."""
+
+    cluster: Cluster
+    model: ModelSpec
+    costs: Costs
+    source: str
+    """Where the costs come from: COST_FILE, MEASURED or ANALYTIC."""
+    fixes: Fixes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Per token."""
+        return self.model.activation_bytes_per_token(checkpointing=bool(self.fixes.checkpointing))
+
+    @property
+    def state_bytes(self) -> int:
+        """Per rank; 0 where the costs are not ours, because then how the states are sharded is not known."""
+        return state_bytes(self.model, self.cluster.ranks) if self.source == ANALYTIC else 0
+
+
+def pose(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
+    """Costs in order of preference: the given constants, the cluster's measured ones, the analytic model."""
+    chosen, source = (constants, COST_FILE) if constants else (cluster.measured.constants, MEASURED)
+    if chosen is None:
+        costs, source = analytic_costs(cluster, model, checkpointing=bool(fixes.checkpointing)), ANALYTIC
+    elif fixes.checkpointing is not None:
+        raise UserError(
+            f"--fix checkpointing can't be used with {source} costs, which have tokens_per_device from a run: "
+            "leave it out or leave the constants out"
+        )
+    else:
+        costs = bind(chosen, cluster)
+    return Problem(cluster=cluster, model=model, costs=fixes.apply(costs), source=source, fixes=fixes)
+
+
+def make_plan(
+    problem: Problem,
+    batches: Iterable[Sequence[int]],
+    *,
+    time_limit: float,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Plan:
+    """Plans every batch (lengths in tokens) and compares the whole with the static even layouts.
+
+    Every step is checked independently of the solver. Raises UserError where a sequence fits no set of ranks.
+    """
+    steps = []
+    for batch in batches:
+        step = plan_step(batch, problem.costs, time_limit=time_limit)
+        check_step(step, problem.costs)
+        steps.append(step)
+        on_step(step)
+    peaks = peak_tokens(steps, problem.cluster.ranks)
+    compared = compare(steps, problem.costs)
+    return Plan(
+        cluster=PlannedCluster(fingerprint=problem.cluster.fingerprint, ranks=problem.cluster.ranks),
+        model=problem.model.name,
+        layout=_layout(problem, compared),
+        steps=tuple(steps),
+        memory_bytes=tuple(problem.state_bytes + tokens * problem.activation_bytes for tokens in peaks),
+        rejected=tuple(Rejected(what=c.what, why=c.why) for c in compared),
+    )
+
+
+def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:
+    """Per rank, the most tokens that it holds in one pass of any step."""
+    peaks = [0] * ranks
+    for step in steps:
+        for p in step.passes:
+            for member, rank in enumerate(p.ranks):
+                peaks[rank] = max(peaks[rank], p.tokens(member))
+    return peaks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A static layout on the same batches as the plan."""
+
+    what: str
+    seconds: float | None
+    """Mean of a step; None where it is infeasible."""
+    why: str
+    """In words: its seconds beside the plan's, or what does not fit."""
+
+
+def compare(steps: Sequence[Step], costs: Costs) -> tuple[Comparison, ...]:
+    """Every static layout of STATIC on the batches of these steps."""
+    return tuple(_compare(what, layout, steps, costs) for what, layout in STATIC)
+
+
+def _compare(
+    what: str, layout: Callable[[Sequence[int], Costs], Step], steps: Sequence[Step], costs: Costs
+) -> Comparison:
+    planned, other = sum(step.seconds for step in steps) / len(steps), 0.0
+    for index, step in enumerate(steps):
+        try:
+            other += layout(step.batch, costs).seconds / len(steps)
+        except UserError as error:
+            return Comparison(what=what, seconds=None, why=f"infeasible in step {index}: {error}")
+    why = f"{other:.4g} s a step, {other / planned:.2f}x the plan's {planned:.4g} s"
+    return Comparison(what=what, seconds=other, why=why)
+
+
+def _layout(problem: Problem, compared: Sequence[Comparison]) -> dict[str, object]:
+    states = problem.state_bytes
+    return {
+        "parameters": {
+            "kept": "replicated on every rank, gradients summed once a step",
+            "optimizer": f"sharded over {problem.cluster.ranks} ranks" if states else "as in the run that was measured",
+            "state_bytes_per_rank": states or None,
+            "activation_bytes_per_token": problem.activation_bytes,
+            "checkpointing": bool(problem.fixes.checkpointing) if problem.source == ANALYTIC else None,
+        },
+        "static_seconds_per_step": {c.what: c.seconds for c in compared},
+        "fixed": {key: value for key, value in asdict(problem.fixes).items() if value is not None},
+        "cost_source": problem.source,
+        "costs": costs_to_json(problem.costs),
+    }

@@ -1,0 +1,32 @@
+"""When passes run: every rank runs the passes that name it in list order; a pass starts when all its ranks are free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from heteromesh.planner.cost import Costs
+from heteromesh.planner.plan import Pass
+
+
+def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]]:
+    """(start of every pass, end of every rank) in seconds from the start of the step."""
+    free = [0.0] * ranks
+    begun = []
+    for p in passes:
+        start = max(free[r] for r in p.ranks)
+        begun.append(start)
+        for r in p.ranks:
+            free[r] = start + p.seconds
+    return begun, free
+
+
+def step_seconds(passes: Sequence[Pass], costs: Costs) -> float:
+    """Seconds of a step: the end of its last rank, plus the fixed cost of a step."""
+    return max(starts(passes, costs.ranks)[1]) + costs.seconds_per_step
+
+
+def in_order(passes: Iterable[Pass], ranks: int) -> tuple[Pass, ...]:
+    """The same passes by start time: no rank's own order changes, so no start does."""
+    listed = list(passes)
+    begun, _ = starts(listed, ranks)
+    return tuple(listed[i] for i in sorted(range(len(listed)), key=lambda i: begun[i]))

@@ -1,0 +1,53 @@
+"""The planning process: `python -m heteromesh.planner.worker`, requests on standard input, steps on standard output.
+
+Pickled objects: first the Costs, then one Request a step; answered by a Step or by the UserError that it raised. Ends
+with its standard input, so it never outlives the rank that started it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import sys
+from dataclasses import dataclass, replace
+
+from heteromesh.planner.cost import Costs
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Step
+from heteromesh.planner.step import plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A batch to plan."""
+
+    lengths: tuple[int, ...]
+    seconds_per_step: float
+    """Fixed cost of a step as measured so far."""
+    time_limit: float
+
+
+def answer(request: Request, costs: Costs) -> Step | UserError:
+    """The planned step, or why there is none."""
+    try:
+        now = replace(costs, seconds_per_step=request.seconds_per_step)
+        return plan_step(request.lengths, now, time_limit=request.time_limit)
+    except UserError as error:
+        return error
+
+
+def main() -> None:
+    # Ctrl-C reaches the whole process group; the rank that owns this process decides when it ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    try:
+        costs: Costs = pickle.load(source)
+        while True:
+            pickle.dump(answer(pickle.load(source), costs), sink)
+            sink.flush()
+    except (EOFError, BrokenPipeError):
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Measures what passes cost on the devices at hand, all ranks at once, and fits the cost model to it.
+
+The constants of planner/cost.py: a, b, c from passes of one rank; the exchange's bytes, rate and latency from passes
+that are split over all ranks. Nothing of the model changes: gradients are dropped, no optimizer runs.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from heteromesh.comm.world import World
+from heteromesh.parallel.attention import PassContext, prepare_pass
+from heteromesh.planner.cost import Costs, Method, RateByDegree, Scaling
+from heteromesh.planner.plan import Pass
+from heteromesh.runtime.batch import PassInput
+from heteromesh.runtime.executor import StepExecutor
+
+REPEATS = 3
+SCALINGS: dict[str, Scaling] = {"ulysses": "fraction", "gather": "peers"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What the model asks of attention."""
+
+    heads: int
+    saved_bytes: int
+    """Kept for the backward by a pass of `tokens`."""
+    tokens: int
+
+
+class Calibration:
+    """Runs measuring passes of a model. Every rank of the world must make the same calls."""
+
+    def __init__(self, executor: StepExecutor, tokens: torch.Tensor, max_length: int) -> None:
+        """tokens: any of the data's, 1-D; repeated as often as needed."""
+        self._executor, self._world, self._tokens = executor, executor.world, tokens
+        self._longest = max(2, max_length)
+
+    def measure(self, tokens_per_device: int | None = None) -> Costs:
+        """The fitted costs, equal on every rank."""
+        shape = self._shape()
+        short = min(64, self._longest)
+        packs = [(self._longest,), (-(-self._longest // 2),), (short,) * max(1, self._longest // short // 2), (short,)]
+        rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
+        times = self._world.gather([self._local_seconds(pack) for pack in packs])
+        fastest = min(times, key=sum)
+        a, b, c = fit_nonnegative(rows, np.array(fastest)).tolist()
+        costs = Costs(
+            seconds_per_token2=a,
+            seconds_per_token=b,
+            seconds_per_pass=c,
+            speeds=tuple(_relative(fastest, seconds) for seconds in times),
+            capacity=self._capacity(shape, tokens_per_device),
+            methods=(),
+            rate=RateByDegree({}),
+            hosts=_hosts(self._world),
+        )
+        return self._with_exchanges(costs, shape) if self._world.size > 1 else costs
+
+    def _with_exchanges(self, costs: Costs, shape: _Shape) -> Costs:
+        """Adds methods, rate and latency from passes of two lengths split over all ranks."""
+        size = self._world.size
+        methods, rows, extra = [], [], []
+        for name, scaling in SCALINGS.items():
+            heads = shape.heads if name == "ulysses" else 0
+            unit = Method(name=name, bytes_per_token=1.0, scaling=scaling, heads=heads)
+            if not unit.fits(size):
+                continue
+            for length in (max(size, self._longest // 4), max(size, self._longest)):
+                plan = even_pass(name, length, size)
+                seconds, sent = self._split_seconds(plan, length)
+                rows.append([sent, 1.0])
+                extra.append(max(0.0, seconds - costs.pass_seconds(plan.ranks, name, [length], plan.shards)))
+            held = max(plan.tokens(i) for i in range(size))
+            methods.append(replace(unit, bytes_per_token=sent / held / unit.bytes_at(size)))
+        per_byte, latency = fit_nonnegative(np.array(rows), np.array(extra)).tolist()
+        rate = RateByDegree({size: 1.0 / max(per_byte, 1e-12)})
+        return replace(costs, methods=tuple(methods), rate=rate, seconds_per_split_pass=latency)
+
+    def _shape(self) -> _Shape:
+        """One small pass with a look at attention's heads and at what autograd keeps."""
+        tokens = min(self._longest, 512)
+        seen: list[int] = []
+        plain = prepare_pass(even_pass("local", tokens, 1), [tokens], self._world, (1.0,))
+
+        def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+            seen.append(q.shape[1])
+            return plain.attend(q, k, v, scale)
+
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            self._executor.forward_backward(PassContext(plain.layout, 0, spy), self._input(plain), 1)
+        saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
+        return _Shape(seen[0] if seen else 1, saved, tokens)
+
+    def _local_seconds(self, lengths: Sequence[int]) -> float:
+        plan = Pass(
+            ranks=(self._world.rank,),
+            method="local",
+            sequences=tuple(range(len(lengths))),
+            shards=(tuple(lengths),),
+            seconds=0.0,
+        )
+        return self._seconds(plan, lengths)
+
+    def _split_seconds(self, plan: Pass, length: int) -> tuple[float, float]:
+        """(seconds of the slowest rank, bytes that the busiest rank sends)."""
+        before = self._world.recorder.sent_bytes
+        seconds = self._seconds(plan, [length])
+        sent = (self._world.recorder.sent_bytes - before) / (REPEATS + 1)
+        everyone = self._world.gather((seconds, sent))
+        return max(s for s, _ in everyone), max(b for _, b in everyone)
+
+    def _seconds(self, plan: Pass, lengths: Sequence[int]) -> float:
+        """Median over repeats, after one run to warm up, of a pass that starts on every rank at once."""
+        context = prepare_pass(plan, lengths, self._world, (1.0,) * self._world.size)
+        batch = self._input(context)
+        times = []
+        for _ in range(REPEATS + 1):
+            self._world.barrier()
+            start = time.perf_counter()
+            self._executor.forward_backward(context, batch, max(1, batch.valid))
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    def _input(self, context: PassContext) -> PassInput:
+        segments = context.layout.segments[context.member]
+        positions = torch.cat([torch.arange(s.start, s.end) for s in segments]).unsqueeze(0)
+        tokens = self._tokens[torch.arange(positions.shape[1]) % len(self._tokens)].unsqueeze(0)
+        return PassInput(tokens, positions, tokens)
+
+    def _capacity(self, shape: _Shape, given: int | None) -> tuple[int, ...]:
+        if given is not None:
+            return (given,) * self._world.size
+        # half of what is free: the other half is for gradients, optimizer state and what fragments
+        mine = max(1, int(0.5 * free_bytes(self._world) / max(1.0, shape.saved_bytes / shape.tokens)))
+        return tuple(self._world.gather(mine))
+
+
+def even_pass(method: str, length: int, degree: int) -> Pass:
+    """One sequence over ranks 0..degree in even shards."""
+    shards = tuple(((length * (i + 1) // degree) - (length * i // degree),) for i in range(degree))
+    return Pass(ranks=tuple(range(degree)), method=method, sequences=(0,), shards=shards, seconds=0.0)
+
+
+def fit_nonnegative(rows: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Least squares of relative errors with non-negative coefficients; rows (n, k), seconds (n,) -> (k,).
+
+    Tries every set of non-zero coefficients (k is 2 or 3), so the answer is the exact optimum.
+    """
+    scaled = rows / np.maximum(seconds, 1e-9)[:, None]
+    best, best_error = np.zeros(rows.shape[1]), np.inf
+    for mask in range(1, 2 ** rows.shape[1]):
+        chosen = [i for i in range(rows.shape[1]) if mask >> i & 1]
+        solution = np.linalg.lstsq(scaled[:, chosen], np.ones(len(seconds)), rcond=None)[0]
+        error = float(((scaled[:, chosen] @ solution - 1.0) ** 2).sum())
+        if (solution >= 0).all() and error < best_error:
+            best, best_error = np.zeros(rows.shape[1]), error
+            best[chosen] = solution
+    return best
+
+
+def free_bytes(world: World) -> float:
+    """Memory that this rank may count on: of its device, or its share of the host's."""
+    if world.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(world.device)[0])
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
+    """Speed relative to the fastest rank, in steps of 5 %: below that a measurement says nothing."""
+    ratio = statistics.median(f / s for f, s in zip(fastest, seconds, strict=True))
+    return max(0.05, min(1.0, round(ratio * 20) / 20))
+
+
+def _hosts(world: World) -> tuple[int, ...]:
+    names = world.gather(os.environ.get("GROUP_RANK", "0"))
+    return tuple(names.index(name) for name in names)

@@ -1,0 +1,164 @@
+"""Checkpoints: torch.distributed.checkpoint in the background, whole or not there at all, the last N kept.
+
+A checkpoint is a directory `step-00000040` with the shards and `meta.json`. It is written as `step-00000040.part`
+and renamed when every rank has written its share; a `.part` that a killed run left is removed at the next start. All
+ranks must see the same file system.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from heteromesh.comm.world import World
+from heteromesh.planner.errors import UserError
+
+META = "meta.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Every rank must make the same calls."""
+
+    def __init__(self, directory: Path, world: World, keep: int) -> None:
+        self._directory, self._world, self._keep = directory, world, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
+        self._pending: Future[None] | None = None
+        if world.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            for part in directory.glob("*.part"):
+                shutil.rmtree(part)
+        world.barrier()
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Mapping[str, Any]) -> None:
+        """Starts writing the state after `step` updates; returns when it has been copied.
+
+        Waits for an earlier checkpoint first, and raises UserError if that could not be written.
+        """
+        self.wait()
+        with self._world.recorder.span("checkpoint copy", "checkpoint"):
+            state = _copied(_state(model, optimizer))
+        meta = {"schema": 1, "step": step, "parameters": _shapes(model), "trainer": dict(trainer)}
+        self._pending = self._thread.submit(self._write, step, state, meta)
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is whole; raises UserError if it can't be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, then ends the writing thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        return max(self._whole(), default=None)
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restores model and optimizer; returns what `save` was given as `trainer`. Any number of ranks will do.
+
+        Raises UserError for a checkpoint that is incomplete or of another model.
+        """
+        meta = _read_meta(path)
+        _compare(meta["parameters"], _shapes(model), path)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        try:
+            dcp.load(state, checkpoint_id=path, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
+        except Exception as error:
+            raise UserError(
+                f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
+                "remove it to resume from the one before, or start anew in another run directory"
+            ) from error
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        trainer: dict[str, Any] = meta["trainer"]
+        return trainer
+
+    def _whole(self) -> list[Path]:
+        return [p for p in self._directory.glob("step-*") if p.suffix != ".part" and p.is_dir()]
+
+    def _write(self, step: int, state: dict[str, Any], meta: Mapping[str, Any]) -> None:
+        final = self._directory / f"step-{step:08d}"
+        part = final.with_name(final.name + ".part")
+        try:
+            with self._world.recorder.span("checkpoint write", "checkpoint"):
+                dcp.save(state, checkpoint_id=part, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
+                if self._world.rank == 0:
+                    (part / META).write_text(json.dumps(meta))
+                    shutil.rmtree(final, ignore_errors=True)
+                    part.rename(final)
+                    for old in sorted(self._whole())[: -self._keep]:
+                        shutil.rmtree(old)
+        except Exception as error:
+            if self._world.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            kept = self.latest()
+            raise UserError(
+                f"the checkpoint of step {step} can't be written to {self._directory} ({_reason(error)}): free disk "
+                f"space or mend the directory and resume; {f'{kept.name} is kept' if kept else 'there is none before it'}"
+            ) from error
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy in host memory: training goes on while it is written."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in model.named_parameters()}
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((path / META).read_text())
+        _ = meta["parameters"], meta["trainer"], meta["step"]
+        return meta
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"checkpoint {path} is incomplete ({META} is missing or damaged): "
+            "remove it to resume from the one before, or start anew in another run directory"
+        ) from error
+
+
+def _compare(saved: Mapping[str, list[int]], mine: Mapping[str, list[int]], path: Path) -> None:
+    for name in sorted(set(saved) | set(mine)):
+        if saved.get(name) != mine.get(name):
+            raise UserError(
+                f"checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there and "
+                f"{mine.get(name, 'absent')} here; build the model it was made from or use another run directory"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        wrapped = next(iter(failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1][:200]}" if text else type(error).__name__

@@ -1,0 +1,225 @@
+"""A run beside its plan: what was predicted, what was measured, and which ranks were slower than predicted."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Step, step_from_json
+from heteromesh.planner.show import busy_seconds, shape, table
+
+SLOW = 1.1
+"""A rank this many times slower than the median rank, both against their predictions, is named."""
+STEPS_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStep:
+    """A line of plan.jsonl."""
+
+    step: int
+    plan: Step
+    seconds: float
+    busy_seconds: tuple[float, ...]
+    """Per rank, inside passes."""
+    passes: tuple[tuple[int, int, float], ...]
+    """(position in the step, rank, seconds)."""
+    plan_wait_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepComparison:
+    """One step; error = predicted / measured - 1."""
+
+    step: int
+    predicted: float
+    measured: float
+    error: float
+    plan_wait_seconds: float
+    passes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankComparison:
+    """Busy seconds of a rank over the whole run."""
+
+    rank: int
+    predicted: float
+    measured: float
+    ratio: float
+    """measured / predicted."""
+    slow: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DegreeComparison:
+    """All passes of a degree, a pass on d ranks counting d times."""
+
+    degree: int
+    passes: int
+    predicted: float
+    measured: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A whole run."""
+
+    steps: tuple[StepComparison, ...]
+    ranks: tuple[RankComparison, ...]
+    degrees: tuple[DegreeComparison, ...]
+    predicted: float
+    measured: float
+    median_error: float
+    """Of the absolute errors."""
+    p90_error: float
+    plan_wait_share: float
+    """Of the measured seconds."""
+
+
+def read_run(directory: Path) -> list[MeasuredStep]:
+    """The measured steps of a run directory, oldest first; the last line may be cut short by a kill.
+
+    Raises UserError where there is no plan.jsonl, no measured step in it, or a line that is not one.
+    """
+    path = directory / "plan.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no plan.jsonl: give the run_dir of a run with at least one step") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): check its permissions") from None
+    steps: dict[int, MeasuredStep] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is not JSON: remove that line") from None
+        if data.get("measured") is not None:
+            # A resumed run does some steps again: the later one stands.
+            steps[data["step"]] = _measured_step(data, f"{path} line {number}")
+    if not steps:
+        raise UserError(f"{path} has no measured step yet: wait until the run has finished its first step")
+    return [steps[index] for index in sorted(steps)]
+
+
+def _measured_step(data: Mapping[str, Any], where: str) -> MeasuredStep:
+    try:
+        measured = data["measured"]
+        return MeasuredStep(
+            step=int(data["step"]),
+            plan=step_from_json(data["plan"], f"{where}: plan"),
+            seconds=float(measured["seconds"]),
+            busy_seconds=tuple(float(s) for s in measured["busy_seconds"]),
+            passes=tuple((int(p["position"]), int(p["rank"]), float(p["seconds"])) for p in measured["passes"]),
+            plan_wait_seconds=float(measured["plan_wait_seconds"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} is not a measured step ({error!r}): it was written by another version") from None
+
+
+def compare_run(steps: Sequence[MeasuredStep]) -> Comparison:
+    """Predicted beside measured, by step, rank and degree."""
+    compared = tuple(
+        StepComparison(
+            step=s.step,
+            predicted=s.plan.seconds,
+            measured=s.seconds,
+            error=s.plan.seconds / s.seconds - 1,
+            plan_wait_seconds=s.plan_wait_seconds,
+            passes=shape(s.plan),
+        )
+        for s in steps
+    )
+    errors = sorted(abs(c.error) for c in compared)
+    measured = sum(c.measured for c in compared)
+    return Comparison(
+        steps=compared,
+        ranks=_ranks(steps),
+        degrees=_degrees(steps),
+        predicted=sum(c.predicted for c in compared),
+        measured=measured,
+        median_error=statistics.median(errors),
+        p90_error=errors[-(-9 * len(errors) // 10) - 1],
+        plan_wait_share=sum(c.plan_wait_seconds for c in compared) / measured,
+    )
+
+
+def _ranks(steps: Sequence[MeasuredStep]) -> tuple[RankComparison, ...]:
+    world = max(len(s.busy_seconds) for s in steps)
+    predicted, measured = [0.0] * world, [0.0] * world
+    for s in steps:
+        for rank, seconds in enumerate(busy_seconds(s.plan, len(s.busy_seconds))):
+            predicted[rank] += seconds
+            measured[rank] += s.busy_seconds[rank]
+    ratios = [m / p if p else 1.0 for m, p in zip(measured, predicted, strict=True)]
+    middle = statistics.median(ratios)
+    return tuple(
+        RankComparison(
+            rank=rank, predicted=predicted[rank], measured=measured[rank], ratio=ratio, slow=ratio > SLOW * middle
+        )
+        for rank, ratio in enumerate(ratios)
+    )
+
+
+def _degrees(steps: Sequence[MeasuredStep]) -> tuple[DegreeComparison, ...]:
+    sums: dict[int, list[float]] = {}
+    counts: dict[int, set[tuple[int, int]]] = {}
+    for s in steps:
+        for position, _, seconds in s.passes:
+            planned = s.plan.passes[position]
+            total = sums.setdefault(len(planned.ranks), [0.0, 0.0])
+            total[0] += planned.seconds
+            total[1] += seconds
+            counts.setdefault(len(planned.ranks), set()).add((s.step, position))
+    return tuple(
+        DegreeComparison(degree=d, passes=len(counts[d]), predicted=p, measured=m, ratio=m / p)
+        for d, (p, m) in sorted(sums.items())
+    )
+
+
+def comparison_text(run: Comparison) -> str:
+    """What `heteromesh explain RUN_DIR` prints."""
+    shown = run.steps[-STEPS_SHOWN:]
+    rows = [
+        (
+            str(s.step),
+            f"{s.predicted:.4g}",
+            f"{s.measured:.4g}",
+            f"{s.error:+.1%}",
+            f"{s.plan_wait_seconds * 1e3:.2g}",
+            s.passes,
+        )
+        for s in shown
+    ]
+    heads = ("step", "predicted s", "measured s", "error", "plan wait ms", "<passes")
+    title = f"Run      {len(run.steps)} steps" + (f", the last {len(shown)}:" if len(shown) < len(run.steps) else "")
+    ranks = [
+        (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than predicted" * r.slow)
+        for r in run.ranks
+    ]
+    degrees = [
+        (str(d.degree), str(d.passes), f"{d.predicted:.4g}", f"{d.measured:.4g}", f"{d.ratio:.3f}") for d in run.degrees
+    ]
+    slow = [str(r.rank) for r in run.ranks if r.slow]
+    return "\n\n".join(
+        (
+            title + "\n" + table(heads, rows),
+            table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
+            table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
+            f"Total: predicted {run.predicted:.4g} s, measured {run.measured:.4g} s "
+            f"({run.predicted / run.measured - 1:+.1%}); absolute error of a step: median {run.median_error:.1%}, "
+            f"p90 {run.p90_error:.1%}; waited for plans {run.plan_wait_share:.2%}; "
+            f"slower ranks: {', '.join(slow) or 'none'}",
+        )
+    )

@@ -1,0 +1,73 @@
+"""What a training run is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from heteromesh.planner.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Settings of a `Trainer`. Raises UserError on values that make no sense."""
+
+    batch_tokens: int
+    """Tokens of a step: whole sequences are taken until the next would exceed this."""
+    max_steps: int
+    """Optimizer updates."""
+    run_dir: str | Path
+    """Where everything the run writes goes (docs/run-directory.md)."""
+    resume: bool = False
+    """Continue the run in `run_dir` from its last checkpoint."""
+    seed: int = 0
+    """Order of the data, and dropout."""
+    learning_rate: float = 1e-3
+    """Of the AdamW that is made when no optimizer is given."""
+    clip_norm: float | None = 1.0
+    """Largest norm of all gradients together."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and backward under torch.autocast."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward instead of keeping its activations."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep_checkpoints: int = 2
+    """Older ones are removed."""
+    cluster: str | Path | None = None
+    """cluster.toml; without it, equal devices. `heteromesh run --cluster` sets it."""
+    plan: str | Path | None = None
+    """plan.json to follow as long as it has steps. `heteromesh run --plan` sets it."""
+    cost: str | Path | None = None
+    """Cost file; without it the model is measured at the start."""
+    tokens_per_device: int | None = None
+    """Tokens of activations that fit on a device in one pass; None: measured."""
+    plan_ahead: int = 3
+    """Steps planned ahead of the one that runs."""
+    plan_seconds: float = 0.05
+    """Time limit of the planner for a step."""
+    timeout_seconds: float = 600.0
+    """Longest wait for a peer in an exchange."""
+    compare_batches: int = 0
+    """At the end, time this many of the last batches again under the static even layouts (no updates)."""
+    print_plans: int = 2
+    """How many of the first steps' plans are printed."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "max_steps", "keep_checkpoints", "plan_ahead"):
+            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+        for name in ("checkpoint_every", "compare_batches", "print_plans", "seed"):
+            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number >= 0")
+        for name in ("learning_rate", "plan_seconds", "timeout_seconds"):
+            value = getattr(self, name)
+            self._require(name, math.isfinite(value) and value > 0, "a finite number > 0")
+        self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0 or None")
+        self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        tokens = self.tokens_per_device
+        self._require("tokens_per_device", tokens is None or tokens >= 1, "a whole number >= 1 or None")
+
+    def _require(self, name: str, fine: bool, rule: str) -> None:
+        if not fine:
+            raise UserError(f"{name} is {getattr(self, name)!r}: it must be {rule}")

@@ -1,0 +1,247 @@
+"""Runs a step: this rank's passes in list order, gradients summed over the world while the last backward runs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from heteromesh.comm.reduce import GradientSum
+from heteromesh.comm.world import World
+from heteromesh.parallel.attention import PassContext, active_pass, prepare_pass
+from heteromesh.parallel.layout import layout_of
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Step
+from heteromesh.runtime.batch import IGNORED, PassInput
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """A sequence whose loss is not a number or infinite."""
+
+    rank: int
+    sequence: int
+    """Index into the step's batch."""
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What happened in a step, equal on every rank. The gradients are in the parameters."""
+
+    loss: float
+    """Sum over the valid tokens of the step, divided by their number."""
+    valid_tokens: int
+    busy_seconds: tuple[float, ...]
+    """Per rank, in passes without waiting for peers."""
+    pass_seconds: dict[tuple[int, int], float]
+    """By (rank, position in the step)."""
+    votes: tuple[float, ...]
+    """The votes summed over the ranks."""
+    non_finite: tuple[NonFinite, ...]
+    """The sequences to blame when the loss is not finite."""
+
+
+class StepExecutor:
+    """Executes plans for one model. Usable without `Trainer`:
+
+        executor = StepExecutor(model, world)
+        result = executor.run(step, Reader(data).step_inputs(step, batch, world.rank))
+        optimizer.step()
+
+    `model(input_ids, position_ids)` returns logits (1, n, vocab), as a tensor or in `.logits`; or, if it takes
+    `targets`, per-token losses (1, n). `autocast`: a dtype for torch.autocast. `speeds`: of every world rank, as the
+    planner had them (they decide which rank works on how many heads).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        speeds: Sequence[float] = (),
+        autocast: torch.dtype | None = None,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        self.model, self.world = model, world
+        self.speeds = tuple(speeds) or (1.0,) * world.size
+        self._autocast = autocast
+        self._losses = _loss_function(model)
+        self._gradients = GradientSum(world)
+        self._gradients.attach(model.parameters())
+        if checkpoint_activations:
+            _checkpoint_layers(model)
+
+    def close(self) -> None:
+        """Takes the executor's hooks off the model."""
+        self._gradients.detach()
+
+    def run(
+        self,
+        step: Step,
+        inputs: Mapping[int, PassInput],
+        *,
+        valid_tokens: int | None = None,
+        votes: Sequence[float] = (),
+    ) -> StepResult:
+        """Forward and backward of this rank's passes. Every rank of the world must call this with the same step.
+
+        inputs: by position in the step (`Reader.step_inputs`). valid_tokens: of the whole step, where known; else the
+        ranks add theirs up first. votes: numbers to be summed over the ranks along with the loss. The gradients of
+        the step replace older ones.
+        """
+        if valid_tokens is None:
+            valid_tokens = int(self.world.sum(torch.tensor([float(sum(p.valid for p in inputs.values()))]))[0])
+        self._gradients.clear(self.model.parameters())
+        mine = step.passes_of(self.world.rank)
+        timer = _PassTimer(self.world)
+        losses: dict[int, torch.Tensor] = {}
+        for position, plan in mine:
+            lengths = [step.batch[i] for i in plan.sequences]
+            with timer.time(position, f"pass {position} {plan.method} x{len(plan.ranks)}"):
+                context = prepare_pass(plan, lengths, self.world, self.speeds)
+                if position == mine[-1][0]:
+                    self._gradients.arm()
+                losses[position] = self.forward_backward(context, inputs[position], max(1, valid_tokens))
+        with self.world.recorder.span("gradient sum, exposed", "wait"):
+            self._finish_gradients(bool(mine))
+        return self._result(step, losses, timer, valid_tokens, votes)
+
+    def forward_backward(self, context: PassContext, batch: PassInput, valid: int) -> torch.Tensor:
+        """Runs one pass without summing gradients; per-token losses (n,), detached, 0 where ignored.
+
+        The gradient added to the parameters is that of the losses' sum divided by `valid`.
+        """
+        device = self.world.device
+        tokens, positions, labels = (
+            t.to(device, non_blocking=True) for t in (batch.tokens, batch.positions, batch.labels)
+        )
+        with context.active():
+            with torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
+                losses = self._losses(tokens, positions, labels).view(-1).float()
+            losses = losses.masked_fill(labels.view(-1) == IGNORED, 0.0)
+            (losses.sum() / valid).backward()
+        return losses.detach()
+
+    def _finish_gradients(self, armed: bool) -> None:
+        if self.world.size == 1:
+            return
+        if not armed:
+            self._gradients.arm()
+        self._gradients.finish()
+
+    def _result(
+        self, step: Step, losses: Mapping[int, torch.Tensor], timer: _PassTimer, valid: int, votes: Sequence[float]
+    ) -> StepResult:
+        """One vector summed over the world: loss, busy seconds of each rank, seconds of each rank's passes, votes."""
+        total = float(torch.stack([t.double().sum() for t in losses.values()]).sum()) if losses else 0.0
+        slots = {(rank, position): i for i, (rank, position) in enumerate(_slots(step))}
+        size = self.world.size
+        vector = torch.zeros(1 + size + len(slots) + len(votes), dtype=torch.float64)
+        vector[0] = total
+        seconds, vector[1 + self.world.rank] = timer.read()
+        for position, value in seconds.items():
+            vector[1 + size + slots[self.world.rank, position]] = value
+        vector[1 + size + len(slots) :] = torch.tensor(votes, dtype=torch.float64)
+        numbers = self.world.sum(vector).tolist()
+        loss = numbers[0] / max(1, valid)
+        return StepResult(
+            loss=loss,
+            valid_tokens=valid,
+            busy_seconds=tuple(numbers[1 : 1 + size]),
+            pass_seconds={slot: numbers[1 + size + i] for slot, i in slots.items()},
+            votes=tuple(numbers[1 + size + len(slots) :]),
+            non_finite=() if math.isfinite(loss) else self._find_non_finite(step, losses),
+        )
+
+    def _find_non_finite(self, step: Step, losses: Mapping[int, torch.Tensor]) -> tuple[NonFinite, ...]:
+        found = []
+        for position, plan in step.passes_of(self.world.rank):
+            member, row = plan.ranks.index(self.world.rank), 0
+            for segment in layout_of(plan, [step.batch[i] for i in plan.sequences]).segments[member]:
+                value = float(losses[position][row : row + len(segment)].sum())
+                row += len(segment)
+                if not math.isfinite(value):
+                    found.append(NonFinite(self.world.rank, plan.sequences[segment.sequence], value))
+        return tuple(entry for entries in self.world.gather(tuple(found)) for entry in entries)
+
+
+class _PassTimer:
+    """Seconds of this rank's passes, by the device's own clock where it has one."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._seconds: dict[int, float] = {}
+        self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._waited = 0.0
+
+    @contextmanager
+    def time(self, position: int, name: str) -> Iterator[None]:
+        """Times one pass and records its span."""
+        self._world.recorder.take_comm_seconds()
+        cuda = self._world.device.type == "cuda"
+        if cuda:
+            self._events[position] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[position][0].record()
+        start = time.perf_counter()
+        with self._world.recorder.span(name, "pass"):
+            yield
+        self._seconds[position] = time.perf_counter() - start
+        if cuda:
+            self._events[position][1].record()
+        self._waited += self._world.recorder.take_comm_seconds()
+
+    def read(self) -> tuple[dict[int, float], float]:
+        """(seconds by position, seconds in passes without waiting for exchanges)."""
+        for position, (start, end) in self._events.items():
+            end.synchronize()
+            self._seconds[position] = start.elapsed_time(end) / 1e3
+        return self._seconds, max(0.0, sum(self._seconds.values()) - self._waited)
+
+
+def _slots(step: Step) -> list[tuple[int, int]]:
+    return [(rank, position) for position, plan in enumerate(step.passes) for rank in plan.ranks]
+
+
+def _loss_function(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(tokens, positions, labels) -> per-token losses, whichever of the two forms the model has."""
+    names = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in names else {}
+    if "targets" in names:
+        return lambda tokens, positions, labels: model(tokens, position_ids=positions, targets=labels)
+
+    def from_logits(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        output = model(tokens, position_ids=positions, **options)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        return functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+
+    return from_logits
+
+
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Recomputes the elements of the model's module lists in the backward instead of keeping their activations."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise UserError(
+            "checkpoint_activations needs a model whose layers are in an nn.ModuleList, and this one has none: "
+            "turn it off or put the layers in a list"
+        )
+    for layer in (layer for layers in lists for layer in layers):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_recompute_contexts)
+
+
+def _recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    # the recomputation may run on another thread of autograd, which does not know the pass
+    current = active_pass()
+    return nullcontext(), current.active() if current else nullcontext()

@@ -1,0 +1,46 @@
+"""How a rank ends: a user's mistake is one sentence and exit code 2, under torchrun and without."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import TracebackType
+
+from heteromesh.planner.errors import UserError
+
+UNDER_HETEROMESH_RUN = "HETEROMESH_RUN"
+"""Set by `heteromesh run`, which then prints the first failed rank's sentence itself."""
+
+
+def install_excepthook() -> None:
+    """Makes an uncaught UserError print its sentence and end the process with code 2; others as before."""
+    if not getattr(sys.excepthook, "heteromesh", False):
+        sys.excepthook = _Hook(sys.excepthook)  # type: ignore[assignment]
+
+
+class _Hook:
+    heteromesh = True
+
+    def __init__(self, before: object) -> None:
+        self._before = before
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, UserError):
+            _report(error)
+            self._before(kind, error, trace)  # type: ignore[operator]
+            return
+        _report(error)
+        if UNDER_HETEROMESH_RUN not in os.environ:
+            print(f"heteromesh: error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # peers may wait in a collective that this rank will never join: skip what would wait for them
+        os._exit(2)
+
+
+def _report(error: BaseException) -> None:
+    """Tells torchrun, so that it can name the first rank that failed and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)

@@ -1,0 +1,115 @@
+"""Plans and tensors ahead of the training loop: a thread per rank, rank 0's asks the planner and tells the others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from heteromesh.comm.world import World
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Step
+from heteromesh.runtime.batch import PassInput, Reader
+from heteromesh.runtime.sampler import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A batch and how it will be trained."""
+
+    batch: Batch
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A planned step with this rank's tensors."""
+
+    batch: Batch
+    step: Step
+    inputs: dict[int, PassInput]
+    valid_tokens: int
+    """Of the whole step."""
+    planned_at: float
+    """time.perf_counter() when the plan was here."""
+    ready_at: float
+
+
+class PlanFeed:
+    """Prepares steps first..last (excluded). `propose(index)` is called on rank 0 only, in the thread."""
+
+    def __init__(
+        self, world: World, reader: Reader, propose: Callable[[int], Planned], first: int, last: int, ahead: int
+    ) -> None:
+        self._world, self._reader, self._propose = world, reader, propose
+        self._range = range(first, last)
+        self._queue: queue.Queue[Prepared | BaseException | None] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heteromesh-plans", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[Prepared, float, float]:
+        """The next step, and the seconds waited for its plan and for its data."""
+        start = time.perf_counter()
+        item = self._queue.get()
+        end = time.perf_counter()
+        if isinstance(item, BaseException):
+            raise item
+        assert item is not None, "asked for more steps than the feed has"
+        for name, category, until, since in (
+            ("wait for the plan", "plan", item.planned_at, start),
+            ("wait for data", "data", item.ready_at, max(start, item.planned_at)),
+        ):
+            if until > since:
+                ago = int((end - since) * 1e9)
+                self._world.recorder.add(name, category, time.time_ns() - ago, int((until - since) * 1e9))  # type: ignore[arg-type]
+        plan_wait = max(0.0, min(item.planned_at, end) - start)
+        return item, plan_wait, max(0.0, end - start - plan_wait)
+
+    def close(self) -> None:
+        """Ends the thread. Every rank must call it after the same step."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for index in self._range:
+                planned = self._world.broadcast(self._decide(index) if self._world.rank == 0 else None)
+                if isinstance(planned, BaseException):
+                    self._queue.put(planned)
+                    return
+                if planned is None:
+                    return
+                self._queue.put(self._prepare(planned))
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _decide(self, index: int) -> Planned | UserError | None:
+        if self._stop.is_set():
+            return None
+        try:
+            return self._propose(index)
+        except UserError as error:
+            return error
+
+    def _prepare(self, planned: Planned) -> Prepared:
+        at = time.perf_counter()
+        inputs = self._reader.step_inputs(planned.step, planned.batch.sequences, self._world.rank)
+        valid = torch.tensor([sum(p.valid for p in inputs.values())])
+        return Prepared(
+            batch=planned.batch,
+            step=planned.step,
+            inputs=inputs,
+            valid_tokens=int(self._world.sum_ahead(valid)),
+            planned_at=at,
+            ready_at=time.perf_counter(),
+        )

@@ -1,0 +1,291 @@
+"""The training loop behind `Trainer.fit`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from heteromesh.comm.world import World
+from heteromesh.planner.cost_json import costs_to_json
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Step
+from heteromesh.planner.show import first_passes
+from heteromesh.runtime.checkpoint import Checkpoints
+from heteromesh.runtime.even_split import EvenSplit, compare
+from heteromesh.runtime.executor import StepExecutor, StepResult
+from heteromesh.runtime.feed import PlanFeed, Planned, Prepared
+from heteromesh.runtime.interrupt import Interrupt
+from heteromesh.runtime.metrics import HEADER, ProgressBar, StepMetrics
+from heteromesh.runtime.plan_service import PlanService
+from heteromesh.runtime.rundir import CHECKPOINTS, RunDirectory
+from heteromesh.runtime.sampler import Batch
+from heteromesh.runtime.setup import find_cluster, find_costs, find_plan
+
+if TYPE_CHECKING:
+    from heteromesh.runtime.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport:
+    """How a run went."""
+
+    first_step: int
+    """The first step of this run, from 1; more than 1 after a resume."""
+    last_step: int
+    losses: tuple[float, ...]
+    """One a step."""
+    plan_wait_share: float
+    """Of the steps' time, waited for plans that were late."""
+    comparisons: tuple[EvenSplit, ...]
+    signal: int | None
+    """The signal that ended the run early."""
+
+
+class TrainingLoop:
+    """One call of `Trainer.fit` in a world. Everything it opens is closed by `stack`."""
+
+    def __init__(self, trainer: Trainer, world: World, stack: ExitStack) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, world
+        self.interrupt = stack.enter_context(Interrupt())
+        self.path = Path(self.config.run_dir)
+        self.directory: RunDirectory | None = None
+        world.once(self._open_directory)
+        if self.directory:
+            stack.callback(self.directory.close)
+        trainer.model.to(world.device)
+        world.broadcast_tensors((*trainer.model.parameters(), *trainer.model.buffers()))
+        autocast = torch.bfloat16 if self.config.precision == "bf16" else None
+        self.executor = StepExecutor(
+            trainer.model, world, autocast=autocast, checkpoint_activations=self.config.checkpoint_activations
+        )
+        stack.callback(self.executor.close)
+        self.checkpoints = Checkpoints(self.path / CHECKPOINTS, world, self.config.keep_checkpoints)
+        stack.callback(self.checkpoints.close)
+        self.done = self._resume() if self.config.resume else 0
+        self._plan(stack)
+        self.losses: list[float] = []
+        self.recent: deque[tuple[Batch, Step]] = deque(maxlen=max(1, self.config.compare_batches))
+        self._progress = ProgressBar(self.config.max_steps)
+
+    def run(self) -> TrainingReport:
+        """Trains, saves, compares."""
+        first, waited = self.done + 1, 0.0
+        self._say(HEADER)
+        began = mark = time.perf_counter()
+        while self.done < self.config.max_steps and self.stopped is None:
+            prepared, plan_wait, data_wait = self.feed.next()
+            metrics, result = self._step(prepared, plan_wait, data_wait, mark)
+            mark = time.perf_counter()
+            waited += metrics.plan_wait_seconds
+            self._record(metrics, prepared, result, (mark - began) / (self.done - first + 1))
+        self.feed.close()
+        elapsed = time.perf_counter() - began
+        self._finish()
+        comparisons: tuple[EvenSplit, ...] = ()
+        if self.config.compare_batches and self.stopped is None:
+            comparisons = compare(self.executor, self.trainer.reader, tuple(self.recent), self.costs)
+        self._write_trace()
+        return TrainingReport(
+            first_step=first,
+            last_step=self.done,
+            losses=tuple(self.losses),
+            plan_wait_share=waited / elapsed if self.losses else 0.0,
+            comparisons=comparisons,
+            signal=self.stopped,
+        )
+
+    def _open_directory(self) -> None:
+        self.directory = RunDirectory(self.path, resume=self.config.resume)
+
+    def _resume(self) -> int:
+        path = self.world.once(self.checkpoints.latest)
+        if path is None:
+            raise UserError(f"run directory {self.path} has no whole checkpoint to resume: start anew in another one")
+        state = self.checkpoints.load(path, self.trainer.model, self.trainer.optimizer)
+        self.trainer.sampler.load_state_dict(state["sampler"])
+        if self.trainer.schedule is not None:
+            self.trainer.schedule.load_state_dict(state["schedule"])
+        self._say(f"resumed from {path} at step {state['step']}")
+        return int(state["step"])
+
+    def _plan(self, stack: ExitStack) -> None:
+        """Costs, planner and feed; config.json."""
+        cluster = find_cluster(self.config, self.world.size)
+        given = self.world.once(lambda: find_plan(self.config, cluster))
+        self.costs = find_costs(self.config, cluster, self.executor, self.trainer.reader)
+        self.executor.speeds = self.costs.speeds
+        self.world.recorder.spans.clear()
+        resolved = {
+            "trainer": asdict(self.config),
+            "ranks": self.world.size,
+            "cluster": {"name": cluster.name, "fingerprint": cluster.fingerprint},
+            "costs": costs_to_json(self.costs),
+        }
+        if self.directory:
+            self.directory.start(resolved, self.done)
+        self.stopped: int | None = None
+        self.service: PlanService | None = None
+        if self.world.rank == 0:
+            self.service = stack.enter_context(PlanService(self.costs, self.config.plan_seconds, given))
+        self.feed = PlanFeed(
+            self.world, self.trainer.reader, self._propose, self.done, self.config.max_steps, self.config.plan_ahead
+        )
+
+    def _propose(self, index: int) -> Planned:
+        """Rank 0, in the plan thread: the next batch and its plan."""
+        assert self.service
+        batch = self.trainer.sampler.next_batch()
+        return Planned(batch, self.service.plan(index, batch.lengths))
+
+    def _step(self, prepared: Prepared, plan_wait: float, data_wait: float, mark: float) -> tuple[StepMetrics, StepResult]:
+        """One update. `mark`: when the step before ended."""
+        world, step, number = self.world, prepared.step, self.done + 1
+        world.recorder.step = number
+        torch.manual_seed(hash((self.config.seed, number, world.rank)))
+        waits = [0.0] * (2 * world.size)
+        waits[2 * world.rank : 2 * world.rank + 2] = plan_wait, data_wait
+        stop = float(self.interrupt.signal or 0)
+        result = self.executor.run(step, prepared.inputs, valid_tokens=prepared.valid_tokens, votes=[stop, *waits])
+        if result.non_finite or not math.isfinite(result.loss):
+            raise UserError(self._blame(number, prepared, result))
+        with world.recorder.span("optimizer", "optimizer"):
+            norm, rate = self._update(number)
+        self.done = number
+        self.losses.append(result.loss)
+        if result.votes[0]:
+            # several ranks may have been asked: any of the signals will do, the same on every rank
+            self.stopped = int(max(world.gather(stop)))
+        seconds = time.perf_counter() - mark
+        tokens = sum(step.batch)
+        busy = result.busy_seconds
+        return (
+            StepMetrics(
+                step=number,
+                loss=result.loss,
+                grad_norm=norm,
+                learning_rate=rate,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                predicted_seconds=step.seconds,
+                measured_seconds=seconds,
+                gap=step.gap,
+                imbalance=max(busy) * len(busy) / max(1e-9, sum(busy)),
+                plan_wait_seconds=max(result.votes[1::2]),
+                data_wait_seconds=max(result.votes[2::2]),
+                solve_seconds=step.solve_seconds,
+                passes=len(step.passes),
+            ),
+            result,
+        )
+
+    def _update(self, number: int) -> tuple[float, float]:
+        """Clips and steps the optimizer; (gradient norm, learning rate)."""
+        optimizer = self.trainer.optimizer
+        parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient norm is {norm} at step {number} although the loss is finite: "
+                f"lower the learning rate or use fp32; {self._kept()}"
+            )
+        rate = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if self.trainer.schedule is not None:
+            self.trainer.schedule.step()
+        return norm, rate
+
+    def _record(self, metrics: StepMetrics, prepared: Prepared, result: StepResult, pace: float) -> None:
+        """Writes and prints the step; saves when a checkpoint is due. pace: seconds a step so far."""
+        step = prepared.step
+        self.state = self._trainer_state(prepared.batch)
+        if self.config.compare_batches:
+            self.recent.append((prepared.batch, step))
+        if self.service:
+            self._learn_overhead(metrics, result)
+        if self.directory:
+            self._progress.clear()
+            if metrics.step <= self.config.print_plans:
+                self._say(f"plan of step {metrics.step}:\n{first_passes(step, self.world.size)}")
+            eta = pace * (self.config.max_steps - self.done)
+            self._say(metrics.line(eta))
+            self._progress.show(self.done, eta)
+            self.directory.record(metrics, step, _measured(metrics, result))
+        if self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0:
+            self.checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, self.state)
+
+    def _learn_overhead(self, metrics: StepMetrics, result: StepResult) -> None:
+        """What a step takes beyond its passes: the exposed gradient sum, the optimizer, bookkeeping."""
+        assert self.service
+        spent = [0.0] * self.world.size
+        for (rank, _), seconds in result.pass_seconds.items():
+            spent[rank] += seconds
+        extra = max(0.0, metrics.measured_seconds - max(spent))
+        known = self.service.seconds_per_step
+        self.service.seconds_per_step = 0.7 * known + 0.3 * extra if known else extra
+
+    def _trainer_state(self, batch: Batch) -> dict[str, Any]:
+        schedule = self.trainer.schedule
+        return {
+            "step": self.done,
+            "sampler": self.trainer.sampler.state_after(batch),
+            "schedule": schedule.state_dict() if schedule is not None else None,
+        }
+
+    def _finish(self) -> None:
+        """The last checkpoint."""
+        self._progress.clear()
+        if self.losses and not (self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0):
+            self.checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, self.state)
+        self.checkpoints.wait()
+        if self.stopped is not None:
+            self._say(
+                f"stopped by signal {self.stopped} after step {self.done}; state saved in {self.path}, resume continues it"
+            )
+
+    def _write_trace(self) -> None:
+        spans = dict(enumerate(self.world.gather(self.world.recorder.spans)))
+        if self.directory:
+            self.directory.trace(spans)
+
+    def _blame(self, number: int, prepared: Prepared, result: StepResult) -> str:
+        where = "no single sequence stands out"
+        if result.non_finite:
+            worst = result.non_finite[0]
+            where = (
+                f"rank {worst.rank} had {worst.loss} on sequence {prepared.batch.sequences[worst.sequence]} of the data "
+                f"({prepared.step.batch[worst.sequence]} tokens)"
+            )
+        return (
+            f"the loss is {result.loss} at step {number}: {where}; look at that sequence, lower the learning rate or "
+            f"clip_norm, then resume; {self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        latest = self.checkpoints.latest()
+        return f"the last good checkpoint is {latest.name}" if latest else "no checkpoint had been written yet"
+
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+
+def _measured(metrics: StepMetrics, result: StepResult) -> dict[str, Any]:
+    return {
+        "seconds": metrics.measured_seconds,
+        "busy_seconds": list(result.busy_seconds),
+        "passes": [
+            {"position": position, "rank": rank, "seconds": seconds}
+            for (rank, position), seconds in result.pass_seconds.items()
+        ],
+        "plan_wait_seconds": metrics.plan_wait_seconds,
+    }

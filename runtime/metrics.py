@@ -1,0 +1,131 @@
+"""What a step did, as one aligned line for people and one JSON line for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HEADER = (
+    f"{'step':>6} {'loss':>8} {'grad norm':>9} {'tokens/s':>9} {'predicted':>9} {'measured':>9} "
+    f"{'gap':>6} {'imbalance':>9} {'wait':>7} {'ETA':>8}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Everything measured in a step; the keys of metrics.jsonl."""
+
+    step: int
+    loss: float
+    """Mean over the step's valid tokens, before the update."""
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    predicted_seconds: float
+    measured_seconds: float
+    gap: float
+    """Of the plan: predicted seconds / lower bound - 1."""
+    imbalance: float
+    """Busy seconds of the busiest rank / mean over the ranks."""
+    plan_wait_seconds: float
+    """Waited for a plan that was late, slowest rank."""
+    data_wait_seconds: float
+    solve_seconds: float
+    passes: int
+
+    def line(self, eta_seconds: float) -> str:
+        """Aligned under HEADER."""
+        return (
+            f"{self.step:>6} {self.loss:>8.4f} {self.grad_norm:>9.3f} {self.tokens_per_second:>9,.0f} "
+            f"{self.predicted_seconds:>8.3f}s {self.measured_seconds:>8.3f}s {self.gap:>6.1%} {self.imbalance:>9.3f} "
+            f"{(self.plan_wait_seconds + self.data_wait_seconds) * 1e3:>5.1f}ms {duration(eta_seconds):>8}"
+        )
+
+
+class Tensorboard:
+    """Writes the metrics for TensorBoard where that is installed, else nothing."""
+
+    def __init__(self, directory: Path) -> None:
+        self._writer: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory))
+
+    def write(self, metrics: StepMetrics) -> None:
+        """One scalar a key."""
+        if self._writer is None:
+            return
+        for name, value in asdict(metrics).items():
+            if name != "step":
+                self._writer.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        """Flushes."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class JsonLines:
+    """A file of one JSON object a line, each written whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps(value) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def truncate_lines(path: Path, steps: int) -> None:
+    """Drops lines of `steps` and later: the steps that a resumed run does again, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] < steps:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+class ProgressBar:
+    """A bar on standard error, on a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._on = sys.stderr.isatty()
+
+    def show(self, done: int, eta_seconds: float) -> None:
+        """Redraws the bar."""
+        if self._on:
+            filled = 30 * done // self._total
+            bar = "=" * filled + " " * (30 - filled)
+            sys.stderr.write(f"\r[{bar}] {done}/{self._total} {duration(eta_seconds)} left \x1b[K")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Takes the bar off the line."""
+        if self._on:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

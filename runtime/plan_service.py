@@ -1,0 +1,78 @@
+"""Where rank 0 gets its plans from: a process of its own, or a plan file for as long as that has steps."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+from heteromesh.planner.check import check_step
+from heteromesh.planner.cost import Costs
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.plan import Plan, Step
+from heteromesh.planner.worker import Request
+
+
+class PlanService:
+    """A planning process. Use as a context manager: leaving it ends the process."""
+
+    def __init__(self, costs: Costs, time_limit: float, given: Plan | None = None) -> None:
+        self._costs, self._limit, self._given = costs, time_limit, given
+        self.seconds_per_step = costs.seconds_per_step
+        """Fixed cost of a step; may be set to what is measured."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> PlanService:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "heteromesh.planner.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        self._send(self._costs)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        process, self._process = self._process, None
+        if process is None or process.stdin is None or process.stdout is None:
+            return
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def plan(self, index: int, lengths: Sequence[int]) -> Step:
+        """The plan of step `index` over sequences of these lengths; raises UserError where there can be none."""
+        if self._given is not None and index < len(self._given.steps):
+            return self._from_file(self._given.steps[index], index, lengths)
+        self._send(Request(tuple(lengths), self.seconds_per_step, self._limit))
+        assert self._process and self._process.stdout
+        try:
+            reply = pickle.load(self._process.stdout)
+        except EOFError:
+            raise RuntimeError(f"the planning process ended with code {self._process.wait()} at step {index}") from None
+        if isinstance(reply, UserError):
+            raise reply
+        assert isinstance(reply, Step)
+        return reply
+
+    def _from_file(self, step: Step, index: int, lengths: Sequence[int]) -> Step:
+        if step.batch != tuple(lengths):
+            raise UserError(
+                f"step {index} of the plan file is for {len(step.batch)} sequences of {sum(step.batch)} tokens, the data "
+                f"has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed, or use --plan auto"
+            )
+        check_step(step, self._costs)
+        return step
+
+    def _send(self, message: Costs | Request) -> None:
+        assert self._process and self._process.stdin
+        pickle.dump(message, self._process.stdin)
+        self._process.stdin.flush()
