@@ -24,14 +24,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
 import numpy as np
-
-
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.envelope import Floats, envelope
 from heteromesh.planner.solver import maximise_first
-
 
 BUCKETS = 10
 CLASSES = 6

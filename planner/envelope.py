@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 
 import numpy as np
-from numpy.typing import NDArray
-
 from heteromesh.planner.cost import Costs, RateByDegree
+from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 PAIRED_HOSTS = 64

@@ -1,57 +1,59 @@
-"""First version: longest first, each sequence where it ends earliest."""
+"""The joint greedy over pass lists: build for a target time, lower the target, try other choices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from itertools import product
 
-from heteromesh.planner.cost import LOCAL, Costs
-from heteromesh.planner.plan import Pass
-from heteromesh.planner.shards import make_pass
+from heteromesh.planner.draft import Draft, Task
+from heteromesh.planner.pack import pack_anyway, pack_phase
+from heteromesh.planner.split import Choice, split_phase
+
+RETRIES = 3
+"""Times that sequences which found no place are split instead."""
 
 
-def greedy(batch: Sequence[int], costs: Costs) -> list[Pass]:
-    """A feasible pass list, longest sequences first."""
-    free = [0.0] * costs.ranks
-    split: list[Pass] = []
-    bins: list[tuple[int, list[int]]] = []
-    last: dict[int, int] = {}
-    for k in sorted(range(len(batch)), key=lambda k: (-batch[k], k)):
-        best: tuple[float, int, Pass] | None = None
-        order = sorted(range(costs.ranks), key=lambda r: (free[r], r))
-        for degree in range(1, costs.ranks + 1):
-            team = order[:degree] if not last or degree == 1 else []
-            if degree == 1:
-                team = next(([r] for r in order if costs.capacity[r] >= batch[k]), [])
-            method = costs.method_for(sorted(team), batch[k]) if degree > 1 and team else None
-            if not team or sum(costs.capacity[r] for r in team) < batch[k] or (degree > 1 and method is None):
-                continue
-            p = make_pass(team, method.name if method else LOCAL, [k], batch, costs)
-            end = max(free[r] for r in team) + p.seconds
-            if best is None or (end, degree) < best[:2]:
-                best = (end, degree, p)
-        if best is None:
-            order = sorted(range(costs.ranks), key=lambda r: -costs.capacity[r])
-            degree = next(
-                d
-                for d in range(2, costs.ranks + 1)
-                if sum(costs.capacity[r] for r in order[:d]) >= batch[k] and costs.method_for(order[:d], batch[k])
-            )
-            method = costs.method_for(sorted(order[:degree]), batch[k])
-            assert method is not None
-            p = make_pass(order[:degree], method.name, [k], batch, costs)
-            best = (max(free[r] for r in p.ranks) + p.seconds, degree, p)
-        end, degree, p = best
-        if degree > 1:
-            split.append(p)
+def greedy(task: Task, bound: float, deadline: float, goal: float = 1.002) -> Draft:
+    """The best draft found by `deadline` (time.perf_counter); stops within `goal` of the bound on passes' seconds."""
+    first = Choice()
+    low, best = bound, build(task, bound * 1.02, first)
+    target = bound * 1.02
+    while best.seconds > target * (1 + 1e-9) and target < best.seconds:
+        low, target = target, min(target * 1.06, best.seconds)
+        best = min(best, build(task, target, first), key=lambda d: d.seconds)
+    for _ in range(3):
+        if time.perf_counter() > deadline:
+            return best
+        target = (low + best.seconds) / 2
+        draft = build(task, target, first)
+        if draft.seconds < best.seconds:
+            best = draft
         else:
-            rank = p.ranks[0]
-            at = last.get(rank)
-            if at is not None and sum(batch[i] for i in bins[at][1]) + batch[k] <= costs.capacity[rank]:
-                bins[at][1].append(k)
-                end = free[rank] + p.seconds - costs.seconds_per_pass
-            else:
-                last[rank] = len(bins)
-                bins.append((rank, [k]))
-        for r in p.ranks:
-            free[r] = end
-    return split + [make_pass([r], LOCAL, ks, batch, costs) for r, ks in bins]
+            low = target
+    for choice, cut in _variants():
+        if best.seconds <= bound * goal or time.perf_counter() > deadline:
+            break
+        draft = build(task, best.seconds * (1 - cut), choice)
+        if draft.seconds < best.seconds:
+            best = draft
+    return best
+
+
+def build(task: Task, target: float, choice: Choice) -> Draft:
+    """A complete draft that aims at `target` seconds; what finds no place by then ends later."""
+    forced: frozenset[int] = frozenset()
+    for _ in range(RETRIES):
+        draft, rest = split_phase(task, target, choice, forced)
+        missing = pack_phase(task, draft, rest, target)
+        if not missing or draft.seconds > target * (1 + 1e-9) or task.costs.ranks == 1:
+            break
+        forced |= set(missing)
+    pack_anyway(task, draft, missing)
+    return draft
+
+
+def _variants() -> list[tuple[Choice, float]]:
+    return [
+        (Choice(degrees=degrees, price=price, late=late), cut)
+        for cut, degrees, price, late in product((0.002, 0.006), (10, 4), (1.0, 0.7, 1.4), (False, True))
+    ]

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def _quantiles(path: Path, seed: int) -> Callable[[], Iterator[int]]:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
     points = list(zip(table.percentile, table.length, strict=False))
-    rising = all(p < q and m <= n for (p, m), (q, n) in zip(points, points[1:], strict=False))
+    rising = all(p < q and m <= n for (p, m), (q, n) in pairwise(points))
     if len(table.percentile) != len(table.length) or len(points) < 2 or not rising or points[-1][0] > 100:
         raise UserError(
             f"{where}: percentile and length must be equally long lists, two points or more, "

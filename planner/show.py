@@ -139,7 +139,8 @@ def _header(problem: Problem, lengths: str) -> str:
     return "\n".join(
         (
             f"Cluster  {cluster.name}: {hosts}, {cluster.ranks} ranks ({kinds}), fingerprint {cluster.fingerprint}",
-            f"Model    {model.name}: {model.parameters() / 1e9:.3g} B parameters, {model.layers} layers x {model.hidden}",
+            f"Model    {model.name}: {model.parameters() / 1e9:.3g} B parameters, "
+            f"{model.layers} layers of width {model.hidden}",
             f"Costs    {problem.source}: {low if low == high else f'{low} to {high}'} tokens fit a device; "
             f"ways to split: {methods}",
             f"Lengths  {lengths}",

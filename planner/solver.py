@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import highspy
 import numpy as np
-
 from heteromesh.planner.envelope import Floats
 
 

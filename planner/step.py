@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from heteromesh.planner.batch import checked
 from heteromesh.planner.bound import bound_seconds
 from heteromesh.planner.cost import Costs
+from heteromesh.planner.draft import Task
 from heteromesh.planner.greedy import greedy
 from heteromesh.planner.plan import Step
 from heteromesh.planner.timeline import in_order, step_seconds
@@ -19,9 +20,10 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     """A step over sequences of these lengths (tokens) that is short under `costs`."""
     began = time.perf_counter()
     batch = checked(lengths, costs)
-    passes = in_order(greedy(batch, costs), costs.ranks)
-    bound, seconds = 0.0, step_seconds(passes, costs)
-    bound = bound_seconds(batch, costs, seconds)
+    bound = bound_seconds(batch, costs)
+    draft = greedy(Task(batch, costs), bound - costs.seconds_per_step, began + 0.6 * time_limit)
+    passes = in_order(draft.passes(Task(batch, costs)), costs.ranks)
+    seconds = step_seconds(passes, costs)
     return Step(
         passes=passes,
         seconds=seconds,

@@ -55,6 +55,7 @@ class StepReason:
     idle: float
     """Waiting for the other ranks of its passes to be free."""
     step_fixed: float
+    """The gradient sum's exposed part and the optimizer."""
     passes: tuple[PassReason, ...]
 
 
@@ -72,7 +73,7 @@ def explain_step(step: Step, costs: Costs) -> StepReason:
         exchange=sum(p.exchange for p in own),
         fixed=sum(p.fixed for p in own),
         idle=max(0.0, ends[critical] - sum(p.seconds for p in own)),
-        step_fixed=costs.seconds_per_step,
+        step_fixed=step.seconds - ends[critical],
         passes=passes,
     )
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heteromesh.planner import tomlfile
+from heteromesh.planner.cost import Costs
+from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step, step_from_json
 from heteromesh.planner.show import busy_seconds, shape, table
+from heteromesh.planner.why import explain_step
 
 SLOW = 1.1
 """A rank this many times slower than the median rank, both against their predictions, is named."""
@@ -30,6 +34,14 @@ class MeasuredStep:
     passes: tuple[tuple[int, int, float], ...]
     """(position in the step, rank, seconds)."""
     plan_wait_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The measured steps of a run, oldest first, and the costs that they were planned with."""
+
+    steps: tuple[MeasuredStep, ...]
+    costs: Costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +80,24 @@ class DegreeComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the predicted seconds consist of, summed over the steps' critical ranks."""
+
+    compute: float
+    exchange: float
+    fixed: float
+    idle: float
+    step_fixed: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A whole run."""
 
     steps: tuple[StepComparison, ...]
     ranks: tuple[RankComparison, ...]
     degrees: tuple[DegreeComparison, ...]
+    parts: Parts
     predicted: float
     measured: float
     median_error: float
@@ -83,32 +107,37 @@ class Comparison:
     """Of the measured seconds."""
 
 
-def read_run(directory: Path) -> list[MeasuredStep]:
-    """The measured steps of a run directory, oldest first; the last line may be cut short by a kill.
+def read_run(directory: Path) -> Run:
+    """The record of a run directory; the last line of plan.jsonl may be cut short by a kill.
 
-    Raises UserError where there is no plan.jsonl, no measured step in it, or a line that is not one.
+    Raises UserError where plan.jsonl or config.json is missing or damaged, or no step was measured.
     """
     path = directory / "plan.jsonl"
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no plan.jsonl: give the run_dir of a run with at least one step") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): check its permissions") from None
+    lines = tomlfile.read_text(path, "plan record").splitlines()
     steps: dict[int, MeasuredStep] = {}
     for number, line in enumerate(lines, start=1):
+        where = f"plan record {path} line {number}"
         try:
             data = json.loads(line)
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is not JSON: remove that line") from None
-        if data.get("measured") is not None:
+            raise UserError(f"{where} is not JSON: remove that line") from None
+        if not isinstance(data, dict) or data.get("measured") is not None:
             # A resumed run does some steps again: the later one stands.
-            steps[data["step"]] = _measured_step(data, f"{path} line {number}")
+            measured = _measured_step(data, where)
+            steps[measured.step] = measured
     if not steps:
-        raise UserError(f"{path} has no measured step yet: wait until the run has finished its first step")
-    return [steps[index] for index in sorted(steps)]
+        raise UserError(f"plan record {path} has no measured step yet: wait until the run has finished its first one")
+    return Run(steps=tuple(steps[index] for index in sorted(steps)), costs=_costs(directory / "config.json"))
+
+
+def _costs(path: Path) -> Costs:
+    try:
+        config = json.loads(tomlfile.read_text(path, "run configuration"))
+        return costs_from_json(config["costs"], f"run configuration {path}: costs")
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"run configuration {path} has no cost model: give the run_dir of a run") from None
 
 
 def _measured_step(data: Mapping[str, Any], where: str) -> MeasuredStep:
@@ -128,8 +157,9 @@ def _measured_step(data: Mapping[str, Any], where: str) -> MeasuredStep:
         raise UserError(f"{where} is not a measured step ({error!r}): it was written by another version") from None
 
 
-def compare_run(steps: Sequence[MeasuredStep]) -> Comparison:
+def compare_run(run: Run) -> Comparison:
     """Predicted beside measured, by step, rank and degree."""
+    steps = run.steps
     compared = tuple(
         StepComparison(
             step=s.step,
@@ -147,11 +177,23 @@ def compare_run(steps: Sequence[MeasuredStep]) -> Comparison:
         steps=compared,
         ranks=_ranks(steps),
         degrees=_degrees(steps),
+        parts=_parts(run),
         predicted=sum(c.predicted for c in compared),
         measured=measured,
         median_error=statistics.median(errors),
         p90_error=errors[-(-9 * len(errors) // 10) - 1],
         plan_wait_share=sum(c.plan_wait_seconds for c in compared) / measured,
+    )
+
+
+def _parts(run: Run) -> Parts:
+    reasons = [explain_step(s.plan, run.costs) for s in run.steps]
+    return Parts(
+        compute=sum(r.compute for r in reasons),
+        exchange=sum(r.exchange for r in reasons),
+        fixed=sum(r.fixed for r in reasons),
+        idle=sum(r.idle for r in reasons),
+        step_fixed=sum(r.step_fixed for r in reasons),
     )
 
 
@@ -211,12 +253,15 @@ def comparison_text(run: Comparison) -> str:
     degrees = [
         (str(d.degree), str(d.passes), f"{d.predicted:.4g}", f"{d.measured:.4g}", f"{d.ratio:.3f}") for d in run.degrees
     ]
+    p = run.parts
     slow = [str(r.rank) for r in run.ranks if r.slow]
     return "\n\n".join(
         (
             title + "\n" + table(heads, rows),
             table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
             table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
+            f"Predicted {run.predicted:.4g} s of the critical ranks = compute {p.compute:.4g} + "
+            f"exchange {p.exchange:.4g} + fixed {p.fixed:.4g} + idle {p.idle:.4g} + end of step {p.step_fixed:.4g}",
             f"Total: predicted {run.predicted:.4g} s, measured {run.measured:.4g} s "
             f"({run.predicted / run.measured - 1:+.1%}); absolute error of a step: median {run.median_error:.1%}, "
             f"p90 {run.p90_error:.1%}; waited for plans {run.plan_wait_share:.2%}; "

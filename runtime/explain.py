@@ -49,7 +49,9 @@ def explain_plan(plan: Plan, where: str) -> list[StepReason]:
         raise UserError(f"plan {where} carries no cost model (layout.costs): make it again with `heteromesh plan`")
     costs = costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
     if costs.ranks != plan.cluster.ranks:
-        raise UserError(f"plan {where} is for {plan.cluster.ranks} ranks but its cost model has {costs.ranks}: remake it")
+        raise UserError(
+            f"plan {where} is for {plan.cluster.ranks} ranks but its cost model has {costs.ranks}: remake it"
+        )
     return [explain_step(step, costs) for step in plan.steps]
 
 

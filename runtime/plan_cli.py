@@ -67,7 +67,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"sequences of a step's batch (default {DEFAULT_SEQUENCES})",
     )
     add("--steps", type=positive_int, default=1, metavar="K", help="steps to plan (default 1)")
-    add("--cost", type=Path, metavar="F", help="measured cost constants, TOML; overrides the cluster's and the analytic")
+    add(
+        "--cost", type=Path, metavar="F", help="measured cost constants, TOML; overrides the cluster's and the analytic"
+    )
     add("--fix", action="append", default=[], metavar="NAME=VALUE", help=_FIX_HELP)
     add("--seed", type=_seed, default=0, metavar="N", help="for sampled lengths (default 0)")
     add("--time-limit", type=_seconds, default=0.2, metavar="S", help="seconds to solve a step (default 0.2)")

@@ -1,0 +1,89 @@
+"""A step while it is being planned: sequences by descending length, passes that are not yet exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from heteromesh.planner.cost import LOCAL, Costs
+from heteromesh.planner.envelope import Envelope, envelope
+from heteromesh.planner.fleet import Fleet, Team
+from heteromesh.planner.plan import Pass
+from heteromesh.planner.shards import make_pass
+
+
+class Task:
+    """A batch to plan. Sequences are named by their place in descending order of length ("places")."""
+
+    def __init__(self, batch: Sequence[int], costs: Costs) -> None:
+        self.batch = tuple(batch)
+        self.costs = costs
+        self.fleet = Fleet(costs)
+        self.order = sorted(range(len(batch)), key=lambda k: (-batch[k], k))
+        """Place to index in the batch."""
+        self.lengths = [batch[k] for k in self.order]
+        self.negative = [-n for n in self.lengths]
+        """Ascending, for bisection."""
+        a, b = costs.seconds_per_token2, costs.seconds_per_token
+        self.work = [a * n * n + b * n for n in self.lengths]
+        """Seconds on one rank of speed 1."""
+        self.best: Envelope = envelope(costs)
+        self.token_price = costs.seconds_per_pass * sum(costs.speeds) / sum(costs.capacity)
+        """What a token's share of a pass's fixed cost is worth, in seconds of a rank of speed 1, in full passes."""
+        self.least = self._least()
+        """Seconds at speed 1 that a sequence takes at its cheapest degree, fixed cost left out."""
+        self.power = sum(costs.speeds)
+
+    def _least(self) -> list[float]:
+        lengths = np.array(self.lengths, float)
+        own = self.best.own_seconds(self.costs, lengths) - self.best.fixed
+        least: list[float] = (own * self.best.power).min(axis=1).tolist()
+        return least
+
+    def value(self, place: int, price: float) -> float:
+        """What it is worth to have a sequence done: its cheapest seconds and its tokens' price."""
+        return self.least[place] + price * self.token_price * self.lengths[place]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPass:
+    """A pass of several ranks."""
+
+    ranks: tuple[int, ...]
+    team: Team
+    places: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class LocalPass:
+    """A pass of one rank; sequences are added as long as they fit."""
+
+    rank: int
+    left: int
+    """Tokens that still fit."""
+    places: list[int]
+
+
+@dataclass(slots=True)
+class Draft:
+    """A step: every rank runs its split passes in list order, then its local ones."""
+
+    split: list[SplitPass] = field(default_factory=list)
+    local: list[LocalPass] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
+    """Per rank: when it is done."""
+
+    @property
+    def seconds(self) -> float:
+        return max(self.load)
+
+    def passes(self, task: Task) -> list[Pass]:
+        """The exact passes."""
+        made = [_exact(p.ranks, p.team.method_name, p.places, task) for p in self.split]
+        return made + [_exact((p.rank,), LOCAL, p.places, task) for p in self.local]
+
+
+def _exact(ranks: Sequence[int], method: str, places: Sequence[int], task: Task) -> Pass:
+    return make_pass(ranks, method, [task.order[i] for i in places], task.batch, task.costs)
