@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
 from heteromesh.comm.records import Recorder
 from heteromesh.planner.errors import UserError
 

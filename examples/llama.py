@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import heteromesh as hm
 import torch
 import torch.nn.functional as functional
 from torch import nn
+
+import heteromesh as hm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Trains a small Llama-style model on real text, each step under a plan of its own.
 
-    heteromesh run --nproc-per-node 2 examples/train.py --run-dir runs/first
-    heteromesh run --nproc-per-node 2 examples/train.py --data notes/ --max-length 16384 --run-dir runs/notes
+heteromesh run --nproc-per-node 2 examples/train.py --run-dir runs/first
+heteromesh run --nproc-per-node 2 examples/train.py --data notes/ --max-length 16384 --run-dir runs/notes
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import os
 from pathlib import Path
 
 import torch
-from llama import Llama, LlamaConfig
 
 import heteromesh as hm
 from heteromesh.runtime.documents import open_corpus
 from heteromesh.runtime.tokenizer import load_tokenizer
 from heteromesh.runtime.tokens import Progress, open_tokens
+from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "heteromesh"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="python-stdlib", help="folder, .txt, .jsonl or .parquet (default: Python's own)")
+    parser.add_argument(
+        "--data", default="python-stdlib", help="folder, .txt, .jsonl or .parquet (default: Python's own)"
+    )
     parser.add_argument("--field", default="text", help="of a JSON line or Parquet row")
     parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a Hugging Face tokenizer.json")
     parser.add_argument("--max-length", type=int, default=8192, help="longest sequence, in tokens")
@@ -84,11 +86,15 @@ def main() -> None:
     )
     report = trainer.fit()
     if os.environ.get("RANK", "0") == "0" and report.losses:
-        print(f"loss {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in steps {report.first_step} to {report.last_step}")
+        print(
+            f"loss {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in steps {report.first_step} to {report.last_step}"
+        )
         print(f"waited for late plans: {report.plan_wait_share:.3%} of the time")
         for comparison in report.comparisons:
             print(comparison.line())
-        print(f"wrote {options.run_dir}: config.json, plan.jsonl, metrics.jsonl, trace.json (ui.perfetto.dev), checkpoints/")
+        print(
+            f"wrote {options.run_dir}: config.json, plan.jsonl, metrics.jsonl, trace.json (ui.perfetto.dev), checkpoints/"
+        )
 
 
 if __name__ == "__main__":

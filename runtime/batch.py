@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
 from heteromesh.parallel.layout import Layout, layout_of
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step

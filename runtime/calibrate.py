@@ -18,36 +18,55 @@ import torch
 
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import PassContext, prepare_pass
-from heteromesh.planner.cost import Costs, Method, RateByDegree, Scaling
+from heteromesh.planner.cost import Costs, Method, RateByDegree
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.batch import PassInput
 from heteromesh.runtime.executor import StepExecutor
 
-REPEATS = 3
-SCALINGS: dict[str, Scaling] = {"ulysses": "fraction", "gather": "peers"}
+REPEATS = 2
+LONGEST = 4096
+"""Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the model asks of attention."""
+class AttentionShape:
+    """What the model asks of attention in one pass, and what autograd keeps of it."""
 
+    calls: int
     heads: int
-    saved_bytes: int
-    """Kept for the backward by a pass of `tokens`."""
-    tokens: int
+    kv_heads: int
+    dim: int
+    itemsize: int
+    saved_bytes_per_token: float
+
+    def methods(self, forwards: int) -> tuple[Method, ...]:
+        """The ways to split this model's sequences. forwards: 2 where layers are recomputed in the backward, else 1.
+
+        Ulysses moves q, k, v and out, gather k and v, once a forward and once in the backward.
+        """
+        unit = self.calls * self.dim * self.itemsize * (forwards + 1)
+        return (
+            Method(
+                name="ulysses",
+                bytes_per_token=2.0 * (self.heads + self.kv_heads) * unit,
+                scaling="fraction",
+                heads=self.heads,
+            ),
+            Method(name="gather", bytes_per_token=2.0 * self.kv_heads * unit, scaling="peers"),
+        )
 
 
 class Calibration:
     """Runs measuring passes of a model. Every rank of the world must make the same calls."""
 
     def __init__(self, executor: StepExecutor, tokens: torch.Tensor, max_length: int) -> None:
-        """tokens: any of the data's, 1-D; repeated as often as needed."""
+        """tokens: any of the data's, 1-D; repeated as often as needed. max_length: of the data's sequences."""
         self._executor, self._world, self._tokens = executor, executor.world, tokens
-        self._longest = max(2, max_length)
+        self._longest = max(2, min(LONGEST, max_length))
 
     def measure(self, tokens_per_device: int | None = None) -> Costs:
         """The fitted costs, equal on every rank."""
-        shape = self._shape()
+        shape = self.attention_shape()
         short = min(64, self._longest)
         packs = [(self._longest,), (-(-self._longest // 2),), (short,) * max(1, self._longest // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
@@ -60,54 +79,55 @@ class Calibration:
             seconds_per_pass=c,
             speeds=tuple(_relative(fastest, seconds) for seconds in times),
             capacity=self._capacity(shape, tokens_per_device),
-            methods=(),
+            methods=shape.methods(self._executor.forwards) if shape else (),
             rate=RateByDegree({}),
             hosts=_hosts(self._world),
         )
-        return self._with_exchanges(costs, shape) if self._world.size > 1 else costs
+        return self._with_exchanges(costs) if self._world.size > 1 else costs
 
-    def _with_exchanges(self, costs: Costs, shape: _Shape) -> Costs:
-        """Adds methods, rate and latency from passes of two lengths split over all ranks."""
+    def _with_exchanges(self, costs: Costs) -> Costs:
+        """Adds rate and latency from passes of two lengths that are split over all ranks."""
         size = self._world.size
-        methods, rows, extra = [], [], []
-        for name, scaling in SCALINGS.items():
-            heads = shape.heads if name == "ulysses" else 0
-            unit = Method(name=name, bytes_per_token=1.0, scaling=scaling, heads=heads)
-            if not unit.fits(size):
-                continue
+        rows, extra = [], []
+        for method in (m for m in costs.methods if m.fits(size)):
             for length in (max(size, self._longest // 4), max(size, self._longest)):
-                plan = even_pass(name, length, size)
-                seconds, sent = self._split_seconds(plan, length)
-                rows.append([sent, 1.0])
-                extra.append(max(0.0, seconds - costs.pass_seconds(plan.ranks, name, [length], plan.shards)))
-            held = max(plan.tokens(i) for i in range(size))
-            methods.append(replace(unit, bytes_per_token=sent / held / unit.bytes_at(size)))
+                plan = even_pass(method.name, length, size)
+                seconds = max(self._world.gather(self._seconds(plan, [length])))
+                rows.append([method.bytes_at(size) * plan.tokens(size - 1), 1.0])
+                extra.append(max(0.0, seconds - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)))
+        if not rows:
+            return costs
         per_byte, latency = fit_nonnegative(np.array(rows), np.array(extra)).tolist()
         rate = RateByDegree({size: 1.0 / max(per_byte, 1e-12)})
-        return replace(costs, methods=tuple(methods), rate=rate, seconds_per_split_pass=latency)
+        return replace(costs, rate=rate, seconds_per_split_pass=latency)
 
-    def _shape(self) -> _Shape:
-        """One small pass with a look at attention's heads and at what autograd keeps."""
+    def attention_shape(self) -> AttentionShape | None:
+        """One small pass with a look at attention; None when the model never calls it."""
         tokens = min(self._longest, 512)
-        seen: list[int] = []
         plain = prepare_pass(even_pass("local", tokens, 1), [tokens], self._world, (1.0,))
+        seen: list[tuple[torch.Size, torch.Size, int]] = []
 
         def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-            seen.append(q.shape[1])
+            if torch.is_grad_enabled() or not seen:
+                seen.append((q.shape, k.shape, q.element_size()))
             return plain.attend(q, k, v, scale)
 
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             self._executor.forward_backward(PassContext(plain.layout, 0, spy), self._input(plain), 1)
+        if not seen:
+            return None
+        parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
         saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
-        return _Shape(seen[0] if seen else 1, saved, tokens)
+        q, k, itemsize = seen[0]
+        calls = len(seen) // self._executor.forwards
+        return AttentionShape(calls, q[1], k[1], q[3], itemsize, saved / tokens)
 
     def _local_seconds(self, lengths: Sequence[int]) -> float:
         plan = Pass(
@@ -118,14 +138,6 @@ class Calibration:
             seconds=0.0,
         )
         return self._seconds(plan, lengths)
-
-    def _split_seconds(self, plan: Pass, length: int) -> tuple[float, float]:
-        """(seconds of the slowest rank, bytes that the busiest rank sends)."""
-        before = self._world.recorder.sent_bytes
-        seconds = self._seconds(plan, [length])
-        sent = (self._world.recorder.sent_bytes - before) / (REPEATS + 1)
-        everyone = self._world.gather((seconds, sent))
-        return max(s for s, _ in everyone), max(b for _, b in everyone)
 
     def _seconds(self, plan: Pass, lengths: Sequence[int]) -> float:
         """Median over repeats, after one run to warm up, of a pass that starts on every rank at once."""
@@ -147,12 +159,12 @@ class Calibration:
         tokens = self._tokens[torch.arange(positions.shape[1]) % len(self._tokens)].unsqueeze(0)
         return PassInput(tokens, positions, tokens)
 
-    def _capacity(self, shape: _Shape, given: int | None) -> tuple[int, ...]:
+    def _capacity(self, shape: AttentionShape | None, given: int | None) -> tuple[int, ...]:
         if given is not None:
             return (given,) * self._world.size
+        per_token = max(1.0, shape.saved_bytes_per_token if shape else 1.0)
         # half of what is free: the other half is for gradients, optimizer state and what fragments
-        mine = max(1, int(0.5 * free_bytes(self._world) / max(1.0, shape.saved_bytes / shape.tokens)))
-        return tuple(self._world.gather(mine))
+        return tuple(self._world.gather(max(1, int(0.5 * free_bytes(self._world) / per_token))))
 
 
 def even_pass(method: str, length: int, degree: int) -> Pass:

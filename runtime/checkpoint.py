@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from heteromesh.comm.world import World
 from heteromesh.planner.errors import UserError
@@ -73,10 +74,9 @@ class Checkpoints:
         """
         meta = _read_meta(path)
         _compare(meta["parameters"], _shapes(model), path)
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+        state = _state(model, optimizer)
         try:
-            dcp.load(state, checkpoint_id=path, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
+            load(state, checkpoint_id=path, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
         except Exception as error:
             raise UserError(
                 f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
@@ -94,7 +94,7 @@ class Checkpoints:
         part = final.with_name(final.name + ".part")
         try:
             with self._world.recorder.span("checkpoint write", "checkpoint"):
-                dcp.save(state, checkpoint_id=part, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
+                save(state, checkpoint_id=part, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
                 if self._world.rank == 0:
                     (part / META).write_text(json.dumps(meta))
                     shutil.rmtree(final, ignore_errors=True)

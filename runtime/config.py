@@ -57,9 +57,13 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "max_steps", "keep_checkpoints", "plan_ahead"):
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1")
+            self._require(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a whole number >= 1"
+            )
         for name in ("checkpoint_every", "compare_batches", "print_plans", "seed"):
-            self._require(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number >= 0")
+            self._require(
+                name, isinstance(getattr(self, name), int) and getattr(self, name) >= 0, "a whole number >= 0"
+            )
         for name in ("learning_rate", "plan_seconds", "timeout_seconds"):
             value = getattr(self, name)
             self._require(name, math.isfinite(value) and value > 0, "a finite number > 0")

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import PassContext, active_pass, prepare_pass
@@ -20,8 +23,6 @@ from heteromesh.parallel.layout import layout_of
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.batch import IGNORED, PassInput
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class StepExecutor:
         self._losses = _loss_function(model)
         self._gradients = GradientSum(world)
         self._gradients.attach(model.parameters())
+        self.forwards = 2 if checkpoint_activations else 1
+        """How often a layer's forward runs in a pass."""
         if checkpoint_activations:
             _checkpoint_layers(model)
 

@@ -15,7 +15,7 @@ UNDER_HETEROMESH_RUN = "HETEROMESH_RUN"
 def install_excepthook() -> None:
     """Makes an uncaught UserError print its sentence and end the process with code 2; others as before."""
     if not getattr(sys.excepthook, "heteromesh", False):
-        sys.excepthook = _Hook(sys.excepthook)  # type: ignore[assignment]
+        sys.excepthook = _Hook(sys.excepthook)
 
 
 class _Hook:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
+AGAIN_SECONDS = 2.0
+
 
 class Interrupt:
-    """While entered, remembers the signal instead of dying of it; a second Ctrl-C dies at once.
+    """While entered, remembers the signal instead of dying of it; a second Ctrl-C, seconds later, ends at once.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
@@ -18,6 +21,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -26,11 +30,16 @@ class Interrupt:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is not None:
+        now = time.monotonic()
+        # a terminal's Ctrl-C arrives twice under torchrun, which passes it on: only a later one is a second one
+        if number == signal.SIGINT and self.signal is not None and now - self._asked > AGAIN_SECONDS:
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal is None:
+            self.signal, self._asked = number, now

@@ -145,7 +145,9 @@ class TrainingLoop:
         batch = self.trainer.sampler.next_batch()
         return Planned(batch, self.service.plan(index, batch.lengths))
 
-    def _step(self, prepared: Prepared, plan_wait: float, data_wait: float, mark: float) -> tuple[StepMetrics, StepResult]:
+    def _step(
+        self, prepared: Prepared, plan_wait: float, data_wait: float, mark: float
+    ) -> tuple[StepMetrics, StepResult]:
         """One update. `mark`: when the step before ended."""
         world, step, number = self.world, prepared.step, self.done + 1
         world.recorder.step = number

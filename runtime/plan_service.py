@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -36,24 +37,25 @@ class PlanService:
         self._send(self._costs)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         process, self._process = self._process, None
         if process is None or process.stdin is None or process.stdout is None:
             return
         process.kill()
         process.wait()
         process.stdout.close()
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def plan(self, index: int, lengths: Sequence[int]) -> Step:
         """The plan of step `index` over sequences of these lengths; raises UserError where there can be none."""
         if self._given is not None and index < len(self._given.steps):
             return self._from_file(self._given.steps[index], index, lengths)
         self._send(Request(tuple(lengths), self.seconds_per_step, self._limit))
-        assert self._process and self._process.stdout
+        assert self._process
+        assert self._process.stdout
         try:
             reply = pickle.load(self._process.stdout)
         except EOFError:
@@ -73,6 +75,7 @@ class PlanService:
         return step
 
     def _send(self, message: Costs | Request) -> None:
-        assert self._process and self._process.stdin
+        assert self._process
+        assert self._process.stdin
         pickle.dump(message, self._process.stdin)
         self._process.stdin.flush()

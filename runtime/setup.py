@@ -19,6 +19,8 @@ from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.executor import StepExecutor
 
 CLUSTER_VARIABLE, PLAN_VARIABLE = "HETEROMESH_CLUSTER", "HETEROMESH_PLAN"
+DRY_RUN_VARIABLE = "HETEROMESH_DRY_RUN"
+"""Number of ranks to plan for; set by `heteromesh run --dry-run`."""
 
 
 def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:

@@ -22,9 +22,9 @@ def flexsp_cluster():
     return load_cluster(EXAMPLES / "clusters" / "flexsp-a100-64.toml")
 
 
-def mixed_cluster(measured=Measured()):
+def mixed_cluster(**measured):
     hosts = (Host(name="a", device="A100-80GB", count=1), Host(name="b", device="V100-16GB", count=2))
-    return Cluster(name="mixed", hosts=hosts, devices=CATALOG, measured=measured)
+    return Cluster(name="mixed", hosts=hosts, devices=CATALOG, measured=Measured(**measured))
 
 
 def load(tmp_path, text):
@@ -59,7 +59,7 @@ def test_bind_scales_speed_and_memory_with_the_device(tmp_path):
     costs = bind(load(tmp_path, GOOD), mixed_cluster())
     assert costs.speeds == (1.0, 125 / 312, 125 / 312)
     assert costs.capacity == (6407, 6407 * 16 // 80, 6407 * 16 // 80)
-    measured = bind(load(tmp_path, GOOD), mixed_cluster(Measured(speeds=(1.0, 0.3, 0.2))))
+    measured = bind(load(tmp_path, GOOD), mixed_cluster(speeds=(1.0, 0.3, 0.2)))
     assert measured.speeds == (1.0, 0.3, 0.2)
     with pytest.raises(UserError, match="room for no token"):
         bind(replace(load(tmp_path, GOOD), tokens_per_device=4), mixed_cluster())
@@ -106,7 +106,7 @@ def test_senseless_constants(tmp_path):
 def test_order_of_preference():
     given = load_constants(EXAMPLES / "flexsp-7b-cost.toml")
     measured = replace(given, tokens_per_device=100)
-    cluster = mixed_cluster(Measured(constants=measured))
+    cluster = mixed_cluster(constants=measured)
     model, fixes = MODELS["gpt-7b"], parse_fixes([])
     assert pose(cluster, model, given, fixes).source == COST_FILE
     assert pose(cluster, model, given, fixes).costs.capacity[0] == 6407

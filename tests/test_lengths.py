@@ -85,7 +85,7 @@ def test_files_that_are_not_lengths(tmp_path):
     (tmp_path / "lengths.npy").write_text("5\n")
     with pytest.raises(UserError, match=r"is not a \.npy array"):
         open_lengths(str(tmp_path / "lengths.npy"))
-    with pytest.raises(UserError, match="max_length=4 drops every length of .*raise it to at least the shortest, 5"):
+    with pytest.raises(UserError, match=r"max_length=4 drops every length of .*raise it to at least the shortest, 5"):
         open_lengths(text(tmp_path, "5\n6"), max_length=4)
 
 

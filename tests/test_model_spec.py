@@ -121,7 +121,7 @@ def test_bad_configs(tmp_path, change, words):
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match=r"'gpt-8b' is not built in: use one of gpt-7b, .*, a Hugging Face config.json"):
         load_model("gpt-8b")
-    with pytest.raises(UserError, match="unknown key 'hiden_size' .did you mean 'hidden_size'"):
+    with pytest.raises(UserError, match=r"unknown key 'hiden_size' .did you mean 'hidden_size'"):
         load_model(toml(tmp_path, TOML.replace("hidden_size", "hiden_size")))
     with pytest.raises(UserError, match="line 4 is not TOML"):
         load_model(toml(tmp_path, TOML.replace("= 4", "= four")))

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from ranks import World, run_ranks
 
 
