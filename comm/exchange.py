@@ -1,4 +1,4 @@
-"""All-to-all among the ranks of one pass: point-to-point messages inside the world communicator.
+"""Messages among the ranks of one pass, point to point inside the world communicator.
 
 No process group is made per pass (ByteScale, arXiv 2502.21231, section 4.2): any set of ranks may exchange at once.
 """
@@ -7,11 +7,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from heteromesh.comm.world import World
+
+Addressed = tuple[int, torch.Tensor]
+"""(member of the pass, tensor)."""
+
+
+class Transfer:
+    """Messages under way. Their buffers must not be touched before `wait` has returned; wait exactly once."""
+
+    def __init__(self, world: World, name: str, works: Sequence[Any], buffers: Sequence[torch.Tensor], sent: int) -> None:
+        self._world, self._name, self._works, self._sent = world, name, works, sent
+        self._buffers = buffers  # torch keeps no reference to what it sends
+        self._start, self._clock, self._done = time.time_ns(), time.perf_counter_ns(), False
+
+    def wait(self) -> None:
+        """Returns when every receive has arrived and every send buffer may be reused.
+
+        The recorder gets one span from start to here; only the time blocked in here counts as waiting.
+        """
+        if self._done:
+            raise RuntimeError(f"{self._name}: this transfer was waited for already")
+        self._done = True
+        clock = time.perf_counter_ns()
+        for work in self._works:
+            work.wait()
+        now = time.perf_counter_ns()
+        self._buffers = ()
+        self._world.recorder.comm_ns += now - clock
+        self._world.recorder.add(self._name, "comm", self._start, now - self._clock, self._sent)
 
 
 class Exchange:
@@ -22,7 +50,29 @@ class Exchange:
             raise ValueError(f"rank {world.rank} is not one of the pass's ranks {tuple(ranks)}")
         self.ranks = tuple(ranks)
         self.member = self.ranks.index(world.rank)
+        self.device = world.device
         self._world = world
+
+    def among(self, members: Sequence[int]) -> Exchange:
+        """The same exchange for some of its members, numbered as listed."""
+        return type(self)(self._world, [self.ranks[i] for i in members])
+
+    def start(self, sends: Sequence[Addressed], receives: Sequence[Addressed], name: str) -> Transfer:
+        """Posts the receives, then the sends, and returns while they travel.
+
+        Between two members messages keep their order: the n-th send to a member meets its n-th receive from here.
+        Both ends must agree on dtype and size; empty tensors are not sent. Raises ValueError before anything is
+        posted for members that don't exist, messages to oneself and tensors that are not contiguous or on another
+        device.
+        """
+        for member, tensor in (*sends, *receives):
+            self._check(member, tensor, name)
+        group = self._world.exchange
+        # receives first: gloo's ready-to-receive messages would queue behind data
+        operations = [dist.P2POp(dist.irecv, t, self.ranks[i], group) for i, t in receives if t.numel()]
+        operations += [dist.P2POp(dist.isend, t, self.ranks[i], group) for i, t in sends if t.numel()]
+        buffers = [t for _, t in (*sends, *receives)]
+        return Transfer(self._world, name, self._post(operations), buffers, sum(t.nbytes for _, t in sends))
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> None:
         """Sends `sends[i]` to member i and fills `receives[i]` with what member i sent to this rank.
@@ -30,28 +80,32 @@ class Exchange:
         All tensors contiguous; sizes may differ and may be zero, but both ends must agree. Returns when every
         receive has arrived and every send buffer may be reused.
         """
+        self.start_all_to_all(sends, receives, name).wait()
+
+    def start_all_to_all(
+        self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str
+    ) -> Transfer:
+        """As `all_to_all`, but returns while the messages travel."""
         if not len(sends) == len(receives) == len(self.ranks):
             raise ValueError(f"{len(sends)} sends and {len(receives)} receives for {len(self.ranks)} members")
         for tensor in (*sends, *receives):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}: exchanged tensors must be contiguous, got strides {tensor.stride()}")
+            self._check_tensor(tensor, name)
         receives[self.member].copy_(sends[self.member])
-        start, clock = time.time_ns(), time.perf_counter_ns()
-        operations = self._operations(sends, receives)
-        works = dist.batch_isend_irecv(operations) if operations else []
-        for work in works:
-            work.wait()
-        elapsed = time.perf_counter_ns() - clock
-        sent = sum(t.nbytes for i, t in enumerate(sends) if i != self.member)
-        self._world.recorder.comm_ns += elapsed
-        self._world.recorder.add(name, "comm", start, elapsed, sent)
-
-    def _operations(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> list[dist.P2POp]:
         others = [(self.member + i) % len(self.ranks) for i in range(1, len(self.ranks))]
-        group = self._world.exchange
-        # receives first: gloo's ready-to-receive messages would queue behind data
-        incoming = [
-            dist.P2POp(dist.irecv, receives[i], self.ranks[i], group) for i in reversed(others) if receives[i].numel()
-        ]
-        outgoing = [dist.P2POp(dist.isend, sends[i], self.ranks[i], group) for i in others if sends[i].numel()]
-        return incoming + outgoing
+        return self.start([(i, sends[i]) for i in others], [(i, receives[i]) for i in reversed(others)], name)
+
+    def _post(self, operations: list[dist.P2POp]) -> Sequence[Any]:
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def _check(self, member: int, tensor: torch.Tensor, name: str) -> None:
+        if not 0 <= member < len(self.ranks) or member == self.member:
+            raise ValueError(
+                f"{name}: member {member} is no peer of member {self.member} in a pass of {len(self.ranks)} ranks"
+            )
+        self._check_tensor(tensor, name)
+
+    def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: exchanged tensors must be contiguous, got strides {tensor.stride()}")
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{name}: exchanged tensors must be on {self.device}, got one on {tensor.device}")

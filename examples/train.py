@@ -92,9 +92,7 @@ def main() -> None:
         print(f"waited for late plans: {report.plan_wait_share:.3%} of the time")
         for comparison in report.comparisons:
             print(comparison.line())
-        print(
-            f"wrote {options.run_dir}: config.json, plan.jsonl, metrics.jsonl, trace.json (ui.perfetto.dev), checkpoints/"
-        )
+        print(f"wrote {options.run_dir}: config.json, plan.jsonl, metrics.jsonl, trace.json, checkpoints/")
 
 
 if __name__ == "__main__":

@@ -8,30 +8,26 @@ Shapes: q (B, H, Sq, D), k and v (B, Hk, Sk, D) with H a multiple of Hk; lse (B,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Query rows q0..q1 against keys k0..k1; `causal` tiles are square and see keys up to the diagonal."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    causal: bool
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: float32, or float64 where the values are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def forward_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of one block. Neither side may be empty: torch's CPU kernel dies on that."""
+    """(out, lse) of one block.
+
+    The last dimension must be dense and neither side empty (torch's CPU kernel is silently wrong on the one and kills
+    the process on the other); causal blocks must be square (kernels differ in how they align others).
+    """
+    _guard(q, k, v, causal)
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
@@ -48,7 +44,8 @@ def backward_block(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of one block, given the out and lse of the whole rows."""
+    """(dq, dk, dv) of one block, given the out and lse of the whole rows. Limits as in `forward_block`."""
+    _guard(q, k, v, causal)
     if q.device.type == "cpu":
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, scale=scale
@@ -57,9 +54,24 @@ def backward_block(
     return _math_backward(grad, q, k, v, out, lse, causal, scale)
 
 
+def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merges the result of further keys into (out, lse), in place. out (..., D) and lse (...) are in wide dtypes.
+
+    Both lse must be finite: no row may be without keys.
+    """
+    out.lerp_(part.to(out.dtype), (part_lse - lse).sigmoid_().unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _guard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "last dimension is not dense"
+    assert q.shape[2] and k.shape[2], "empty block"
+    assert not causal or q.shape[2] == k.shape[2], "causal block is not square"
+
+
 def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """(B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide_dtype(q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(wide)) * scale
     if causal:
@@ -98,74 +110,3 @@ def _math_backward(
     dq = torch.einsum("bhgqk,bhkd->bhgqd", ds, k.to(wide)).flatten(1, 2)
     dk = torch.einsum("bhgqk,bhgqd->bhkd", ds, q.unflatten(1, groups).to(wide))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-class _TileAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
-    ) -> torch.Tensor:
-        batch, heads, rows, dim = q.shape
-        # (B, S, H, D) in memory, so that the caller's move of heads behind tokens costs nothing
-        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)
-        lse = q.new_empty(batch, rows, heads, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
-        for row, group in _by_rows(tiles).items():
-            merged = [_run(q, k, v, t, scale) for t in group]
-            part, part_lse = merged[0] if len(merged) == 1 else _merge(merged)
-            out[:, :, row[0] : row[1]], lse[:, :, row[0] : row[1]] = part, part_lse
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.scale = tiles, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for t in ctx.tiles:
-            rows, keys = slice(t.q0, t.q1), slice(t.k0, t.k1)
-            parts = backward_block(
-                grad[:, :, rows],
-                q[:, :, rows],
-                k[:, :, keys],
-                v[:, :, keys],
-                out[:, :, rows],
-                lse[:, :, rows],
-                t.causal,
-                ctx.scale,
-            )
-            for total, where, part in zip((dq, dk, dv), (rows, keys, keys), parts, strict=True):
-                total[:, :, where] += part
-        return dq, dk, dv, None, None
-
-
-def tile_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float | None = None
-) -> torch.Tensor:
-    """Attention of q over the keys that the tiles name, (B, H, Sq, D); differentiable.
-
-    Tiles with equal query rows are merged; every query row must be in some tile, and no tile may be empty.
-    """
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    result: torch.Tensor = _TileAttention.apply(q, k, v, tuple(tiles), scale)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _by_rows(tiles: Sequence[Tile]) -> dict[tuple[int, int], list[Tile]]:
-    rows: dict[tuple[int, int], list[Tile]] = {}
-    for tile in tiles:
-        rows.setdefault((tile.q0, tile.q1), []).append(tile)
-    return rows
-
-
-def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: Tile, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward_block(q[:, :, t.q0 : t.q1], k[:, :, t.k0 : t.k1], v[:, :, t.k0 : t.k1], t.causal, scale)
-
-
-def _merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    stacked = torch.stack([lse for _, lse in parts])
-    lse = stacked.logsumexp(0)
-    out = sum(part * (one - lse).exp().unsqueeze(-1) for part, one in parts)
-    assert isinstance(out, torch.Tensor)
-    return out, lse

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from heteromesh.planner.envelope import Envelope, envelope
 from heteromesh.planner.fleet import Fleet, Team
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.shards import make_pass
+
+
+END = -1
+"""Position of the local passes after all split ones."""
 
 
 class Task:
@@ -57,10 +62,23 @@ class SplitPass:
 
 
 @dataclass(slots=True)
+class Slot:
+    """Time of one rank that local passes can have: before a split pass that it would wait for, or at the end."""
+
+    rank: int
+    before: int
+    """Position of that split pass; END for the end."""
+    free: float
+    """Where its local passes end so far."""
+    until: float
+    """Start of that split pass; infinite at the end."""
+
+
+@dataclass(slots=True)
 class LocalPass:
     """A pass of one rank; sequences are added as long as they fit."""
 
-    rank: int
+    slot: Slot
     left: int
     """Tokens that still fit."""
     places: list[int]
@@ -68,21 +86,47 @@ class LocalPass:
 
 @dataclass(slots=True)
 class Draft:
-    """A step: every rank runs its split passes in list order, then its local ones."""
+    """A step: every rank runs its split passes in list order, local ones in their slots."""
 
     split: list[SplitPass] = field(default_factory=list)
     local: list[LocalPass] = field(default_factory=list)
-    load: list[float] = field(default_factory=list)
-    """Per rank: when it is done."""
+    gaps: list[Slot] = field(default_factory=list)
+    ends: list[Slot] = field(default_factory=list)
+    """Per rank: its slot after the last split pass."""
 
     @property
     def seconds(self) -> float:
-        return max(self.load)
+        return max(slot.free for slot in self.ends)
+
+    def copy(self) -> Draft:
+        """A draft with slots of its own; without local passes."""
+        assert not self.local
+        return Draft(list(self.split), [], [replace(s) for s in self.gaps], [replace(s) for s in self.ends])
+
+    def add_split(self, p: SplitPass, start: float, end: float) -> None:
+        """Appends a split pass; a rank that waits for it gets a gap."""
+        for r in p.ranks:
+            slot = self.ends[r]
+            if slot.free < start:
+                self.gaps.append(Slot(r, len(self.split), slot.free, start))
+            slot.free = end
+        self.split.append(p)
 
     def passes(self, task: Task) -> list[Pass]:
-        """The exact passes."""
-        made = [_exact(p.ranks, p.team.method_name, p.places, task) for p in self.split]
-        return made + [_exact((p.rank,), LOCAL, p.places, task) for p in self.local]
+        """The exact passes, in an order that every rank can follow."""
+        local: dict[int, list[LocalPass]] = {}
+        for p in self.local:
+            local.setdefault(p.slot.before, []).append(p)
+        made = []
+        for position, s in enumerate(self.split):
+            made += [_exact((p.slot.rank,), LOCAL, p.places, task) for p in local.get(position, [])]
+            made.append(_exact(s.ranks, s.team.method_name, s.places, task))
+        return made + [_exact((p.slot.rank,), LOCAL, p.places, task) for p in local.get(END, [])]
+
+
+def empty_draft(ranks: int) -> Draft:
+    """No passes yet."""
+    return Draft(ends=[Slot(r, END, 0.0, math.inf) for r in range(ranks)])
 
 
 def _exact(ranks: Sequence[int], method: str, places: Sequence[int], task: Task) -> Pass:

@@ -7,53 +7,73 @@ from itertools import product
 
 from heteromesh.planner.draft import Draft, Task
 from heteromesh.planner.pack import pack_anyway, pack_phase
-from heteromesh.planner.split import Choice, split_phase
+from heteromesh.planner.split import Choice, Splitter
 
-RETRIES = 3
-"""Times that sequences which found no place are split instead."""
+SMALL = 4096
+"""Sequences times ranks up to which a build is so cheap that sequences without a place are tried again as split."""
+RETRIES = 5
+BUILDS = 24
+"""Builds after the first good one, at most."""
+CUT = 0.003
+"""By how much a build tries to beat the best step so far."""
+GOAL = 1.001
+"""Within this of the bound nothing is tried any more."""
+STEPS = (1.01, 1.03, 1.06, 1.1, 1.16, 1.25, 1.4, 1.6, 2.0, 3.0)
+"""First targets, times the bound, until one is met."""
+CHOICES = tuple(
+    Choice(degrees=degrees, price=price, late=late)
+    for degrees, price, late in product((4, 10), (1.0, 0.5, 2.0, 0.8, 1.25), (True, False))
+)
 
 
-def greedy(task: Task, bound: float, deadline: float, goal: float = 1.002) -> Draft:
-    """The best draft found by `deadline` (time.perf_counter); stops within `goal` of the bound on passes' seconds."""
-    first = Choice()
-    low, best = bound, build(task, bound * 1.02, first)
-    target = bound * 1.02
-    while best.seconds > target * (1 + 1e-9) and target < best.seconds:
-        low, target = target, min(target * 1.06, best.seconds)
-        best = min(best, build(task, target, first), key=lambda d: d.seconds)
-    for _ in range(3):
-        if time.perf_counter() > deadline:
-            return best
-        target = (low + best.seconds) / 2
-        draft = build(task, target, first)
-        if draft.seconds < best.seconds:
+def greedy(task: Task, bound: float, deadline: float) -> Draft:
+    """The best draft found by `deadline` (time.perf_counter); `bound`: seconds that passes take at least.
+
+    Deterministic unless the deadline ends it.
+    """
+    best = _first(task, bound)
+    turn = 0
+    for _ in range(BUILDS):
+        if best.seconds <= bound * GOAL or turn == len(CHOICES) or time.perf_counter() > deadline:
+            break
+        target = max(best.seconds * (1 - CUT), bound)
+        draft = build(task, target, CHOICES[turn])
+        if draft.seconds < best.seconds * (1 - 1e-9):
             best = draft
         else:
-            low = target
-    for choice, cut in _variants():
-        if best.seconds <= bound * goal or time.perf_counter() > deadline:
-            break
-        draft = build(task, best.seconds * (1 - cut), choice)
-        if draft.seconds < best.seconds:
+            turn += 1
+    return best
+
+
+def _first(task: Task, bound: float) -> Draft:
+    """The first draft that meets its target."""
+    best = None
+    for step in STEPS:
+        draft = build(task, bound * step, Choice())
+        if best is None or draft.seconds < best.seconds:
             best = draft
+        if best.seconds <= bound * step * (1 + 1e-9):
+            break
+    assert best is not None
     return best
 
 
 def build(task: Task, target: float, choice: Choice) -> Draft:
-    """A complete draft that aims at `target` seconds; what finds no place by then ends later."""
-    forced: frozenset[int] = frozenset()
-    for _ in range(RETRIES):
-        draft, rest = split_phase(task, target, choice, forced)
-        missing = pack_phase(task, draft, rest, target)
-        if not missing or draft.seconds > target * (1 + 1e-9) or task.costs.ranks == 1:
+    """A complete draft that aims at `target` seconds; what finds no place by then ends later.
+
+    Sequences that fit one rank are split only as far as that helps: 0, 1, 2, 4, ... further passes.
+    """
+    splitter = Splitter(task, target, choice)
+    splitter.must()
+    best, more = None, 0
+    for _ in range(RETRIES if len(task.lengths) * task.costs.ranks <= SMALL else 1):
+        draft = splitter.draft.copy()
+        missing = pack_phase(task, draft, splitter.left, target)
+        pack_anyway(task, draft, missing)
+        if best is None or draft.seconds < best.seconds:
+            best = draft
+        if not missing or not all([splitter.more() for _ in range(max(1, more))]):
             break
-        forced |= set(missing)
-    pack_anyway(task, draft, missing)
-    return draft
-
-
-def _variants() -> list[tuple[Choice, float]]:
-    return [
-        (Choice(degrees=degrees, price=price, late=late), cut)
-        for cut, degrees, price, late in product((0.002, 0.006), (10, 4), (1.0, 0.7, 1.4), (False, True))
-    ]
+        more = max(1, 2 * more)
+    assert best is not None
+    return best

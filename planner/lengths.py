@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
 from heteromesh.planner import tomlfile
 from heteromesh.planner.errors import UserError
 

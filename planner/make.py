@@ -20,7 +20,7 @@ from heteromesh.planner.step import plan_step
 
 COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"
 STATIC: tuple[tuple[str, Callable[[Sequence[int], Costs], Step]], ...] = (
-    ("static sequence parallel", static_sequence_parallel),
+    ("static sequence parallel on all ranks", static_sequence_parallel),
     ("static data parallel", static_data_parallel),
 )
 """The even layouts that every plan is compared with."""

@@ -1,89 +1,93 @@
-"""Second half of the greedy: the sequences that need one rank, packed into local passes after the split ones.
+"""Second half of the greedy: the sequences that need one rank, packed into local passes around the split ones.
 
-Two-dimensional best-fit decreasing: a pass has room for its rank's tokens, a rank has time until the target.
+Two-dimensional best-fit decreasing: a pass has room for its rank's tokens, a slot has time.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from heteromesh.planner.draft import Draft, LocalPass, Task
+from heteromesh.planner.draft import Draft, LocalPass, Slot, Task
+
+EPSILON = 1e-12
 
 
-def pack_phase(task: Task, draft: Draft, places: Sequence[int], target: float) -> list[int]:
-    """Adds local passes with these places to the draft; returns the places that fit no rank by the target."""
+def pack_phase(task: Task, draft: Draft, places: Iterable[int], target: float) -> list[int]:
+    """Adds local passes with these places (descending length) to the draft; returns those that fit no slot in time."""
     packer = _Packer(task, draft, target)
     return [place for place in places if not packer.put(place)]
 
 
 def pack_anyway(task: Task, draft: Draft, places: Sequence[int]) -> None:
     """Adds these places where their rank ends first, whatever the target; each must fit some rank."""
+    costs = task.costs
     for place in places:
-        length, costs = task.lengths[place], task.costs
-        options = [
-            (draft.load[p.rank] + task.work[place] / costs.speeds[p.rank], i)
-            for i, p in enumerate(draft.local)
-            if p.left >= length
-        ]
+        length, work = task.lengths[place], task.work[place]
         fresh = [
-            (draft.load[r] + costs.seconds_per_pass + task.work[place] / costs.speeds[r], r)
-            for r in range(costs.ranks)
-            if costs.capacity[r] >= length
+            (slot.free + costs.seconds_per_pass + work / v, slot.rank)
+            for slot, v, room in zip(draft.ends, costs.speeds, costs.capacity, strict=True)
+            if room >= length
         ]
-        if options and min(options) <= min(fresh):
-            end, i = min(options)
+        joined = [
+            (p.slot.free + work / costs.speeds[p.slot.rank], i)
+            for i, p in enumerate(draft.local)
+            if p.left >= length and p.slot is draft.ends[p.slot.rank]
+        ]
+        if joined and min(joined) <= min(fresh):
+            end, i = min(joined)
             p = draft.local[i]
         else:
-            end, r = min(fresh)
-            p = LocalPass(r, costs.capacity[r], [])
+            end, rank = min(fresh)
+            p = LocalPass(draft.ends[rank], costs.capacity[rank], [])
             draft.local.append(p)
         p.left -= length
         p.places.append(place)
-        draft.load[p.rank] = end
+        p.slot.free = end
 
 
 class _Packer:
     def __init__(self, task: Task, draft: Draft, target: float) -> None:
-        self.task, self.draft, self.target = task, draft, target
+        self.task, self.draft = task, draft
         self.open: list[tuple[int, int]] = []
         """(tokens left, index into draft.local) of passes that still take sequences, ascending."""
+        shortest = task.costs.seconds_per_pass + task.work[-1] / max(task.costs.speeds)
+        self.slots = [(s, min(s.until, target) + EPSILON) for s in [*draft.gaps, *draft.ends]]
+        """Slots and when they end."""
+        self.slots = [(s, end) for s, end in self.slots if s.free + shortest <= end]
+        self.ends = {id(s): end for s, end in self.slots}
 
     def put(self, place: int) -> bool:
-        """Into the fullest pass whose rank has the time, else into a new pass on the rank with most time."""
-        task, draft, costs = self.task, self.draft, self.task.costs
-        length, work = task.lengths[place], task.work[place]
-        limit = self.target + 1e-12
+        """Into the fullest pass whose slot has the time, else into a new pass in the slot with most time."""
+        length, work, speeds = self.task.lengths[place], self.task.work[place], self.task.costs.speeds
         for at in range(bisect_left(self.open, (length, -1)), len(self.open)):
-            left, i = self.open[at]
-            rank = draft.local[i].rank
-            if draft.load[rank] + work / costs.speeds[rank] <= limit:
-                del self.open[at]
+            p = self.draft.local[self.open[at][1]]
+            if p.slot.free + work / speeds[p.slot.rank] <= self.ends[id(p.slot)]:
+                _, i = self.open.pop(at)
                 self._add(i, place)
                 return True
-        rank = self._freest(length, work)
-        if rank is None or draft.load[rank] + costs.seconds_per_pass + work / costs.speeds[rank] > limit:
+        slot = self._freest(length, work)
+        if slot is None:
             return False
-        draft.local.append(LocalPass(rank, costs.capacity[rank], []))
-        draft.load[rank] += costs.seconds_per_pass
-        self._add(len(draft.local) - 1, place)
+        self.draft.local.append(LocalPass(slot, self.task.costs.capacity[slot.rank], []))
+        slot.free += self.task.costs.seconds_per_pass
+        self._add(len(self.draft.local) - 1, place)
         return True
 
-    def _freest(self, length: int, work: float) -> int | None:
-        """The rank that would do most speed-weighted seconds more after a new pass with this sequence."""
-        costs, load = self.task.costs, self.draft.load
-        best, most = None, 0.0
-        for rank, room in enumerate(costs.capacity):
-            if room >= length:
-                rest = self.target - load[rank] - work / costs.speeds[rank]
-                if best is None or rest > most:
-                    best, most = rank, rest
+    def _freest(self, length: int, work: float) -> Slot | None:
+        """The slot with most time left after a new pass with this sequence; None if it fits none."""
+        costs = self.task.costs
+        best, most = None, costs.seconds_per_pass
+        for slot, end in self.slots:
+            rest = end - slot.free - work / costs.speeds[slot.rank]
+            if rest >= most and costs.capacity[slot.rank] >= length:
+                best, most = slot, rest
         return best
 
     def _add(self, i: int, place: int) -> None:
         p = self.draft.local[i]
         p.left -= self.task.lengths[place]
         p.places.append(place)
-        self.draft.load[p.rank] += self.task.work[place] / self.task.costs.speeds[p.rank]
+        p.slot.free += self.task.work[place] / self.task.costs.speeds[p.slot.rank]
         if p.left:
             insort(self.open, (p.left, i))

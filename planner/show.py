@@ -18,12 +18,17 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
     """What `heteromesh plan` prints; `lengths` says where the lengths come from."""
     sections = [
         _header(problem, lengths),
-        table(_STEP_COLUMNS, [_step_row(i, step, plan.cluster.ranks) for i, step in enumerate(plan.steps)]),
+        step_table(plan.steps, plan.cluster.ranks),
         first_passes(plan.steps[0], plan.cluster.ranks),
         "\n".join([_memory(plan, problem), *(f"Against  {r.what}: {r.why}" for r in plan.rejected)]),
         summary(plan),
     ]
     return "\n\n".join(sections)
+
+
+def step_table(steps: Sequence[Step], ranks: int) -> str:
+    """One row a step."""
+    return table(_STEP_COLUMNS, [_step_row(i, step, ranks) for i, step in enumerate(steps)])
 
 
 def summary(plan: Plan) -> str:
@@ -103,7 +108,7 @@ def _step_row(index: int, step: Step, ranks: int) -> tuple[str, ...]:
     )
 
 
-def first_passes(step: Step, ranks: int) -> str:
+def first_passes(step: Step, ranks: int, name: str = "Step 0") -> str:
     """The passes of a step as a table, the first PASSES_SHOWN in their order."""
     begun, _ = starts(step.passes, ranks)
     rows = []
@@ -124,7 +129,7 @@ def first_passes(step: Step, ranks: int) -> str:
             )
         )
     heads = ("start", "seconds", "degree", "<ranks", "<method", "seqs", "tokens", "longest", "most on a rank")
-    title = f"Step 0: {len(step.passes)} passes in the order of their start"
+    title = f"{name}: {len(step.passes)} passes in the order of their start"
     rest = len(step.passes) - len(rows)
     return "\n".join([title, table(heads, rows), *([f"... and {rest} more (all in -o or --json)"] if rest else [])])
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from heteromesh.planner.draft import Draft, SplitPass, Task
+from heteromesh.planner.draft import SplitPass, Task, empty_draft
 from heteromesh.planner.fleet import Team
 
 NARROW = 6
@@ -31,6 +31,8 @@ class Choice:
     """Degrees compared per set of ranks, smallest possible first."""
     price: float = 1.0
     """Weight of full memory against short passes."""
+    idle: float = 1.0
+    """Weight of waiting; less than 1 trusts that local passes fill it."""
     late: bool = False
     """Of equally good sets of ranks the one that is free last."""
     local_share: float = 0.0
@@ -46,24 +48,40 @@ class _Option:
     end: float
 
 
-def split_phase(task: Task, target: float, choice: Choice, forced: frozenset[int] = frozenset()) -> tuple[Draft, list[int]]:
-    """(draft with the split passes, places left for local passes). `forced`: places to split though they fit a rank."""
-    draft = Draft(load=[0.0] * task.costs.ranks)
-    left = _Left(len(task.lengths))
-    local = _first_local(task, target, choice.local_share)
-    heads = [*range(local), *sorted(p for p in forced if p >= local)]
-    for head in heads:
-        if left.next(head) != head:
-            continue
-        option = _best(task, draft.load, head, target, choice, left) or _anywhere(task, draft.load, head)
+class Splitter:
+    """Adds split passes to a draft, one at a time."""
+
+    def __init__(self, task: Task, target: float, choice: Choice) -> None:
+        self.task, self.target, self.choice = task, target, choice
+        self.draft = empty_draft(task.costs.ranks)
+        self.left = _Left(len(task.lengths))
+        self.local = _first_local(task, target, choice.local_share)
+        """The first place from which on a sequence may stay on one rank."""
+
+    def must(self) -> None:
+        """Passes for all sequences that fit no rank in time."""
+        head = self.left.next(0)
+        while head < self.local:
+            self.one(head)
+            head = self.left.next(head)
+
+    def more(self) -> bool:
+        """A pass for the longest sequence left, though it fits a rank; False if there is none."""
+        head = self.left.next(0)
+        return head < len(self.task.lengths) and self.one(head)
+
+    def one(self, head: int) -> bool:
+        """A pass for this sequence; False if no set of several ranks can take it."""
+        load = [slot.free for slot in self.draft.ends]
+        option = _best(self.task, load, head, self.target, self.choice, self.left)
+        option = option or _anywhere(self.task, load, head)
         if option is None:
-            continue
-        for r in option.ranks:
-            draft.load[r] = option.end
+            return False
         for place in option.places:
-            left.take(place)
-        draft.split.append(SplitPass(tuple(sorted(option.ranks)), option.team, option.places))
-    return draft, list(left)
+            self.left.take(place)
+        p = SplitPass(tuple(sorted(option.ranks)), option.team, option.places)
+        self.draft.add_split(p, max(load[r] for r in option.ranks), option.end)
+        return True
 
 
 class _Left:
@@ -126,7 +144,7 @@ def _best(
             start = free[at + degree - 1]
             if team is None or team.most < task.lengths[head] or start + _alone(task, team, head) > target:
                 continue
-            idle = start * team.power - (busy[at + degree] - busy[at])
+            idle = choice.idle * (start * team.power - (busy[at + degree] - busy[at]))
             option = _filled(task, team, tuple(members), head, start, target, idle, choice, left)
             if best is None or option.score < best.score:
                 best = option

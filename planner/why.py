@@ -110,7 +110,7 @@ def _explain_pass(position: int, p: Pass, step: Step, costs: Costs) -> PassReaso
         exchange=exchange,
         fixed=fixed,
         options=options,
-        reason=_reason(p, step, options),
+        reason=_reason(p, step, options, costs),
     )
 
 
@@ -135,15 +135,17 @@ def _option(ranks: Sequence[int], p: Pass, step: Step, costs: Costs) -> Option:
     return Option(degree=degree, method=method, seconds=other.seconds)
 
 
-def _reason(p: Pass, step: Step, options: Sequence[Option]) -> str:
-    degree = len(p.ranks)
-    smaller = next((o for o in options if o.degree < degree), None)
-    cheapest = min((o for o in options if o.seconds is not None), key=lambda o: o.degree * (o.seconds or 0.0))
-    if cheapest.degree == degree:
-        return "the cheapest degree here" if len(options) > 1 else "the only degree there is"
-    if smaller and smaller.seconds is None:
+def _reason(p: Pass, step: Step, options: Sequence[Option], costs: Costs) -> str:
+    degree, tokens = len(p.ranks), sum(step.batch[k] for k in p.sequences)
+    room = [costs.capacity[r] for r in p.ranks]
+    if degree > 1 and tokens > sum(room) - min(room):
         return "the fewest ranks that hold it"
-    if smaller and smaller.seconds is not None and smaller.seconds > step.seconds:
-        return f"fewer ranks would take longer than the whole step ({smaller.seconds:.4g} s)"
-    extra = p.seconds * degree - cheapest.degree * (cheapest.seconds or 0.0)
+    priced = [(o.degree * o.seconds, o) for o in options if o.seconds is not None]
+    least, cheapest = min(priced, key=lambda pair: pair[0])
+    if cheapest.degree == degree:
+        return "the cheapest of these degrees" if len(priced) > 1 else "the only degree that is possible"
+    smaller = options[0].seconds if options[0].degree < degree else None
+    if smaller is not None and smaller > step.seconds:
+        return f"fewer ranks would take longer than the whole step ({smaller:.4g} s)"
+    extra = p.seconds * degree - least
     return f"degree {cheapest.degree} alone is {extra:.3g} rank-seconds cheaper; this one evens out the ranks' ends"

@@ -104,10 +104,11 @@ class Checkpoints:
         except Exception as error:
             if self._world.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
-            kept = self.latest()
+            latest = self.latest()
+            kept = f"{latest.name} is kept" if latest else "there is none before it"
             raise UserError(
-                f"the checkpoint of step {step} can't be written to {self._directory} ({_reason(error)}): free disk "
-                f"space or mend the directory and resume; {f'{kept.name} is kept' if kept else 'there is none before it'}"
+                f"the checkpoint of step {step} can't be written to {self._directory} ({_reason(error)}): "
+                f"free disk space or mend the directory and resume; {kept}"
             ) from error
 
 

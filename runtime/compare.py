@@ -18,7 +18,7 @@ from heteromesh.planner.show import busy_seconds, shape, table
 from heteromesh.planner.why import explain_step
 
 SLOW = 1.1
-"""A rank this many times slower than the median rank, both against their predictions, is named."""
+"""A rank whose measured / predicted is this many times the median rank's is named."""
 STEPS_SHOWN = 20
 
 
@@ -247,7 +247,7 @@ def comparison_text(run: Comparison) -> str:
     heads = ("step", "predicted s", "measured s", "error", "plan wait ms", "<passes")
     title = f"Run      {len(run.steps)} steps" + (f", the last {len(shown)}:" if len(shown) < len(run.steps) else "")
     ranks = [
-        (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than predicted" * r.slow)
+        (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than the others" * r.slow)
         for r in run.ranks
     ]
     degrees = [
@@ -265,6 +265,6 @@ def comparison_text(run: Comparison) -> str:
             f"Total: predicted {run.predicted:.4g} s, measured {run.measured:.4g} s "
             f"({run.predicted / run.measured - 1:+.1%}); absolute error of a step: median {run.median_error:.1%}, "
             f"p90 {run.p90_error:.1%}; waited for plans {run.plan_wait_share:.2%}; "
-            f"slower ranks: {', '.join(slow) or 'none'}",
+            f"slow ranks: {', '.join(slow) or 'none'}",
         )
     )

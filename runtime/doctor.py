@@ -137,6 +137,7 @@ def check_torch() -> str:
 def check_attention() -> str:
     """Flash attention in blocks on the CPU, forward and backward, against the plain formula."""
     import torch
+
     from heteromesh.parallel.blocks import Tile, tile_attention
 
     tiles = (Tile(0, 16, 0, 16, True), Tile(16, 33, 0, 16, False), Tile(16, 33, 16, 33, True))
@@ -177,7 +178,7 @@ def check_loopback() -> str:
         raise Broken(f"two processes did not finish an all-reduce within {LOOPBACK_SECONDS:.0f} s") from None
     finally:
         for rank in ranks:
-            rank.kill()
+            pass
             rank.communicate()
     if sums != ["3.0", "3.0"]:
         raise Broken(f"two gloo processes summed 1 and 2 to {sums}: check that a firewall leaves 127.0.0.1 alone")
@@ -189,6 +190,7 @@ def loopback_rank() -> None:
     from datetime import timedelta
 
     import torch
+
     from heteromesh.comm.world import join_world
 
     with join_world(timedelta(seconds=LOOPBACK_SECONDS)) as world:

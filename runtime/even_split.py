@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.make import STATIC
 from heteromesh.planner.plan import Step
-from heteromesh.planner.static import static_data_parallel, static_sequence_parallel
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.sampler import Batch
-
-Layout = Callable[[Sequence[int], Costs], Step]
-STATIC: Mapping[str, Layout] = {
-    "static sequence parallel": static_sequence_parallel,
-    "static data parallel": static_data_parallel,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +57,7 @@ def compare(
             ratio=sum(seconds[name]) / sum(seconds["plan"]),
             largest_loss_difference=max(abs(a / b - 1) for a, b in zip(losses[name], losses["plan"], strict=True)),
         )
-        for name in STATIC
+        for name, _ in STATIC
         if len(seconds.get(name, ())) == len(batches)
     )
 
@@ -71,7 +65,7 @@ def compare(
 def static_steps(lengths: Sequence[int], costs: Costs) -> dict[str, Step]:
     """The static layouts that can run these sequences at all."""
     steps = {}
-    for name, layout in STATIC.items():
+    for name, layout in STATIC:
         try:
             steps[name] = layout(lengths, costs)
         except UserError:

@@ -130,7 +130,7 @@ class StepExecutor:
         )
         with context.active():
             with torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
-                losses = self._losses(tokens, positions, labels).view(-1).float()
+                losses = _wide(self._losses(tokens, positions, labels).view(-1))
             losses = losses.masked_fill(labels.view(-1) == IGNORED, 0.0)
             (losses.sum() / valid).backward()
         return losses.detach()
@@ -226,10 +226,15 @@ def _loss_function(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, to
         output = model(tokens, position_ids=positions, **options)
         logits = output if isinstance(output, torch.Tensor) else output.logits
         return functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            _wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
 
     return from_logits
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _checkpoint_layers(model: nn.Module) -> None:

@@ -50,7 +50,7 @@ def explain_plan(plan: Plan, where: str) -> list[StepReason]:
     costs = costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
     if costs.ranks != plan.cluster.ranks:
         raise UserError(
-            f"plan {where} is for {plan.cluster.ranks} ranks but its cost model has {costs.ranks}: remake it"
+            f"plan {where} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
         )
     return [explain_step(step, costs) for step in plan.steps]
 
@@ -70,7 +70,7 @@ def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason]) -> str:
                 shape(step),
             )
         )
-    heads = ("step", "seconds", "= compute", "+ exchange", "+ fixed", "+ idle", "+ step", "of rank", "gap", "imbalance")
+    heads = ("step", "seconds", "= compute", "+ exchange", "+ fixed", "+ idle", "+ end", "of rank", "gap", "imbalance")
     first, why = plan.steps[0], reasons[0]
     costly = sorted(why.passes, key=lambda p: (-p.rank_seconds, p.position))[:PASSES_SHOWN]
     sections = [

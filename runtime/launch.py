@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
     os.environ.update(environment)
     if "LOGLEVEL" not in os.environ:
         # the failure is told below, once; the launcher's log would tell it again in ten lines
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        for name in ("torch.distributed.elastic", "torch.distributed.run"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         torchrun(options)
     except SignalException as signal:

@@ -250,7 +250,8 @@ class TrainingLoop:
         self.checkpoints.wait()
         if self.stopped is not None:
             self._say(
-                f"stopped by signal {self.stopped} after step {self.done}; state saved in {self.path}, resume continues it"
+                f"stopped by signal {self.stopped} after step {self.done}; the state is saved in {self.path}: "
+                "resume continues it"
             )
 
     def _write_trace(self) -> None:
@@ -263,8 +264,8 @@ class TrainingLoop:
         if result.non_finite:
             worst = result.non_finite[0]
             where = (
-                f"rank {worst.rank} had {worst.loss} on sequence {prepared.batch.sequences[worst.sequence]} of the data "
-                f"({prepared.step.batch[worst.sequence]} tokens)"
+                f"rank {worst.rank} had {worst.loss} on sequence {prepared.batch.sequences[worst.sequence]} "
+                f"of the data ({prepared.step.batch[worst.sequence]} tokens)"
             )
         return (
             f"the loss is {result.loss} at step {number}: {where}; look at that sequence, lower the learning rate or "

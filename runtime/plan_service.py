@@ -68,8 +68,9 @@ class PlanService:
     def _from_file(self, step: Step, index: int, lengths: Sequence[int]) -> Step:
         if step.batch != tuple(lengths):
             raise UserError(
-                f"step {index} of the plan file is for {len(step.batch)} sequences of {sum(step.batch)} tokens, the data "
-                f"has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed, or use --plan auto"
+                f"step {index} of the plan file is for {len(step.batch)} sequences of {sum(step.batch)} tokens and the "
+                f"data has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed "
+                "(`heteromesh run --dry-run`), or use --plan auto"
             )
         check_step(step, self._costs)
         return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -11,9 +12,11 @@ from torch import nn
 from heteromesh.comm.world import join_world
 from heteromesh.runtime.batch import Reader, Sequences
 from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.dry_run import dry_run
 from heteromesh.runtime.failure import install_excepthook
 from heteromesh.runtime.loop import TrainingLoop, TrainingReport
 from heteromesh.runtime.sampler import Sampler
+from heteromesh.runtime.setup import DRY_RUN_VARIABLE
 
 
 class Trainer:
@@ -45,8 +48,12 @@ class Trainer:
         """Trains until `max_steps`; returns what happened, equal on every rank.
 
         Raises UserError for bad input and for a loss that is not finite (the last whole checkpoint stays), and
-        SystemExit(128 + signal) after Ctrl-C or SIGTERM, when the state has been saved.
+        SystemExit(128 + signal) after Ctrl-C or SIGTERM, when the state has been saved. Under
+        `heteromesh run --dry-run` it prints the plan of the first steps and ends the process with SystemExit(0).
         """
+        if DRY_RUN_VARIABLE in os.environ:
+            dry_run(self)
+            raise SystemExit(0)
         with ExitStack() as stack:
             world = stack.enter_context(join_world(timedelta(seconds=self.config.timeout_seconds)))
             report = TrainingLoop(self, world, stack).run()

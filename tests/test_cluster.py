@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import load_cluster, local_cluster
 from heteromesh.planner.errors import UserError
@@ -192,6 +193,11 @@ def test_exchange_rates_follow_links_and_nics(tmp_path):
     assert links((0, 1, 4)) == pytest.approx(ethernet)
     assert links.ring_rate() == pytest.approx(ethernet)
     assert cluster_links(local_cluster(2)).ring_rate() == pytest.approx(4e9 * LINK_UTILISATION)
+
+
+def test_hosts_on_no_fabric_meet_over_ethernet_only(tmp_path):
+    links = cluster_links(load(tmp_path, GOOD.replace('fabric = "ib0"\n', "")))
+    assert links((0, 2)) == pytest.approx(10e9 / 8 * NIC_UTILISATION)
 
 
 def test_exchange_rates_come_near_flexsp_profile():

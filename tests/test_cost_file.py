@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from heteromesh.planner.analytic import analytic_costs, split_methods, state_bytes
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import Cluster, Host, Measured, load_cluster, local_cluster

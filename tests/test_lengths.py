@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.lengths import open_lengths
 

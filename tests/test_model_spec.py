@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.model import MODELS, ModelSpec, load_model
 

@@ -3,10 +3,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from heteromesh.planner import make
 from heteromesh.planner import plan as plans
+from heteromesh.planner import step as step_planner
 from heteromesh.planner.check import check_step
 from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.runtime import cli, plan_cli
@@ -74,7 +78,7 @@ def test_text_shows_problem_steps_passes_memory_and_summary(run):
     assert "static data parallel: infeasible in step 0: sequence 1 has 1500 tokens" in out
     last = out.strip().splitlines()[-1]
     assert last.startswith("Plan: 2 steps on 4 ranks, ")
-    assert "x the speed of static sequence parallel" in last
+    assert "x the speed of static sequence parallel on all ranks" in last
     assert "\x1b" not in out
 
 
@@ -86,7 +90,7 @@ def test_json_is_the_plan_file_and_nothing_else(run, files):
     plan = plans.load(files / "plan.json")
     assert plan.cluster.ranks == 4
     assert plan.model == "gpt-7b"
-    assert [r.what for r in plan.rejected] == ["static sequence parallel", "static data parallel"]
+    assert [r.what for r in plan.rejected] == ["static sequence parallel on all ranks", "static data parallel"]
     assert plan.layout["cost_source"] == "cost file"
     costs = costs_from_json(plan.layout["costs"], "plan")
     for step in plan.steps:
@@ -99,7 +103,9 @@ def test_memory_is_the_fullest_pass_of_each_rank(run):
     for rank in range(4):
         held = [p.tokens(p.ranks.index(rank)) for s in plan.steps for p in s.passes if rank in p.ranks]
         assert plan.memory_bytes[rank] == max(held) * per_token
-    full = plans.plan_from_json(json.loads(run("--json", cost=None)[1]))
+    full = plans.plan_from_json(
+        json.loads(run("--json", cost=None, cluster=EXAMPLES / "clusters/mixed-3-hosts.toml")[1])
+    )
     assert min(full.memory_bytes) > full.layout["parameters"]["state_bytes_per_rank"] > 4 * 6.8e9
 
 
@@ -125,9 +131,8 @@ def test_fixes_bind(run):
 
 def test_seed_decides_sampled_lengths(run):
     def batch(seed):
-        return json.loads(run("--json", "--seed", seed, "--batch-sequences", "20", lengths="lognormal:5,1,900")[1])[
-            "steps"
-        ][0]["batch"]
+        words = ("--json", "--seed", seed, "--batch-sequences", "20")
+        return json.loads(run(*words, lengths="lognormal:5,1,900")[1])["steps"][0]["batch"]
 
     assert batch("1") == batch("1")
     assert batch("1") != batch("2")
@@ -208,6 +213,15 @@ def test_a_full_disk_leaves_no_half_file(run, files, monkeypatch):
     assert sorted(p.name for p in files.iterdir()) == ["cluster.toml", "cost.toml", "lengths.txt"]
 
 
+def test_every_step_is_checked_whatever_the_solver_says(run, monkeypatch):
+    def forgetful(lengths, costs, *, time_limit):
+        step = step_planner.plan_step(lengths, costs, time_limit=time_limit)
+        return replace(step, passes=step.passes[:-1])
+
+    monkeypatch.setattr(make, "plan_step", forgetful)
+    assert "every sequence is trained exactly once" in sentence(run())
+
+
 def test_an_old_plan_stays_when_planning_fails(run, files):
     (files / "plan.json").write_text("old")
     (files / "lengths.txt").write_text("9999\n")
@@ -220,18 +234,7 @@ def command(*words, **options):
 
 
 def test_plan_never_imports_torch(files):
-    flags = [
-        "--cluster",
-        "cluster.toml",
-        "--model",
-        "gpt-7b",
-        "--lengths",
-        "lengths.txt",
-        "--steps",
-        "2",
-        "-o",
-        "p.json",
-    ]
+    flags = f"--cluster {EXAMPLES}/clusters/mixed-3-hosts.toml --model gpt-7b --lengths lengths.txt -o p.json".split()
     code = (
         "import sys; from heteromesh.runtime.cli import main; "
         f"codes = main(['plan'] + {flags!r}), main(['explain', 'p.json']); "

@@ -1,0 +1,41 @@
+# make demo | make test | make check | make bench: each creates the environment itself where it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# more processes than cores would hide imbalance; more than 8 are no better demonstration
+RANKS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
+
+.PHONY: demo test check bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/heteromesh run --nproc-per-node $(RANKS) examples/train.py \
+		--steps 24 --batch-tokens 20480 --compare-batches 4 --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# the installed package, as a user has it: a plain install beside the editable one
+	rm -rf build
+	$(BIN)/pip install -q --no-deps --no-build-isolation --no-compile --upgrade --target build/installed .
+	MYPYPATH=build/installed $(BIN)/mypy -p heteromesh
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/even_split.py
+	$(BIN)/python benchmarks/trainer_overhead.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("heteromesh needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "creating the environment in $(VENV) (once; a minute or so)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
