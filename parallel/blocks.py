@@ -1,112 +1,149 @@
-"""Attention over blocks of queries and keys, merged exactly by logsumexp.
+"""Attention over tiles: rectangles of query rows and key rows on one rank, differentiable.
 
-Forward: out = sum_i exp(lse_i - lse) out_i with lse = logsumexp_i(lse_i) over the blocks i of a query row. Backward:
-a block's flash backward, called with the merged out and lse, gives exact dK, dV of the block and its share of dQ.
-Shapes: q (B, H, Sq, D), k and v (B, Hk, Sk, D) with H a multiple of Hk; lse (B, H, Sq) in float32 (or float64).
+Tensors inside are rows first, (tokens, heads, dim): any range of tokens is then one piece of memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-
-aten = torch.ops.aten
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: float32, or float64 where the values are."""
-    return torch.promote_types(dtype, torch.float32)
+from heteromesh.parallel.kernels import backward_block, forward_block, merge_into, wide_dtype
+from heteromesh.parallel.tiles import Rows, covers_once
+from heteromesh.parallel.tiles import Tile as Tile
 
 
-def forward_block(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of one block.
-
-    The last dimension must be dense and neither side empty (torch's CPU kernel is silently wrong on the one and kills
-    the process on the other); causal blocks must be square (kernels differ in how they align others).
-    """
-    _guard(q, k, v, causal)
-    if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-    return _math_forward(q, k, v, causal, scale)
+def rows_first(x: torch.Tensor) -> torch.Tensor:
+    """(1, H, n, D) as (n, H, D), contiguous."""
+    return x[0].transpose(0, 1).contiguous()
 
 
-def backward_block(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of one block, given the out and lse of the whole rows. Limits as in `forward_block`."""
-    _guard(q, k, v, causal)
-    if q.device.type == "cpu":
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(n, H, D) as (1, H, n, D), a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def default_scale(scale: float | None, dim: int) -> float:
+    """1 / sqrt(dim) unless given."""
+    return 1.0 / math.sqrt(dim) if scale is None else scale
+
+
+class RowSum:
+    """Adds up parts that each belong to a range of rows; in a wide dtype unless every row gets exactly one part."""
+
+    def __init__(self, like: torch.Tensor, ranges: Iterable[Rows]) -> None:
+        """like: (n, ...), for shape, dtype and device. ranges: those of all parts to come."""
+        self._dtype, self._once = like.dtype, covers_once(ranges, len(like))
+        self.total = (
+            torch.empty(like.shape, dtype=like.dtype, device=like.device)
+            if self._once
+            else torch.zeros(like.shape, dtype=wide_dtype(like.dtype), device=like.device)
         )
-        return dq, dk, dv
-    return _math_backward(grad, q, k, v, out, lse, causal, scale)
+
+    def add(self, rows: Rows, part: torch.Tensor) -> None:
+        """Adds (or writes) the part."""
+        mine = self.total[rows[0] : rows[1]]
+        if self._once:
+            mine.copy_(part)
+        else:
+            mine += part
+
+    def result(self) -> torch.Tensor:
+        """The sums in the dtype of `like`."""
+        return self.total.to(self._dtype)
 
 
-def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Merges the result of further keys into (out, lse), in place. out (..., D) and lse (...) are in wide dtypes.
-
-    Both lse must be finite: no row may be without keys.
-    """
-    out.lerp_(part.to(out.dtype), (part_lse - lse).sigmoid_().unsqueeze(-1))
-    torch.logaddexp(lse, part_lse, out=lse)
-
-
-def _guard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "last dimension is not dense"
-    assert q.shape[2] and k.shape[2], "empty block"
-    assert not causal or q.shape[2] == k.shape[2], "causal block is not square"
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    """(B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
-    wide = wide_dtype(q.dtype)
-    grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
-    scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(wide)) * scale
-    if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(mask, -math.inf)
-    return scores
-
-
-def _math_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+def forward_tile(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: Tile, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = _scores(q, k, causal, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp()
-    out = torch.einsum("bhgqk,bhkd->bhgqd", weights, v.to(weights.dtype)).flatten(1, 2)
-    return out.to(q.dtype), lse.flatten(1, 2)
+    """(out (rows, H, D), lse (rows, H)) of one tile; q, k and v rows first."""
+    keys = slice(t.k0, t.k1)
+    out, lse = forward_block(heads_first(q[t.q0 : t.q1]), heads_first(k[keys]), heads_first(v[keys]), t.causal, scale)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def _math_backward(
+def backward_tile(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool,
+    t: Tile,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    scores, groups = _scores(q, k, causal, scale), (k.shape[1], -1)
-    wide = scores.dtype
-    weights = (scores - lse.unflatten(1, groups).unsqueeze(-1)).exp()
-    g = grad.unflatten(1, groups).to(wide)
-    delta = (g * out.unflatten(1, groups).to(wide)).sum(-1, keepdim=True)
-    dv = torch.einsum("bhgqk,bhgqd->bhkd", weights, g)
-    ds = weights * (torch.einsum("bhgqd,bhkd->bhgqk", g, v.to(wide)) - delta) * scale
-    dq = torch.einsum("bhgqk,bhkd->bhgqd", ds, k.to(wide)).flatten(1, 2)
-    dk = torch.einsum("bhgqk,bhgqd->bhkd", ds, q.unflatten(1, groups).to(wide))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    """(dq, dk, dv) of the tile's rows; everything rows first. out and lse: of whole rows, over all keys."""
+    rows, keys = slice(t.q0, t.q1), slice(t.k0, t.k1)
+    operands = [heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows])]
+    parts = backward_block(*operands, lse[rows].transpose(0, 1).unsqueeze(0), t.causal, scale)
+    dq, dk, dv = (p[0].transpose(0, 1) for p in parts)
+    return dq, dk, dv
+
+
+def forward_tiles(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) rows first. Every query row must be in some tile; tiles share their query rows wholly or not at all."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype), device=q.device)
+    for (first, last), group in _by_rows(tiles).items():
+        part, part_lse = forward_tile(q, k, v, group[0], scale)
+        if len(group) > 1:
+            part, part_lse = part.to(lse.dtype), part_lse.clone()
+            for tile in group[1:]:
+                merge_into(part, part_lse, *forward_tile(q, k, v, tile, scale))
+        out[first:last], lse[first:last] = part, part_lse
+    return out, lse
+
+
+class _TileAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
+    ) -> torch.Tensor:
+        q, k, v = (_dense(x[0].transpose(0, 1)) for x in (q, k, v))
+        out, lse = forward_tiles(q, k, v, tiles, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.tiles, ctx.scale = tiles, scale
+        return heads_first(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad = _dense(grads[0][0].transpose(0, 1))
+        dq = RowSum(q, [(t.q0, t.q1) for t in ctx.tiles])
+        dk, dv = (RowSum(x, [(t.k0, t.k1) for t in ctx.tiles]) for x in (k, v))
+        for t in ctx.tiles:
+            parts = backward_tile(grad, q, k, v, out, lse, t, ctx.scale)
+            for total, rows, part in zip((dq, dk, dv), _ranges(t), parts, strict=True):
+                total.add(rows, part)
+        return *(heads_first(total.result()) for total in (dq, dk, dv)), None, None
+
+
+def tile_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float | None = None
+) -> torch.Tensor:
+    """Attention of q (1, H, Sq, D) over the keys that the tiles name, (1, H, Sq, D); differentiable.
+
+    Tiles with equal query rows are merged; every query row must be in some tile, and no tile may be empty.
+    """
+    scale = default_scale(scale, q.shape[-1])
+    result: torch.Tensor = _TileAttention.apply(q, k, v, tuple(tiles), scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _ranges(t: Tile) -> tuple[Rows, Rows, Rows]:
+    return (t.q0, t.q1), (t.k0, t.k1), (t.k0, t.k1)
+
+
+def _by_rows(tiles: Sequence[Tile]) -> dict[Rows, list[Tile]]:
+    rows: dict[Rows, list[Tile]] = {}
+    for tile in tiles:
+        rows.setdefault((tile.q0, tile.q1), []).append(tile)
+    return rows

@@ -1,94 +1,94 @@
-"""Which tokens of which sequence each rank of a pass holds."""
+"""Layouts of tensors: what planner.layout describes, and moving rows from one layout to another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from heteromesh.planner.plan import Pass
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Tokens start..end (excluded) of the pass's `sequence`-th sequence."""
-
-    sequence: int
-    start: int
-    end: int
-
-    def __len__(self) -> int:
-        return self.end - self.start
+import torch
+from heteromesh.comm.exchange import Exchange
+from heteromesh.parallel.tiles import Rows
+from heteromesh.planner.layout import Layout as Layout
+from heteromesh.planner.layout import Segment as Segment
+from heteromesh.planner.layout import layout_of as layout_of
 
 
-@dataclass(frozen=True)
-class Layout:
-    """segments[i]: what member i of the pass holds, in the order in which its tokens lie in memory."""
-
-    lengths: tuple[int, ...]
-    segments: tuple[tuple[Segment, ...], ...]
-
-    def tokens(self, member: int) -> int:
-        """Tokens that a member holds."""
-        return sum(len(s) for s in self.segments[member])
-
-    @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each sequence starts when all of them lie one after the other."""
-        return tuple(sum(self.lengths[:j]) for j in range(len(self.lengths)))
-
-    @cached_property
-    def order(self) -> list[int]:
-        """Place in sequence order of every token, the tokens listed member by member."""
-        return [
-            self.offsets[s.sequence] + t for segments in self.segments for s in segments for t in range(s.start, s.end)
-        ]
-
-
-def contiguous(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
-    """Each sequence cut into one piece a member, in member order. shards[i][j]: tokens of sequence j on member i."""
-    members: list[list[Segment]] = [[] for _ in shards]
-    for j in range(len(lengths)):
-        start = 0
-        for i, row in enumerate(shards):
-            if row[j]:
-                members[i].append(Segment(j, start, start + row[j]))
-            start += row[j]
-    return Layout(tuple(lengths), tuple(map(tuple, members)))
-
-
-def zigzag(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
-    """Each member holds a piece of the head of each sequence and the mirrored piece of its tail.
-
-    With w tokens at [x, x + w/2) and mirrored, the causal work is w * length / 2 wherever x lies: work follows
-    tokens, also for unequal shards.
-    """
-    members: list[list[Segment]] = [[] for _ in shards]
-    for j, length in enumerate(lengths):
-        head, tail = 0, length
-        for i, row in enumerate(shards):
-            first = (row[j] + 1) // 2
-            second = row[j] - first
-            if first:
-                members[i].append(Segment(j, head, head + first))
-            if second:
-                members[i].append(Segment(j, tail - second, tail))
-            head, tail = head + first, tail - second
-    return Layout(tuple(lengths), tuple(_joined(row) for row in members))
-
-
-def layout_of(plan: Pass, lengths: Sequence[int]) -> Layout:
-    """The layout that the pass's method works on; lengths[j] is that of the pass's j-th sequence."""
-    build = zigzag if plan.method == "gather" else contiguous
-    return build(lengths, plan.shards)
-
-
-def _joined(row: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Neighbouring segments of one sequence as one."""
-    joined: list[Segment] = []
-    for segment in row:
-        if joined and joined[-1].sequence == segment.sequence and joined[-1].end == segment.start:
-            joined[-1] = Segment(segment.sequence, joined[-1].start, segment.end)
+def rows_of(have: Sequence[Segment], wanted: Sequence[Segment]) -> list[Rows]:
+    """Where the wanted segments lie in a block of the segments `have`, neighbours as one range."""
+    row, where = 0, {}
+    for segment in have:
+        where[segment] = row
+        row += len(segment)
+    ranges: list[Rows] = []
+    for segment in wanted:
+        first = where[segment]
+        if ranges and ranges[-1][1] == first:
+            ranges[-1] = (ranges[-1][0], first + len(segment))
         else:
-            joined.append(segment)
-    return tuple(joined)
+            ranges.append((first, first + len(segment)))
+    return ranges
+
+
+def pick(block: torch.Tensor, ranges: Sequence[Rows]) -> torch.Tensor:
+    """The rows of these ranges, one after the other; no copy where they are one range."""
+    if len(ranges) == 1:
+        return block[ranges[0][0] : ranges[0][1]]
+    return torch.cat([block[a:b] for a, b in ranges]) if ranges else block[:0]
+
+
+def convert(x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: str = "convert") -> torch.Tensor:
+    """The rows of `new` on this member, given those of `old`, (n, ...) both: one all-to-all. Differentiable.
+
+    The layouts must be of the same sequences and members. Raises ValueError where they or the rows don't fit.
+    """
+    me = exchange.member
+    if old.lengths != new.lengths or len(old.segments) != len(new.segments):
+        raise ValueError(
+            f"a conversion needs two layouts of the same sequences and members, got {len(old.lengths)} sequences on "
+            f"{len(old.segments)} members and {len(new.lengths)} on {len(new.segments)}"
+        )
+    if len(x) != old.tokens(me):
+        raise ValueError(f"the old layout holds {old.tokens(me)} tokens on this member, got {len(x)} rows")
+    result: torch.Tensor = _Convert.apply(x, old, new, exchange, name)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Convert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: str) -> torch.Tensor:
+        ctx.layouts, ctx.exchange, ctx.name = (new, old), exchange, name
+        return _moved(x, old, new, exchange, name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return _moved(grads[0], *ctx.layouts, ctx.exchange, f"{ctx.name} backward"), None, None, None, None
+
+
+def _moved(x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: str) -> torch.Tensor:
+    me = exchange.member
+    members = range(len(old.segments))
+    sends = [pick(x, [own for own, _ in _common(old.segments[me], new.segments[i])]).contiguous() for i in members]
+    # both ends list what they share in the order of the sender's rows
+    landing = [[own for _, own in _common(old.segments[i], new.segments[me])] for i in members]
+    receives = [x.new_empty(sum(b - a for a, b in rows), *x.shape[1:]) for rows in landing]
+    exchange.all_to_all(sends, receives, name)
+    result = x.new_empty(new.tokens(me), *x.shape[1:])
+    for part, ranges in zip(receives, landing, strict=True):
+        row = 0
+        for a, b in ranges:
+            result[a:b] = part[row : row + b - a]
+            row += b - a
+    return result
+
+
+def _common(first: Sequence[Segment], second: Sequence[Segment]) -> Iterator[tuple[Rows, Rows]]:
+    """The tokens that both blocks hold: their rows in the first and in the second, in the order of the first."""
+    row = 0
+    for a in first:
+        other = 0
+        for b in second:
+            start, end = max(a.start, b.start), min(a.end, b.end)
+            if a.sequence == b.sequence and start < end:
+                yield (row + start - a.start, row + end - a.start), (other + start - b.start, other + end - b.start)
+            other += len(b)
+        row += len(a)

@@ -33,35 +33,33 @@ BUCKETS = 10
 CLASSES = 6
 WHOLE = 12
 """Up to this many passes per rank their number is whole in the bound; beyond, a fraction costs little tightness."""
-ROUNDS = 7
+ROUNDS = 8
 SLACK = 1e-6
 
 
-def bound_seconds(lengths: Sequence[int], costs: Costs, upper: float = math.inf) -> float:
+def bound_seconds(lengths: Sequence[int], costs: Costs) -> float:
     """Seconds that no pass list over these lengths (tokens) goes below, fixed cost of the step included.
 
-    `upper` is the seconds of a known pass list: the search starts there. Costs.rate must treat a host's ranks alike and
-    never rise when a rank joins a set, unless it depends on the degree alone.
+    `costs.rate` must be as planner/envelope.py says.
     """
     instance = _Instance(lengths, costs)
-    low = instance.simple()
-    if low >= upper - costs.seconds_per_step:
-        high = low
-    else:
-        low, high = _bisect(instance, low, upper - costs.seconds_per_step)
+    low = _search(instance, instance.simple())
     # Sums in another order differ in their last bits; the bound must stay below.
     return (low + costs.seconds_per_step) * (1 - 1e-9)
 
 
-def _bisect(instance: _Instance, low: float, high: float) -> tuple[float, float]:
-    """(largest T shown infeasible, smallest that is not) after ROUNDS linear programs."""
-    for turn in range(ROUNDS):
-        middle = low * 1.25 if math.isinf(high) else (low + high) / 2 if turn else low + (high - low) / 4
+def _search(instance: _Instance, low: float) -> float:
+    """The largest T shown infeasible in ROUNDS linear programs; `low` is known to be a bound."""
+    high, step = math.inf, 0.002
+    for _ in range(ROUNDS):
+        middle = low * (1 + step) if math.isinf(high) else (low + high) / 2
         if instance.share(middle) < 1 - SLACK:
-            low = middle
+            low, step = middle, step * 6
+        elif math.isinf(high) and step == 0.002:
+            break
         else:
             high = middle
-    return low, high
+    return low
 
 
 @dataclass(frozen=True, slots=True)

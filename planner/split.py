@@ -29,6 +29,8 @@ class Choice:
 
     degrees: int = 10
     """Degrees compared per set of ranks, smallest possible first."""
+    least: int = 2
+    """Smallest degree of a split pass."""
     price: float = 1.0
     """Weight of full memory against short passes."""
     idle: float = 1.0
@@ -36,7 +38,7 @@ class Choice:
     late: bool = False
     """Of equally good sets of ranks the one that is free last."""
     local_share: float = 0.0
-    """A sequence is split unless ranks with this share of the cluster's speed can take it alone."""
+    """A sequence is split unless ranks with this share of the cluster's speed can take it alone; above 1: always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ def _best(
         power = list(accumulate((speeds[r] for r in ranks), initial=0.0))
         busy = list(accumulate((speeds[r] * load[r] for r in ranks), initial=0.0))
         tried = 0
-        for degree in range(2, len(ranks) + 1):
+        for degree in range(choice.least, len(ranks) + 1):
             team = task.fleet.team(ranks[:degree], task.lengths[head])
             if team is None or (task.fleet.uniform and team.most < task.lengths[head]):
                 continue

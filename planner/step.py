@@ -21,8 +21,9 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     began = time.perf_counter()
     batch = checked(lengths, costs)
     bound = bound_seconds(batch, costs)
-    draft = greedy(Task(batch, costs), bound - costs.seconds_per_step, began + 0.6 * time_limit)
-    passes = in_order(draft.passes(Task(batch, costs)), costs.ranks)
+    task = Task(batch, costs)
+    draft = greedy(task, bound - costs.seconds_per_step, began + 0.7 * time_limit)
+    passes = in_order(draft.passes(task), costs.ranks)
     seconds = step_seconds(passes, costs)
     return Step(
         passes=passes,

@@ -73,6 +73,8 @@ class Calibration:
         times = self._world.gather([self._local_seconds(pack) for pack in packs])
         fastest = min(times, key=sum)
         a, b, c = fit_nonnegative(rows, np.array(fastest)).tolist()
+        if not a and not b:
+            b = fastest[0] / rows[0][1]  # too small a model to tell tokens from passes: an upper bound will do
         costs = Costs(
             seconds_per_token2=a,
             seconds_per_token=b,

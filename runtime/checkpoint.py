@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -77,7 +78,7 @@ class Checkpoints:
         state = _state(model, optimizer)
         try:
             load(state, checkpoint_id=path, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise UserError(
                 f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
                 "remove it to resume from the one before, or start anew in another run directory"
@@ -101,7 +102,7 @@ class Checkpoints:
                     part.rename(final)
                     for old in sorted(self._whole())[: -self._keep]:
                         shutil.rmtree(old)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             if self._world.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
             latest = self.latest()

@@ -135,18 +135,24 @@ def check_torch() -> str:
 
 
 def check_attention() -> str:
-    """Flash attention in blocks on the CPU, forward and backward, against the plain formula."""
+    """Flash attention of a pass with two packed sequences on the CPU, forward and backward, against the formula."""
     import torch
 
-    from heteromesh.parallel.blocks import Tile, tile_attention
+    from heteromesh.comm.world import World
+    from heteromesh.parallel.attention import attention, prepare_pass
+    from heteromesh.planner.plan import Pass
 
-    tiles = (Tile(0, 16, 0, 16, True), Tile(16, 33, 0, 16, False), Tile(16, 33, 16, 33, True))
+    lengths = (20, 13)
+    plan = Pass(ranks=(0,), method="local", sequences=(0, 1), shards=(lengths,), seconds=0.0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 33, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2))
     weight = torch.randn(1, 4, 33, 16, generator=generator)
+    with prepare_pass(plan, lengths, World(), (1.0,)).active():
+        packed = attention(q, k, v)
     keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    scores = (q @ keys.transpose(-1, -2) / math.sqrt(16)).masked_fill(torch.ones(33, 33).triu(1).bool(), -math.inf)
-    outputs = (tile_attention(q, k, v, tiles), scores.softmax(-1) @ values)
+    seen = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()
+    scores = (q @ keys.transpose(-1, -2) / math.sqrt(16)).masked_fill(~seen, -math.inf)
+    outputs = (packed, scores.softmax(-1) @ values)
     ours, plain = ((out, *torch.autograd.grad((out * weight).sum(), (q, k, v))) for out in outputs)
     worst = max(float((a - b).abs().max().detach()) for a, b in zip(ours, plain, strict=True))
     if not worst < 1e-4:
@@ -178,7 +184,7 @@ def check_loopback() -> str:
         raise Broken(f"two processes did not finish an all-reduce within {LOOPBACK_SECONDS:.0f} s") from None
     finally:
         for rank in ranks:
-            pass
+            rank.kill()
             rank.communicate()
     if sums != ["3.0", "3.0"]:
         raise Broken(f"two gloo processes summed 1 and 2 to {sums}: check that a firewall leaves 127.0.0.1 alone")

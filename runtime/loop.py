@@ -273,7 +273,8 @@ class TrainingLoop:
         )
 
     def _kept(self) -> str:
-        latest = self.checkpoints.latest()
+        self.checkpoints.wait()
+        latest = self.world.once(self.checkpoints.latest)
         return f"the last good checkpoint is {latest.name}" if latest else "no checkpoint had been written yet"
 
     def _say(self, text: str) -> None:

@@ -87,13 +87,13 @@ class JsonLines:
 
 
 def truncate_lines(path: Path, steps: int) -> None:
-    """Drops lines of `steps` and later: the steps that a resumed run does again, and a half-written last line."""
+    """Keeps the lines of the first `steps` steps: a resumed run does later ones again. Drops half-written lines."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] < steps:
+            if json.loads(line)["step"] <= steps:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue

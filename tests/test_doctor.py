@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,10 +59,10 @@ def test_solver_check_looks_at_the_answer(monkeypatch):
 
 
 def test_attention_check_looks_at_the_numbers(monkeypatch):
-    from heteromesh.parallel import blocks
+    from heteromesh.parallel import attention
 
-    right = blocks.tile_attention
-    monkeypatch.setattr(blocks, "tile_attention", lambda *args: right(*args) * 1.01)
+    right = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda q, k, v: right(q, k, v) * 1.01)
     with pytest.raises(doctor.Broken, match="differs from the plain formula"):
         doctor.check_attention()
 
@@ -86,8 +87,10 @@ def test_loopback_check_ends_in_time_and_leaves_no_process(monkeypatch):
 
     monkeypatch.setattr(doctor.subprocess, "Popen", popen)
     monkeypatch.setattr(doctor, "LOOPBACK_SECONDS", 0.5)
+    began = time.monotonic()
     with pytest.raises(doctor.Broken, match="did not finish"):
         doctor.check_loopback()
+    assert time.monotonic() - began < 30
     assert len(started) == 2
     assert all(process.returncode is not None for process in started)
 
