@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from heteromesh.comm.world import World
 
 Addressed = tuple[int, torch.Tensor]
@@ -20,7 +21,9 @@ Addressed = tuple[int, torch.Tensor]
 class Transfer:
     """Messages under way. Their buffers must not be touched before `wait` has returned; wait exactly once."""
 
-    def __init__(self, world: World, name: str, works: Sequence[Any], buffers: Sequence[torch.Tensor], sent: int) -> None:
+    def __init__(
+        self, world: World, name: str, works: Sequence[Any], buffers: Sequence[torch.Tensor], sent: int
+    ) -> None:
         self._world, self._name, self._works, self._sent = world, name, works, sent
         self._buffers = buffers  # torch keeps no reference to what it sends
         self._start, self._clock, self._done = time.time_ns(), time.perf_counter_ns(), False
@@ -82,9 +85,7 @@ class Exchange:
         """
         self.start_all_to_all(sends, receives, name).wait()
 
-    def start_all_to_all(
-        self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str
-    ) -> Transfer:
+    def start_all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> Transfer:
         """As `all_to_all`, but returns while the messages travel."""
         if not len(sends) == len(receives) == len(self.ranks):
             raise ValueError(f"{len(sends)} sends and {len(receives)} receives for {len(self.ranks)} members")

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
+
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
-from heteromesh.parallel.blocks import Tile, tile_attention
-from heteromesh.parallel.gather import Gather
+from heteromesh.parallel.agreement import Agreement
 from heteromesh.parallel.layout import Layout, layout_of
-from heteromesh.parallel.ulysses import Ulysses
-from heteromesh.planner.cost import split_heads
+from heteromesh.parallel.methods import Local, split_method
 from heteromesh.planner.plan import Pass
 
-Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
+Method = Callable[..., torch.Tensor]
+"""(q, k, v, scale[, causal]) -> out."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +55,27 @@ def active_pass() -> PassContext | None:
 def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Sequence[float]) -> PassContext:
     """What this rank needs to run a pass. lengths[j]: of the pass's j-th sequence; speeds[r]: of world rank r.
 
-    Raises ValueError for a method that does not exist and for a rank that is not in the pass.
+    Raises UserError for a method that does not exist, ValueError for a rank that is not in the pass and for shards
+    that do not hold every token of the sequences once.
     """
     layout = layout_of(plan, lengths)
-    if plan.method == "local":
-        tiles = tuple(Tile(o, o + n, o, o + n, True) for o, n in zip(layout.offsets, layout.lengths, strict=True))
-        return PassContext(layout, 0, lambda q, k, v, scale: tile_attention(q, k, v, tiles, scale))
+    _check_shards(plan, lengths)
+    if len(plan.ranks) == 1:
+        return PassContext(layout, 0, Local(layout))
     exchange = Exchange(world, plan.ranks)
-    if plan.method == "gather":
-        return PassContext(layout, exchange.member, Gather(exchange, layout, world.device))
-    if plan.method == "ulysses":
-        members = [speeds[r] for r in plan.ranks]
-
-        def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-            heads = split_heads(q.shape[1], members)
-            return Ulysses(exchange, layout, heads, world.device)(q, k, v, scale)
-
-        return PassContext(layout, exchange.member, ulysses)
-    raise ValueError(f"unknown method {plan.method!r}: one of local, ulysses, gather")
+    agreement = Agreement(exchange, layout, plan.method)
+    attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
+    return PassContext(layout, exchange.member, attend)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
-    """Causal attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
 
     Outside a pass every row of the batch is one sequence. Inside a pass B is 1 and S holds this rank's tokens of the
-    pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes.
+    pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes,
+    and on every rank of the pass where one of them calls with other shapes than its peers.
     """
     _check(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
@@ -87,13 +83,24 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
         q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
     context = _ACTIVE.get()
     if context is None:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     if q.shape[0] != 1 or q.shape[2] != context.tokens:
         raise ValueError(
             f"inside a pass attention takes (1, heads, {context.tokens}, dim) for this rank's tokens, "
             f"got {tuple(q.shape)}"
         )
-    return context.attend(q, k, v, scale)
+    return context.attend(q, k, v, scale) if causal else context.attend(q, k, v, scale, causal)
+
+
+def _check_shards(plan: Pass, lengths: Sequence[int]) -> None:
+    if len(plan.shards) != len(plan.ranks) or any(len(row) != len(lengths) for row in plan.shards):
+        raise ValueError(
+            f"a pass of {len(plan.ranks)} ranks and {len(lengths)} sequences needs as many rows and columns of shards"
+        )
+    for j, length in enumerate(lengths):
+        held = [row[j] for row in plan.shards]
+        if sum(held) != length or min(held) < 0:
+            raise ValueError(f"shards {held} of sequence {j} don't add up to its {length} tokens")
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

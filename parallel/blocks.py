@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+
 from heteromesh.parallel.kernels import backward_block, forward_block, merge_into, wide_dtype
 from heteromesh.parallel.tiles import Rows, covers_once
 from heteromesh.parallel.tiles import Tile as Tile
@@ -76,8 +77,8 @@ def backward_tile(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of the tile's rows; everything rows first. out and lse: of whole rows, over all keys."""
     rows, keys = slice(t.q0, t.q1), slice(t.k0, t.k1)
-    operands = [heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows])]
-    parts = backward_block(*operands, lse[rows].transpose(0, 1).unsqueeze(0), t.causal, scale)
+    grad, q, k, v, out = (heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows]))
+    parts = backward_block(grad, q, k, v, out, lse[rows].transpose(0, 1).unsqueeze(0), t.causal, scale)
     dq, dk, dv = (p[0].transpose(0, 1) for p in parts)
     return dq, dk, dv
 
@@ -85,7 +86,7 @@ def backward_tile(
 def forward_tiles(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) rows first. Every query row must be in some tile; tiles share their query rows wholly or not at all."""
+    """(out, lse), rows first. Every row must be in some tile; two tiles share all of their query rows or none."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype), device=q.device)
     for (first, last), group in _by_rows(tiles).items():

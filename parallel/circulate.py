@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from heteromesh.comm.exchange import Addressed, Exchange
 from heteromesh.parallel.layout import pick, rows_of
 from heteromesh.planner.layout import Layout, Segment
 from heteromesh.planner.routes import Message, Schedule
 
-Tensors = list[torch.Tensor]
+Tensors = Sequence[torch.Tensor]
 """Of one block, rows first, all with the same number of rows."""
 
 
@@ -42,7 +43,7 @@ class Circulation:
         self._own = layout.segments[self._me]
         self._rounds = schedule.of(self._me).rounds
 
-    def run(self, own: Tensors, visit: Visit, name: str, home: Tensors = (), deliver: Deliver | None = None) -> None:  # type: ignore[assignment]
+    def run(self, own: Tensors, visit: Visit, name: str, home: Tensors = (), deliver: Deliver | None = None) -> None:
         """Visits every block once, this rank's own first.
 
         own: this rank's block, contiguous. home: one tensor per tensor that a visit returns, of the shape of this

@@ -65,7 +65,7 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_ls
 
 def _guard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "last dimension is not dense"
-    assert q.shape[2] and k.shape[2], "empty block"
+    assert q.shape[2] * k.shape[2], "empty block"
     assert not causal or q.shape[2] == k.shape[2], "causal block is not square"
 
 

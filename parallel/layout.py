@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.tiles import Rows
 from heteromesh.planner.layout import Layout as Layout
@@ -61,7 +62,8 @@ class _Convert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return _moved(grads[0], *ctx.layouts, ctx.exchange, f"{ctx.name} backward"), None, None, None, None
+        old, new = ctx.layouts
+        return _moved(grads[0], old, new, ctx.exchange, f"{ctx.name} backward"), None, None, None, None
 
 
 def _moved(x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.blocks import RowSum, backward_tile, default_scale, forward_tile, forward_tiles, heads_first
 from heteromesh.parallel.blocks import rows_first as rows

@@ -64,8 +64,8 @@ def _placed(segments: Sequence[Segment]) -> Iterator[_Placed]:
 
 def _of_sequence(queries: list[_Placed], keys: list[_Placed], causal: bool) -> Iterator[Tile]:
     if not causal:
-        for q, k in itertools.product(_runs(queries), _runs(keys)):
-            yield Tile(*q, *k, False)
+        for rows, columns in itertools.product(_runs(queries), _runs(keys)):
+            yield Tile(*rows, *columns, False)
         return
     same = [q.segment for q in queries] == [k.segment for k in keys]
     if same and _rising(queries) and len(_runs(queries)) == len(_runs(keys)) == 1:
@@ -73,8 +73,8 @@ def _of_sequence(queries: list[_Placed], keys: list[_Placed], causal: bool) -> I
         yield Tile(*_runs(queries)[0], *_runs(keys)[0], True)
         return
     for rows, ranges in _joined_queries(queries, keys):
-        for keys_range in ranges:
-            yield Tile(*rows, *keys_range, False)
+        for columns in ranges:
+            yield Tile(*rows, *columns, False)
     for q, k in itertools.product(queries, keys):
         if q.segment == k.segment:
             yield Tile(q.row, q.end, k.row, k.end, True)

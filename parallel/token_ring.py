@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from heteromesh.parallel.blocks import backward_tile, default_scale, forward_tile, forward_tiles, heads_first
+
+from heteromesh.parallel.blocks import backward_tile, default_scale, forward_tiles, heads_first
 from heteromesh.parallel.blocks import rows_first as rows
 from heteromesh.parallel.circulate import Block, Tensors
 from heteromesh.parallel.kernels import merge_into, wide_dtype

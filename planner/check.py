@@ -13,15 +13,22 @@ TOLERANCE = 1e-9
 REMAKE = "make the plan again with `heteromesh plan`"
 
 
-def check_step(step: Step, costs: Costs) -> None:
-    """Raises UserError at the first thing in `step` that is infeasible or wrongly predicted under `costs`."""
+def check_feasible(step: Step, costs: Costs) -> None:
+    """Raises UserError at the first thing in `step` that can't run, whatever it says about time."""
     _check_batch(step)
-    free = dict.fromkeys(range(costs.ranks), 0.0)
     for position, p in enumerate(step.passes):
         where = f"pass {position}"
         _check_ranks(p, where, costs)
         _check_method(p, where, costs)
         _check_shards(p, where, step.batch, costs)
+
+
+def check_step(step: Step, costs: Costs) -> None:
+    """Raises UserError at the first thing in `step` that is infeasible or wrongly predicted under `costs`."""
+    check_feasible(step, costs)
+    free = dict.fromkeys(range(costs.ranks), 0.0)
+    for position, p in enumerate(step.passes):
+        where = f"pass {position}"
         lengths = [step.batch[k] for k in p.sequences]
         exact = costs.pass_seconds(p.ranks, p.method, lengths, p.shards)
         _check_number(p.seconds, exact, f"{where}: seconds")

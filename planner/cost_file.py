@@ -62,19 +62,6 @@ def load_constants(path: Path) -> Constants:
     return constants_from_table(tomlfile.read_toml(path, "cost file"), f"cost file {path}")
 
 
-def dump_constants(constants: Constants) -> str:
-    """The TOML that `load_constants` reads back to an equal value."""
-    lines = []
-    for f in fields(constants):
-        value = getattr(constants, f.name)
-        if f.name != "bytes_per_second":
-            lines.append(f'{f.name} = "{value}"' if isinstance(value, str) else f"{f.name} = {value!r}")
-    if constants.bytes_per_second:
-        lines += ["", "[bytes_per_second]"]
-        lines += [f"{degree} = {rate!r}" for degree, rate in sorted(constants.bytes_per_second.items())]
-    return "\n".join(lines) + "\n"
-
-
 def bind(constants: Constants, cluster: Cluster) -> Costs:
     """The constants on every rank of a cluster.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -40,12 +42,17 @@ class Task:
         self.least = self._least()
         """Seconds at speed 1 that a sequence takes at its cheapest degree, fixed cost left out."""
         self.power = sum(costs.speeds)
+        self._rooms = list(accumulate(sorted(costs.capacity, reverse=True)))
 
     def _least(self) -> list[float]:
         lengths = np.array(self.lengths, float)
         own = self.best.own_seconds(self.costs, lengths) - self.best.fixed
         least: list[float] = (own * self.best.power).min(axis=1).tolist()
         return least
+
+    def fewest(self, place: int) -> int:
+        """The smallest degree, at least 2, at which some set of ranks has room for the sequence."""
+        return max(2, 1 + bisect_left(self._rooms, self.lengths[place]))
 
     def value(self, place: int, price: float) -> float:
         """What it is worth to have a sequence done: its cheapest seconds and its tokens' price."""

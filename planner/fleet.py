@@ -57,7 +57,10 @@ class Fleet:
         self.costs = costs
         same = len(set(costs.speeds)) == 1 and len(set(costs.capacity)) == 1
         self.uniform = same and isinstance(costs.rate, RateByDegree)
-        self.pools = self._pools()
+        self.wide: list[list[int]] = []
+        """All ranks, by host and dealt over hosts."""
+        self.near = self._pools()
+        """Hosts and sets of equal devices."""
         self._teams: dict[object, Team] = {}
 
     def team(self, ranks: Sequence[int], length: int) -> Team | None:
@@ -96,13 +99,17 @@ class Fleet:
         )
 
     def _pools(self) -> list[list[int]]:
-        """Sets of ranks inside which a split pass looks for its members: hosts, equal devices, all."""
+        """Sets of ranks inside which a split pass looks for its members, in order of preference among equally free."""
         every = list(range(self.costs.ranks))
+        self.wide = [every]
         if self.uniform:
-            return [every]
-        groups: dict[object, list[int]] = {}
-        for r in every:
-            for key in (("host", self.costs.hosts[r]), ("kind", self.costs.speeds[r], self.costs.capacity[r])):
-                groups.setdefault(key, []).append(r)
-        unique = {tuple(g) for g in groups.values() if len(g) > 1} | {tuple(every)}
-        return [list(g) for g in sorted(unique)]
+            return []
+        hosts, kinds = self.costs.hosts, list(zip(self.costs.speeds, self.costs.capacity, strict=True))
+        near = {tuple(r for r in every if hosts[r] == h) for h in set(hosts)}
+        alike = {tuple(r for r in every if kinds[r] == k) for k in set(kinds)}
+        pools = sorted(p for p in near | alike if 1 < len(p) < len(every))
+        # Ranks of one host share its NICs: dealt over hosts, a pass too large for one host may exchange faster.
+        turn = [hosts[:r].count(hosts[r]) for r in every]
+        spread = sorted(every, key=lambda r: (turn[r], r))
+        self.wide = [every] if spread == every or isinstance(self.costs.rate, RateByDegree) else [spread, every]
+        return [list(p) for p in pools]

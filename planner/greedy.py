@@ -14,7 +14,7 @@ SMALL = 4096
 RETRIES = 5
 BUILDS = range(6, 61)
 """Builds after the first good one: as many as EFFORT allows, within this range."""
-EFFORT = 650_000
+EFFORT = 500_000
 """Sequences times ranks, summed over builds."""
 CUT = 0.003
 """By how much a build tries to beat the best step so far."""

@@ -15,6 +15,8 @@ from typing import Literal
 from heteromesh.planner.layout import Layout, Segment
 
 Kind = Literal["ring", "trimmed_ring", "bidirectional_ring", "token_ring", "direct"]
+RINGS: tuple[Kind, ...] = ("ring", "trimmed_ring", "bidirectional_ring")
+"""Those in which keys go round."""
 Moving = Literal["keys", "queries"]
 
 

@@ -8,7 +8,7 @@ from heteromesh.planner.envelope import Floats
 
 
 def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> float:
-    """max x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; infinity where HiGHS finds no optimum."""
+    """max x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; 0 where nothing fulfils that."""
     program = highspy.HighsLp()
     program.num_row_, program.num_col_ = matrix.shape
     program.col_cost_ = np.concatenate(([-1.0], np.zeros(matrix.shape[1] - 1)))
@@ -23,6 +23,9 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
     solver.setOptionValue("threads", 1)
     solver.passModel(program)
     solver.run()
-    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        return float("inf")
+    status = solver.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        return 0.0
+    if status != highspy.HighsModelStatus.kOptimal:
+        raise RuntimeError(f"HiGHS ended a linear program with {solver.modelStatusToString(status)}")
     return -solver.getInfo().objective_function_value

@@ -127,14 +127,14 @@ def _best(
 ) -> _Option | None:
     """The least wasteful pass that has sequence `head` and ends by `target`."""
     best: _Option | None = None
-    speeds = task.costs.speeds
+    speeds, fewest = task.costs.speeds, task.fewest(head)
     for pool in _pools(task, load):
-        ranks = sorted(pool, key=lambda r: (load[r], r))
+        ranks = sorted(pool, key=load.__getitem__)
         free = [load[r] for r in ranks]
         power = list(accumulate((speeds[r] for r in ranks), initial=0.0))
         busy = list(accumulate((speeds[r] * load[r] for r in ranks), initial=0.0))
         tried = 0
-        for degree in range(choice.least, len(ranks) + 1):
+        for degree in range(max(choice.least, fewest), len(ranks) + 1):
             team = task.fleet.team(ranks[:degree], task.lengths[head])
             if team is None or (task.fleet.uniform and team.most < task.lengths[head]):
                 continue
@@ -157,10 +157,10 @@ def _best(
 
 
 def _pools(task: Task, load: list[float]) -> list[list[int]]:
-    pools = task.fleet.pools
-    if len(pools) <= NARROW:
-        return pools
-    return sorted(pools[:-1], key=lambda p: sum(load[r] for r in p) / len(p))[:NARROW] + pools[-1:]
+    near = task.fleet.near
+    if len(near) > NARROW:
+        near = sorted(near, key=lambda p: sum(load[r] for r in p) / len(p))[:NARROW]
+    return near + task.fleet.wide
 
 
 def _alone(task: Task, team: Team, head: int) -> float:
@@ -231,7 +231,7 @@ def _anywhere(task: Task, load: list[float], head: int) -> _Option | None:
     best: _Option | None = None
     length, capacity = task.lengths[head], task.costs.capacity
     for order in (sorted(range(len(load)), key=lambda r: (load[r], r)), sorted(range(len(load)), key=lambda r: -capacity[r])):
-        for degree in range(2, len(load) + 1):
+        for degree in range(task.fewest(head), len(load) + 1):
             ranks = order[:degree]
             team = task.fleet.team(ranks, length)
             if team is None or team.most < length:

@@ -22,7 +22,7 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     batch = checked(lengths, costs)
     bound = bound_seconds(batch, costs)
     task = Task(batch, costs)
-    draft = greedy(task, bound - costs.seconds_per_step, began + 0.7 * time_limit)
+    draft = greedy(task, bound - costs.seconds_per_step, began + 0.6 * time_limit)
     passes = in_order(draft.passes(task), costs.ranks)
     seconds = step_seconds(passes, costs)
     return Step(

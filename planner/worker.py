@@ -37,8 +37,9 @@ def answer(request: Request, costs: Costs) -> Step | UserError:
 
 
 def main() -> None:
-    # Ctrl-C reaches the whole process group; the rank that owns this process decides when it ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the rank that owns this process ends it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
         costs: Costs = pickle.load(source)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import PassContext, prepare_pass
 from heteromesh.planner.cost import Costs, Method, RateByDegree
@@ -26,6 +27,7 @@ from heteromesh.runtime.executor import StepExecutor
 REPEATS = 2
 LONGEST = 4096
 """Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
+RATE_BYTES = (1 << 20, 16 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +92,25 @@ class Calibration:
     def _with_exchanges(self, costs: Costs) -> Costs:
         """Adds rate and latency from passes of two lengths that are split over all ranks."""
         size = self._world.size
-        rows, extra = [], []
+        costs = replace(costs, rate=RateByDegree({size: self._exchange_rate()}))
+        extra = []
         for method in (m for m in costs.methods if m.fits(size)):
             for length in (max(size, self._longest // 4), max(size, self._longest)):
                 plan = even_pass(method.name, length, size)
                 seconds = max(self._world.gather(self._seconds(plan, [length])))
-                rows.append([method.bytes_at(size) * plan.tokens(size - 1), 1.0])
-                extra.append(max(0.0, seconds - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)))
-        if not rows:
-            return costs
-        per_byte, latency = fit_nonnegative(np.array(rows), np.array(extra)).tolist()
-        rate = RateByDegree({size: 1.0 / max(per_byte, 1e-12)})
-        return replace(costs, rate=rate, seconds_per_split_pass=latency)
+                extra.append(seconds - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards))
+        return replace(costs, seconds_per_split_pass=max(0.0, statistics.median(extra))) if extra else costs
+
+    def _exchange_rate(self) -> float:
+        """Bytes per second each way of a rank that exchanges with all others at once."""
+        exchange = Exchange(self._world, range(self._world.size))
+        times = []
+        for size in RATE_BYTES:
+            buffers = [torch.zeros(size // self._world.size, dtype=torch.uint8, device=self._world.device)]
+            sends, receives = buffers * self._world.size, [torch.empty_like(buffers[0]) for _ in exchange.ranks]
+            times.append(self._timed(lambda s=sends, r=receives: exchange.all_to_all(s, r, "measure the rate")))
+        sent = (RATE_BYTES[1] - RATE_BYTES[0]) * (self._world.size - 1) / self._world.size
+        return sent / max(1e-9, max(self._world.gather(times[1])) - max(self._world.gather(times[0])))
 
     def attention_shape(self) -> AttentionShape | None:
         """One small pass with a look at attention; None when the model never calls it."""
@@ -142,18 +151,22 @@ class Calibration:
         return self._seconds(plan, lengths)
 
     def _seconds(self, plan: Pass, lengths: Sequence[int]) -> float:
-        """Median over repeats, after one run to warm up, of a pass that starts on every rank at once."""
+        """Of a pass that starts on every rank at once."""
         context = prepare_pass(plan, lengths, self._world, (1.0,) * self._world.size)
         batch = self._input(context)
+        return self._timed(lambda: self._executor.forward_backward(context, batch, max(1, batch.valid)))
+
+    def _timed(self, act: Callable[[], object]) -> float:
+        """Least seconds of a few runs after one to warm up; every rank starts each run at once."""
         times = []
         for _ in range(REPEATS + 1):
             self._world.barrier()
             start = time.perf_counter()
-            self._executor.forward_backward(context, batch, max(1, batch.valid))
+            act()
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize(self._world.device)
             times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
+        return min(times[1:])
 
     def _input(self, context: PassContext) -> PassInput:
         segments = context.layout.segments[context.member]

@@ -25,11 +25,10 @@ class _Hook:
         self._before = before
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        _report(error)
         if not isinstance(error, UserError):
-            _report(error)
             self._before(kind, error, trace)  # type: ignore[operator]
             return
-        _report(error)
         if UNDER_HETEROMESH_RUN not in os.environ:
             print(f"heteromesh: error: {error}", file=sys.stderr)
         sys.stdout.flush()
@@ -43,4 +42,7 @@ def _report(error: BaseException) -> None:
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-        get_error_handler().record_exception(error)
+        try:
+            raise error  # the handler writes down the exception that is being handled
+        except BaseException:
+            get_error_handler().record_exception(error)

@@ -119,10 +119,12 @@ def _dry_run(options: argparse.Namespace, environment: dict[str, str], ranks: in
 
 def _tell(error: ChildFailedError) -> int:
     """Prints why the first rank failed; returns the exit code."""
-    _, failure = error.get_first_failure()
-    message = str(failure.message)
-    if failure.exitcode == 2 and message.startswith("UserError: "):
-        print(f"heteromesh: error: {message.removeprefix('UserError: ')}", file=sys.stderr)
-        return 2
+    for failure in sorted(error.failures.values(), key=lambda f: int(f.timestamp)):
+        told = failure.error_file_data["message"]
+        message = str(told["message"]) if isinstance(told, dict) else str(told)
+        # a rank that ended with a sentence is the cause; its peers then died of broken connections
+        if failure.exitcode == 2 and message.startswith("UserError: "):
+            print(f"heteromesh: error: {message.removeprefix('UserError: ')}", file=sys.stderr)
+            return 2
     print(error, file=sys.stderr)
     return 1

@@ -55,6 +55,8 @@ class TrainingLoop:
     def __init__(self, trainer: Trainer, world: World, stack: ExitStack) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, world
         self.interrupt = stack.enter_context(Interrupt())
+        self.cluster = find_cluster(self.config, world.size)
+        self.given_plan = world.once(lambda: find_plan(self.config, self.cluster))
         self.path = Path(self.config.run_dir)
         self.directory: RunDirectory | None = None
         world.once(self._open_directory)
@@ -118,8 +120,7 @@ class TrainingLoop:
 
     def _plan(self, stack: ExitStack) -> None:
         """Costs, planner and feed; config.json."""
-        cluster = find_cluster(self.config, self.world.size)
-        given = self.world.once(lambda: find_plan(self.config, cluster))
+        cluster = self.cluster
         self.costs = find_costs(self.config, cluster, self.executor, self.trainer.reader)
         self.executor.speeds = self.costs.speeds
         self.world.recorder.spans.clear()
@@ -134,7 +135,7 @@ class TrainingLoop:
         self.stopped: int | None = None
         self.service: PlanService | None = None
         if self.world.rank == 0:
-            self.service = stack.enter_context(PlanService(self.costs, self.config.plan_seconds, given))
+            self.service = stack.enter_context(PlanService(self.costs, self.config.plan_seconds, self.given_plan))
         self.feed = PlanFeed(
             self.world, self.trainer.reader, self._propose, self.done, self.config.max_steps, self.config.plan_ahead
         )
@@ -216,7 +217,7 @@ class TrainingLoop:
         if self.directory:
             self._progress.clear()
             if metrics.step <= self.config.print_plans:
-                self._say(f"plan of step {metrics.step}:\n{first_passes(step, self.world.size)}")
+                self._say(first_passes(step, self.world.size, f"Step {metrics.step}"))
             eta = pace * (self.config.max_steps - self.done)
             self._say(metrics.line(eta))
             self._progress.show(self.done, eta)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from heteromesh.planner.check import check_step
+from heteromesh.planner.check import check_feasible
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Plan, Step
@@ -72,7 +72,7 @@ class PlanService:
                 f"data has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed "
                 "(`heteromesh run --dry-run`), or use --plan auto"
             )
-        check_step(step, self._costs)
+        check_feasible(step, self._costs)
         return step
 
     def _send(self, message: Costs | Request) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from heteromesh.planner.errors import UserError
 
 BYTES = "bytes"

@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from heteromesh.planner.errors import UserError
 from heteromesh.runtime.documents import Corpus, DocumentReader, Report
 from heteromesh.runtime.tokenizer import TokenIds, Tokenizer

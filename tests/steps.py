@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
-from llama import Llama, LlamaConfig
 
 from heteromesh.planner.cost import Costs, Method, RateByDegree
 from heteromesh.planner.plan import Pass, Step
+from llama import Llama, LlamaConfig
 
 TINY = LlamaConfig(vocab=61, layers=2, hidden=32, heads=4, kv_heads=2, intermediate=48)
 

@@ -8,7 +8,7 @@ import pytest
 from heteromesh.planner.analytic import analytic_costs, split_methods, state_bytes
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import Cluster, Host, Measured, load_cluster, local_cluster
-from heteromesh.planner.cost_file import Constants, bind, dump_constants, load_constants
+from heteromesh.planner.cost_file import Constants, bind, load_constants
 from heteromesh.planner.cost_json import costs_from_json, costs_to_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.fixes import parse_fixes
@@ -45,15 +45,6 @@ def test_flexsp_example_gives_flexsp_seconds():
     assert seconds == pytest.approx((compute + exchange) / 1e3, rel=1e-4)
     assert costs.capacity == (6407,) * 64
     assert costs.hosts[7:9] == (0, 1)
-
-
-def test_dump_reads_back(tmp_path):
-    constants = replace(
-        load(tmp_path, GOOD), seconds_per_step=0.1 + 0.2, method="gather", bytes_per_second={64: 1 / 3, 2: 7.0}
-    )
-    assert load(tmp_path, dump_constants(constants)) == constants
-    bare = replace(constants, bytes_per_token=0.0, bytes_per_second={})
-    assert load(tmp_path, dump_constants(bare)) == bare
 
 
 def test_bind_scales_speed_and_memory_with_the_device(tmp_path):

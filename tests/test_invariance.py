@@ -8,8 +8,6 @@ import random
 
 import pytest
 import torch
-from llama import Llama, LlamaConfig
-from ranks import World, run_ranks
 from steps import TINY, random_costs, random_lengths, random_step, reference
 
 from heteromesh.planner.errors import UserError
@@ -18,6 +16,8 @@ from heteromesh.planner.static import static_data_parallel, static_sequence_para
 from heteromesh.planner.step import plan_step
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
+from llama import Llama, LlamaConfig
+from ranks import World, run_ranks
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 KV_HEADS = (4, 2, 1)
@@ -60,9 +60,7 @@ def check_plans(world: World, dtype: torch.dtype, cases: int, recompute: bool) -
     return methods
 
 
-def compare(
-    got: float, loss: float, model: torch.nn.Module, gradients: list[torch.Tensor], dtype: torch.dtype
-) -> None:
+def compare(got: float, loss: float, model: torch.nn.Module, gradients: list[torch.Tensor], dtype: torch.dtype) -> None:
     assert got == pytest.approx(loss, rel=TOLERANCE[dtype])
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from llama import Llama
-from ranks import World, run_ranks
 from steps import TINY
 
 import heteromesh as hm
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import step_from_json
+from llama import Llama
+from ranks import World, run_ranks
 
 DATA = [[random.Random(i).randrange(TINY.vocab) for _ in range(2 + (i * 37) % 90)] for i in range(60)]
 
@@ -123,7 +123,9 @@ def test_old_checkpoints_are_removed(tmp_path: Path) -> None:
 def test_bf16_and_checkpointing_train(precision: str, tmp_path: Path) -> None:
     changes = {"precision": precision, "checkpoint_activations": True, "max_steps": 6}
     plain = run_ranks(2, train, tmp_path / "a", {"max_steps": 6})[0]
-    assert run_ranks(2, train, tmp_path / "b", changes)[0] == pytest.approx(plain, abs=0.05 if precision == "bf16" else 1e-4)
+    assert run_ranks(2, train, tmp_path / "b", changes)[0] == pytest.approx(
+        plain, abs=0.05 if precision == "bf16" else 1e-4
+    )
 
 
 class Poisoned(torch.nn.Module):
@@ -279,9 +281,7 @@ def test_a_sequence_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
 
 def labelled_run(world: World, folder: Path) -> tuple[float, ...]:
     """Half of each sequence is a prompt without loss."""
-    data = [
-        {"input_ids": s, "labels": [-100] * (len(s) // 2) + [*s[len(s) // 2 + 1 :], -100]} for s in DATA
-    ]
+    data = [{"input_ids": s, "labels": [-100] * (len(s) // 2) + [*s[len(s) // 2 + 1 :], -100]} for s in DATA]
     return make_trainer(folder, None, data, max_steps=3).fit().losses
 
 

@@ -1,0 +1,209 @@
+"""`heteromesh run` as a user types it: torchrun's behaviour, plan and cluster files, exit codes, signals."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from heteromesh.planner.cluster import local_cluster
+from heteromesh.planner.plan import Plan, PlannedCluster, dump
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CLUSTER = '[[hosts]]\nnames = ["a"]\ndevice = "cpu"\ncount = {ranks}\n'
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]),
+}
+TRAIN = """
+    import sys, torch, heteromesh as hm
+    from llama import Llama, LlamaConfig
+    folder, steps = sys.argv[1], int(sys.argv[2])
+    torch.manual_seed(1)
+    data = [torch.arange(2 + 31 * i % 70) % 61 for i in range(40)]
+    model = Llama(LlamaConfig(vocab=61, layers=1, hidden=32, heads=4, kv_heads=2, intermediate=48))
+    config = hm.TrainerConfig(batch_tokens=150, max_steps=steps, run_dir=folder, resume="resume" in sys.argv)
+    report = hm.Trainer(model, None, data, config).fit()
+    print("losses", list(report.losses), flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(TRAIN))
+    return path
+
+
+def heteromesh(*words: object, module: str = "heteromesh", seconds: float = 90) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *(["run"] if module == "heteromesh" else []), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=ENVIRONMENT)
+
+
+def sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of an error that the user can mend."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("heteromesh: error: ")
+    return lines[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_script_that_knows_nothing_of_heteromesh_runs_as_under_torchrun(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.py"
+    foreign.write_text(
+        textwrap.dedent("""
+        import json, os, sys
+        names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "OMP_NUM_THREADS"]
+        print(json.dumps({"env": {n: os.environ.get(n) for n in names}, "argv": sys.argv[1:]}), flush=True)
+        sys.exit(3 if "fail" in sys.argv else 0)
+        """)
+    )
+    words = ["--nproc_per_node", "2", "--max-restarts=0", foreign, "--plan", "mine", "x"]
+    ours, theirs = heteromesh(*words), heteromesh(*words, module="torch.distributed.run")
+    assert ours.returncode == theirs.returncode == 0
+    assert sorted(ours.stdout.splitlines()) == sorted(theirs.stdout.splitlines())
+    assert json.loads(ours.stdout.splitlines()[0])["argv"] == ["--plan", "mine", "x"]
+    failed = heteromesh("--nproc-per-node", "2", foreign, "fail")
+    assert failed.returncode == 1
+    assert "exitcode  : 3" in failed.stderr
+
+
+def test_help_names_torchruns_flags_and_ours() -> None:
+    text = heteromesh("--help").stdout
+    for flag in ("--nproc-per-node", "--rdzv-endpoint", "--standalone", "--cluster", "--plan", "--dry-run"):
+        assert flag in text
+
+
+def test_plain_torchrun_works_with_trainer(script: Path, tmp_path: Path) -> None:
+    result = heteromesh("--nproc-per-node", 2, script, tmp_path / "run", 3, module="torch.distributed.run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("losses") == 2
+
+
+def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> None:
+    cluster, plan = tmp_path / "cluster.toml", tmp_path / "plan.json"
+    cluster.write_text(CLUSTER.format(ranks=3))
+    broken = tmp_path / "broken.toml"
+    broken.write_text('[[hosts]]\nnames = ["a"\n')
+    dump(Plan(cluster=PlannedCluster(fingerprint="0" * 16, ranks=2), model="m"), plan)
+    run = [script, tmp_path / "run", 1]
+    assert "does not exist" in sentence(heteromesh(tmp_path / "none.py"))
+    assert "3 ranks" in sentence(heteromesh("--nproc-per-node", 2, "--cluster", cluster, *run))
+    assert "line" in sentence(heteromesh("--cluster", broken, *run))
+    assert "none.json does not exist" in sentence(heteromesh("--plan", tmp_path / "none.json", *run))
+    assert "plan file" in sentence(heteromesh("--nproc-per-node", 3, "--plan", plan, *run))
+    assert "make the plan again" in sentence(heteromesh("--nproc-per-node", 2, "--plan", plan, *run))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_found_by_every_rank_is_told_once(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = sentence(heteromesh("--nproc-per-node", 2, script, tmp_path / "file/run", 1))
+    assert "choose another directory" in message
+
+
+def test_dry_run_plans_for_more_ranks_and_its_plan_can_be_run(script: Path, tmp_path: Path) -> None:
+    dry = heteromesh("--dry-run", "--nproc-per-node", 2, script, tmp_path / "dry", 5)
+    assert dry.returncode == 0, dry.stderr
+    assert "nothing was trained" in dry.stdout
+    assert not (tmp_path / "dry/metrics.jsonl").exists()
+    plan = json.loads((tmp_path / "dry/plan.json").read_text())
+    assert plan["cluster"] == {"fingerprint": local_cluster(2).fingerprint, "ranks": 2}
+    run = heteromesh("--nproc-per-node", 2, "--plan", tmp_path / "dry/plan.json", script, tmp_path / "run", 5)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/plan.jsonl").read_text().splitlines()]
+    assert len(rows) == 5, "beyond the file's three steps it plans anew"
+    assert [row["plan"]["passes"] for row in rows[:3]] == [step["passes"] for step in plan["steps"]]
+
+
+def test_a_plan_for_other_data_is_refused(script: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_text(script.read_text().replace("batch_tokens=150", "batch_tokens=90"))
+    assert heteromesh("--dry-run", other, tmp_path / "dry", 2).returncode == 0
+    message = sentence(heteromesh("--plan", tmp_path / "dry/plan.json", script, tmp_path / "run", 2))
+    assert "step 0 of the plan file is for" in message
+
+
+def children(pid: int) -> list[int]:
+    """All descendants that are still alive."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found += [int(entry.parent.name), *children(int(entry.parent.name))]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, script: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "run/metrics.jsonl"
+    words = [
+        sys.executable,
+        "-m",
+        "heteromesh",
+        "run",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path / "run"),
+        "1000000",
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        family = children(process.pid)
+        assert len(family) >= 3, "two ranks and a planner"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=40)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, err
+    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    done = int(re.findall(r"stopped by signal \d+ after step (\d+)", out)[0])
+    assert (tmp_path / f"run/checkpoints/step-{done:08d}/meta.json").exists()
+    again = heteromesh("--nproc-per-node", 2, script, tmp_path / "run", done + 2, "resume")
+    assert again.returncode == 0, again.stderr
+    assert f"at step {done}" in again.stdout
+
+
+def test_hosts_may_start_different_numbers_of_processes(script: Path, tmp_path: Path) -> None:
+    """Two launchers on loopback stand for two hosts, one with one process and one with two."""
+    endpoint = f"127.0.0.1:{free_port()}"
+
+    def start(processes: int) -> subprocess.Popen[str]:
+        flags = ["--nnodes", "2", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d", "--rdzv-id", "t"]
+        command: Sequence[str] = [sys.executable, "-m", "heteromesh", "run", *flags, "--rdzv-endpoint", endpoint]
+        run = [*command, "--local-addr", "127.0.0.1", str(script), str(tmp_path / "run"), "3"]
+        return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+    hosts = [start(1), start(2)]
+    try:
+        outputs = [host.communicate(timeout=90) for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert sum(out.count("losses") for out, _ in outputs) == 3
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["ranks"] == 3
+    assert sorted(config["costs"]["hosts"]) in ([0, 0, 1], [0, 1, 1])
