@@ -12,11 +12,9 @@ import torch
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.planner.layout import Layout
+from heteromesh.planner.traffic import AGREEMENT_BYTES
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FIELDS = 8
-BYTES = 8 * FIELDS
-"""Sent to each peer."""
 
 
 class Agreement:
@@ -45,6 +43,7 @@ class Agreement:
         if mine in self._agreed:
             return
         own = torch.tensor(mine, dtype=torch.int64, device=self._exchange.device)
+        assert own.nbytes == AGREEMENT_BYTES
         everyone = [torch.zeros_like(own) for _ in self._exchange.ranks]
         self._exchange.all_to_all([own] * len(everyone), everyone, "agree on shapes")
         told = [tuple(t.tolist()) for t in everyone]

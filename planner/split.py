@@ -65,7 +65,7 @@ class Splitter:
         head = self.left.next(0)
         while head < self.local:
             self.one(head)
-            head = self.left.next(head)
+            head = self.left.next(head + 1)
 
     def more(self) -> bool:
         """A pass for the longest sequence left, though it fits a rank; False if there is none."""

@@ -8,7 +8,6 @@ import random
 
 import pytest
 import torch
-from steps import TINY, random_costs, random_lengths, random_step, reference
 
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
@@ -18,6 +17,7 @@ from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
 from llama import Llama, LlamaConfig
 from ranks import World, run_ranks
+from steps import TINY, random_costs, random_lengths, random_step, reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 KV_HEADS = (4, 2, 1)

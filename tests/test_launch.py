@@ -19,10 +19,8 @@ from heteromesh.planner.plan import Plan, PlannedCluster, dump
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CLUSTER = '[[hosts]]\nnames = ["a"]\ndevice = "cpu"\ncount = {ranks}\n'
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]),
-}
+PATHS = [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)}
 TRAIN = """
     import sys, torch, heteromesh as hm
     from llama import Llama, LlamaConfig
@@ -69,7 +67,8 @@ def test_a_script_that_knows_nothing_of_heteromesh_runs_as_under_torchrun(tmp_pa
         textwrap.dedent("""
         import json, os, sys
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "OMP_NUM_THREADS"]
-        print(json.dumps({"env": {n: os.environ.get(n) for n in names}, "argv": sys.argv[1:]}), flush=True)
+        text = json.dumps({"env": {n: os.environ.get(n) for n in names}, "argv": sys.argv[1:]})
+        os.write(1, (text + "\n").encode())  # in one piece: the ranks share the terminal
         sys.exit(3 if "fail" in sys.argv else 0)
         """)
     )

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from steps import TINY
 
 import heteromesh as hm
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import step_from_json
 from llama import Llama
 from ranks import World, run_ranks
+from steps import TINY
 
 DATA = [[random.Random(i).randrange(TINY.vocab) for _ in range(2 + (i * 37) % 90)] for i in range(60)]
 
@@ -95,7 +95,7 @@ def test_run_directory(four: tuple[Path, tuple[float, ...]]) -> None:
             (i, r) for i, p in enumerate(step.passes) for r in p.ranks
         }
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
-    assert not [p for p in folder.rglob("*.part")]
+    assert not list(folder.rglob("*.part"))
 
 
 def test_trace_has_a_span_for_everything(four: tuple[Path, tuple[float, ...]]) -> None:
