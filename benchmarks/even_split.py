@@ -1,6 +1,6 @@
 """The plan against the static even layouts, on the demo's data, model and machine.
 
-    python benchmarks/even_split.py [--ranks 2] [--batches 8] [--repeats 3] [--max-length 8192] [--json]
+    python benchmarks/even_split.py [--ranks 2] [--batches 8] [--repeats 3] [--max-length 16384] [--json]
 
 Every batch runs (forward, backward, gradient sum; no update) under each layout, in turns, `repeats` times; a batch's
 ratio is that of the medians. One process per core: more would hide imbalance.
@@ -40,8 +40,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch-tokens", type=int, default=20480)
-    parser.add_argument("--max-length", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=24576)
+    parser.add_argument("--max-length", type=int, default=16384)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -57,7 +57,7 @@ def measure(world: World, chosen: argparse.Namespace) -> tuple[EvenSplit, ...]:
     sampler = Sampler(reader.lengths, batch_tokens=chosen.batch_tokens, seed=0)
     batches = [sampler.next_batch() for _ in range(chosen.batches)]
     planned = [(batch, plan_step(batch.lengths, costs, time_limit=0.05)) for batch in batches]
-    return compare(executor, reader, world.broadcast(planned), costs, repeats=chosen.repeats)
+    return compare(executor, reader, world.once(lambda: planned), costs, repeats=chosen.repeats)
 
 
 def show(results: tuple[EvenSplit, ...], chosen: argparse.Namespace) -> None:

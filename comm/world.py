@@ -41,7 +41,7 @@ class World:
     recorder: Recorder = field(default_factory=Recorder)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable `value` on every rank (control group; blocks)."""
+        """Rank 0's picklable `value` on every rank (control group, so for the plan thread alone; blocks)."""
         if self.size == 1:
             return value
         payload = pickle.dumps(value) if self.rank == 0 else b""
@@ -61,7 +61,7 @@ class World:
                 outcome = act()
             except UserError as error:
                 outcome = error
-        outcome = self.broadcast(outcome)
+        outcome = self.gather(outcome)[0]
         if isinstance(outcome, UserError):
             raise outcome
         return cast(T, outcome)
@@ -87,7 +87,7 @@ class World:
         return vector
 
     def sum_ahead(self, vector: torch.Tensor) -> torch.Tensor:
-        """As `sum`, in the control group: for the plan thread."""
+        """As `sum`, in the control group, so for the plan thread alone."""
         if self.size > 1:
             dist.all_reduce(vector, group=self.control)
         return vector

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -28,14 +29,14 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--field", default="text", help="of a JSON line or Parquet row")
     parser.add_argument("--tokenizer", default="bytes", help="'bytes' or a Hugging Face tokenizer.json")
-    parser.add_argument("--max-length", type=int, default=8192, help="longest sequence, in tokens")
-    parser.add_argument("--batch-tokens", type=int, default=32768, help="tokens of a step")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--max-length", type=int, default=16384, help="longest sequence, in tokens")
+    parser.add_argument("--batch-tokens", type=int, default=24576, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--run-dir", default="runs/example")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run-dir")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -46,53 +47,49 @@ def parse() -> argparse.Namespace:
 
 
 def show(progress: Progress) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"reading documents: {progress}", flush=True)
+    print(f"\rreading documents {progress.fraction:.0%}", end="", file=sys.stderr, flush=True)
 
 
 def main() -> None:
     options = parse()
+    first = os.environ.get("RANK", "0") == "0"
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = open_corpus(options.data, field=options.field)
-    store = open_tokens(corpus, tokenizer, max_length=options.max_length, cache_dir=CACHE)
-    torch.manual_seed(options.seed)
-    config = LlamaConfig(
-        vocab=store.vocab_size,
-        layers=options.layers,
-        hidden=options.hidden,
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        intermediate=-(-options.hidden * 8 // 3 // 16) * 16,
-    )
-    model = Llama(config)
-    if os.environ.get("RANK", "0") == "0":
+    progress = show if first and sys.stderr.isatty() else None
+    store = open_tokens(corpus, tokenizer, max_length=options.max_length, cache_dir=CACHE, progress=progress)
+    model = build(options, store.vocab_size)
+    if first:
         print(store.describe())
-        print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {config}", flush=True)
-    trainer = hm.Trainer(
-        model,
-        None,
-        store,
-        hm.TrainerConfig(
-            batch_tokens=options.batch_tokens,
-            max_steps=options.steps,
-            run_dir=options.run_dir,
-            resume=options.resume,
-            seed=options.seed,
-            learning_rate=options.learning_rate,
-            precision=options.precision,
-            checkpoint_every=options.checkpoint_every,
-            compare_batches=options.compare_batches,
-        ),
+        print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model.config}", flush=True)
+    config = hm.TrainerConfig(
+        batch_tokens=options.batch_tokens,
+        max_steps=options.steps,
+        run_dir=options.run_dir,
+        resume=options.resume,
+        seed=options.seed,
+        learning_rate=options.learning_rate,
+        precision=options.precision,
+        checkpoint_every=options.checkpoint_every,
+        compare_batches=options.compare_batches,
     )
-    report = trainer.fit()
-    if os.environ.get("RANK", "0") == "0" and report.losses:
-        print(
-            f"loss {report.losses[0]:.3f} -> {report.losses[-1]:.3f} in steps {report.first_step} to {report.last_step}"
-        )
-        print(f"waited for late plans: {report.plan_wait_share:.3%} of the time")
-        for comparison in report.comparisons:
-            print(comparison.line())
+    report = hm.Trainer(model, None, store, config).fit()
+    if first:
+        print(report.summary())
         print(f"wrote {options.run_dir}: config.json, plan.jsonl, metrics.jsonl, trace.json, checkpoints/")
+
+
+def build(options: argparse.Namespace, vocab: int) -> Llama:
+    torch.manual_seed(options.seed)
+    return Llama(
+        LlamaConfig(
+            vocab=vocab,
+            layers=options.layers,
+            hidden=options.hidden,
+            heads=options.heads,
+            kv_heads=options.kv_heads,
+            intermediate=-(-options.hidden * 8 // 3 // 16) * 16,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -24,18 +24,18 @@ class Agreement:
         self._exchange, self._agreed = exchange, set[tuple[int, ...]]()
         self._plan = zlib.crc32(repr((method, layout)).encode())
 
-    def check(self, kind: str, q: torch.Tensor, k: torch.Tensor, causal: bool) -> None:
-        """Returns when every member has made the same call; q (1, H, n, D), k (1, Hk, n, D).
+    def check(self, kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+        """Returns when every member has made the same call; q (1, H, n, D), k (1, Hk, n, D), v (1, Hk, n, Dv).
 
-        Raises ValueError on every member where one differs in heads, dimension, dtype, mask, kind of attention or
+        Raises ValueError on every member where one differs in heads, dimensions, dtype, mask, `kind` of call or
         plan. A shape that was agreed on before costs nothing.
         """
         mine = (
-            self._plan,
-            zlib.crc32(kind.encode()),
+            zlib.crc32(kind.encode(), self._plan),
             q.shape[1],
             k.shape[1],
             q.shape[3],
+            v.shape[3],
             DTYPES.index(q.dtype),
             int(causal),
             int(torch.is_grad_enabled()),
@@ -57,9 +57,10 @@ class Agreement:
 
 
 def _words(fields: tuple[int, ...]) -> str:
-    plan, kind, heads, kv_heads, dim, dtype, causal, grad = fields
+    plan, heads, kv_heads, dim, value_dim, dtype, causal, grad = fields
     name = str(DTYPES[dtype]).removeprefix("torch.")
+    dims = f"dim {dim}" + f" and {value_dim}" * (value_dim != dim)
     return (
-        f"({heads} heads, {kv_heads} key heads, dim {dim}, {name}, {'causal' if causal else 'full'}, "
-        f"gradients {'on' if grad else 'off'}, function {kind:x}, plan {plan:x})"
+        f"({heads} heads, {kv_heads} key heads, {dims}, {name}, {'causal' if causal else 'full'}, "
+        f"gradients {'on' if grad else 'off'}, plan and function {plan:x})"
     )

@@ -13,7 +13,9 @@ import torch.nn.functional as functional
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.agreement import Agreement
+from heteromesh.parallel.kernels import wide_dtype
 from heteromesh.parallel.layout import Layout, layout_of
+from heteromesh.parallel.linear import LinearAttention, chunked
 from heteromesh.parallel.methods import Local, split_method
 from heteromesh.planner.plan import Pass
 
@@ -28,6 +30,8 @@ class PassContext:
     layout: Layout
     member: int
     attend: Method
+    linear: LinearAttention | None = None
+    """How its linear attention runs; needed only where the pass has several ranks."""
 
     @property
     def tokens(self) -> int:
@@ -65,7 +69,7 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
     exchange = Exchange(world, plan.ranks)
     agreement = Agreement(exchange, layout, plan.method)
     attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
-    return PassContext(layout, exchange.member, attend)
+    return PassContext(layout, exchange.member, attend, LinearAttention(layout, exchange.member, exchange, agreement))
 
 
 def attention(
@@ -78,18 +82,64 @@ def attention(
     and on every rank of the pass where one of them calls with other shapes than its peers.
     """
     _check(q, k, v)
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         wanted = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
     context = _ACTIVE.get()
     if context is None:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    _check_tokens(context, q)
+    return context.attend(q, k, v, scale) if causal else context.attend(q, k, v, scale, causal)
+
+
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, decay: Sequence[float] | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Linear attention: o_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s (all s, where not causal).
+
+    q and k (B, H, S, dk), v (B, H, S, dv); no scale and no feature map, they are the model's. decay: one constant per
+    head in (0, 1]. Inside a pass as `attention`; what ranks exchange is one state (dk, dv) per head and segment,
+    whatever the length. Raises ValueError on other shapes and decays.
+    """
+    fading = _check_linear(q, k, v, decay, causal)
+    context = _ACTIVE.get()
+    if context is None:
+        queries, keys, values = (x.to(wide_dtype(x.dtype)) for x in (q, k, v))
+        out = chunked(queries, keys, values, fading) if causal else queries @ (keys.transpose(-1, -2) @ values)
+        return out.to(q.dtype)
+    _check_tokens(context, q)
+    linear = context.linear
+    if linear is None:
+        if len(context.layout.segments) > 1:
+            raise ValueError("this pass is not prepared for linear attention: make it with prepare_pass")
+        linear = LinearAttention(context.layout, context.member, None, None)
+    return linear(q, k, v, fading, causal)
+
+
+def _check_linear(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Sequence[float] | None, causal: bool
+) -> tuple[float, ...] | None:
+    if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "linear attention takes q, k (B, H, S, dk) and v (B, H, S, dv), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if decay is None:
+        return None
+    fading = tuple(map(float, decay))
+    if len(fading) != q.shape[1] or not all(0.0 < d <= 1.0 for d in fading):
+        raise ValueError(f"decay needs one number in (0, 1] for each of {q.shape[1]} heads, got {fading}")
+    if not causal:
+        raise ValueError("decay is for causal linear attention: leave it out, or set causal")
+    return fading
+
+
+def _check_tokens(context: PassContext, q: torch.Tensor) -> None:
     if q.shape[0] != 1 or q.shape[2] != context.tokens:
         raise ValueError(
             f"inside a pass attention takes (1, heads, {context.tokens}, dim) for this rank's tokens, "
             f"got {tuple(q.shape)}"
         )
-    return context.attend(q, k, v, scale) if causal else context.attend(q, k, v, scale, causal)
 
 
 def _check_shards(plan: Pass, lengths: Sequence[int]) -> None:

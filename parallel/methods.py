@@ -52,7 +52,7 @@ class Split:
                 f"method {self._method} deals heads to {self._head_ranks} ranks and attention has {q.shape[1]}: "
                 f"use at most {q.shape[1]} ranks, or the method gather or trimmed_ring"
             )
-        self._agreement.check("attention", q, k, causal)
+        self._agreement.check("attention", q, k, v, causal)
         return self._attend(q, k, v, scale, causal)
 
 

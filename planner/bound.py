@@ -9,10 +9,11 @@ T is possible only if ranks can be divided by their number of passes k such that
     sum_q x[q,g,k]                                 <= k * capacity_g * y[g,k]
     sum_q x[q,g,k] * (work_q / v_g + wire_q) + e[g,k] / v_g <= (T - k * c) * y[g,k]
 
-work_q = a * s + b is the compute of a token of a sequence of s tokens, wire_q its exchange at the best rate of any degree
-at which a pass with that sequence fits memory and T. A bucket takes the smallest work and wire of its sequences; the
-excess is the variable e, a commodity of time without tokens, so that all work is kept. The linear relaxation drops
-whole ranks, lock step and waiting: every pass list that takes T satisfies it, so an infeasible T is below the optimum.
+work_q = a * s + b is the compute of a token of a sequence of s tokens, wire_q its exchange at the best rate of any
+degree at which a pass with that sequence fits memory and T. A bucket takes the smallest work and wire of its
+sequences; the excess is the variable e, a commodity of time without tokens, so that all work is kept. The linear
+relaxation drops whole ranks and waiting: every pass list that takes T satisfies it, so an infeasible T is below the
+optimum; sum_gk k * y[g,k] >= ceil(tokens / largest capacity) keeps the whole passes of all ranks together.
 Bisection on T then ends at a bound. It generalises the LP over degrees of FlexSP's classes (arXiv 2412.01523, section
 4.1) to ranks with unequal numbers of passes. Methods that split attention by heads part pairs from tokens; all of a
 sequence's attention is then part of e.
@@ -64,6 +65,8 @@ def _search(instance: _Instance, low: float) -> float:
             guess = low + (high - low) * (1 - share_low) / (share_high - share_low)
             middle = guess - 0.02 * (high - low)
         share = instance.share(middle)
+        if math.isinf(share):
+            return low
         if share < 1 - SLACK:
             low, share_low, step = middle, share, step * 10
         else:

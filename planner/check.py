@@ -92,6 +92,8 @@ def _check_shards(p: Pass, where: str, batch: tuple[int, ...], costs: Costs) -> 
     for rank, row in zip(p.ranks, p.shards, strict=True):
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in row):
             raise UserError(f"{where}: shards {list(row)} of rank {rank} must be whole numbers, at least 0: {REMAKE}")
+        if not sum(row):
+            raise UserError(f"{where}: rank {rank} holds no token: leave it out of the pass or {REMAKE}")
         if sum(row) > costs.capacity[rank]:
             raise UserError(
                 f"{where}: rank {rank} gets {sum(row)} tokens but holds {costs.capacity[rank]}: "

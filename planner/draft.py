@@ -16,7 +16,6 @@ from heteromesh.planner.fleet import Fleet, Team
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.shards import make_pass
 
-
 END = -1
 """Position of the local passes after all split ones."""
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 
 import numpy as np
-from heteromesh.planner.cost import Costs, RateByDegree
 from numpy.typing import NDArray
+
+from heteromesh.planner.cost import Costs, RateByDegree
 
 Floats = NDArray[np.float64]
 PAIRED_HOSTS = 64

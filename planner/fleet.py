@@ -1,4 +1,4 @@
-"""The ranks of a cluster as the step solver sees them: what a pass on a set of ranks costs, and where to look for sets."""
+"""The ranks of a cluster as the step solver sees them: what a pass on a set costs, and where to look for sets."""
 
 from __future__ import annotations
 
@@ -57,10 +57,12 @@ class Fleet:
         self.costs = costs
         same = len(set(costs.speeds)) == 1 and len(set(costs.capacity)) == 1
         self.uniform = same and isinstance(costs.rate, RateByDegree)
-        self.wide: list[list[int]] = []
-        """All ranks, by host and dealt over hosts."""
-        self.near = self._pools()
-        """Hosts and sets of equal devices."""
+        self.wide = self._wide()
+        """All ranks, by host and dealt over hosts: ranks that a split pass takes among equally free ones."""
+        self.alike = self._groups(list(zip(costs.speeds, costs.capacity, strict=True)))
+        """Equal devices."""
+        self.near = [] if isinstance(costs.rate, RateByDegree) else self._groups(costs.hosts)
+        """Hosts, where they matter."""
         self._teams: dict[object, Team] = {}
 
     def team(self, ranks: Sequence[int], length: int) -> Team | None:
@@ -77,7 +79,8 @@ class Fleet:
     def _make(self, ranks: Sequence[int], method: Method | None) -> Team:
         costs = self.costs
         speeds, room = tuple(costs.speeds[r] for r in ranks), tuple(costs.capacity[r] for r in ranks)
-        power, uneven, wire, heads = sum(speeds), 1.0, 0.0, ()
+        power, uneven, wire = sum(speeds), 1.0, 0.0
+        heads: tuple[int, ...] = ()
         if method is not None:
             wire = method.bytes_at(len(ranks)) / costs.rate(ranks)
             if method.heads:
@@ -98,18 +101,16 @@ class Fleet:
             costs=costs,
         )
 
-    def _pools(self) -> list[list[int]]:
-        """Sets of ranks inside which a split pass looks for its members, in order of preference among equally free."""
+    def _wide(self) -> list[list[int]]:
         every = list(range(self.costs.ranks))
-        self.wide = [every]
-        if self.uniform:
-            return []
-        hosts, kinds = self.costs.hosts, list(zip(self.costs.speeds, self.costs.capacity, strict=True))
-        near = {tuple(r for r in every if hosts[r] == h) for h in set(hosts)}
-        alike = {tuple(r for r in every if kinds[r] == k) for k in set(kinds)}
-        pools = sorted(p for p in near | alike if 1 < len(p) < len(every))
+        turn = [self.costs.hosts[:r].count(self.costs.hosts[r]) for r in every]
         # Ranks of one host share its NICs: dealt over hosts, a pass too large for one host may exchange faster.
-        turn = [hosts[:r].count(hosts[r]) for r in every]
         spread = sorted(every, key=lambda r: (turn[r], r))
-        self.wide = [every] if spread == every or isinstance(self.costs.rate, RateByDegree) else [spread, every]
-        return [list(p) for p in pools]
+        return [every] if spread == every or isinstance(self.costs.rate, RateByDegree) else [spread, every]
+
+    def _groups(self, keys: Sequence[object]) -> list[list[int]]:
+        """Ranks with equal keys; without groups of one rank and of all."""
+        groups: dict[object, list[int]] = {}
+        for rank, key in enumerate(keys):
+            groups.setdefault(key, []).append(rank)
+        return [g for g in groups.values() if 1 < len(g) < len(keys)]

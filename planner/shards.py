@@ -46,15 +46,28 @@ def deal(lengths: Sequence[int], speeds: Sequence[float], room: Sequence[int]) -
 
 
 def make_pass(ranks: Sequence[int], method: str, sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
-    """A pass over these sequences of the batch, its shards dealt by `deal`, its seconds exact."""
+    """A pass over these sequences of the batch, its shards dealt by `deal`, its seconds exact.
+
+    Ranks that would get no token (more ranks than tokens, or a rank too slow for one) are left out.
+    """
     team = tuple(sorted(ranks))
     lengths = [batch[k] for k in sequences]
     if method == LOCAL:
         shards: tuple[tuple[int, ...], ...] = (tuple(lengths),)
     else:
         shards = deal(lengths, [costs.speeds[r] for r in team], [costs.capacity[r] for r in team])
+        team, shards = without_idle(team, shards)
+        method = method if len(team) > 1 else LOCAL
     seconds = costs.pass_seconds(team, method, lengths, shards)
     return Pass(ranks=team, method=method, sequences=tuple(sequences), shards=shards, seconds=seconds)
+
+
+def without_idle(
+    ranks: Sequence[int], shards: Sequence[tuple[int, ...]]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """(ranks, shards) of those that hold a token: a rank with nothing to compute would only wait."""
+    busy = [(rank, row) for rank, row in zip(ranks, shards, strict=True) if sum(row)]
+    return tuple(rank for rank, _ in busy), tuple(row for _, row in busy)
 
 
 def _rounded(parts: Sequence[float], total: int) -> list[int]:

@@ -1,14 +1,22 @@
-"""The one place that talks to solvers: HiGHS directly for programs that are solved many times a step, PuLP for the rest."""
+"""The one place that talks to solvers: HiGHS directly where a program is solved many times a step, PuLP elsewhere."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import highspy
 import numpy as np
+
 from heteromesh.planner.envelope import Floats
 
 
 def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> float:
-    """max x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; 0 where nothing fulfils that."""
+    """max x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; 0 where nothing fulfils that.
+
+    Infinity where the solver can't tell.
+    """
     program = highspy.HighsLp()
     program.num_row_, program.num_col_ = matrix.shape
     program.col_cost_ = np.concatenate(([-1.0], np.zeros(matrix.shape[1] - 1)))
@@ -18,7 +26,7 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
     program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     program.a_matrix_.start_ = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
     program.a_matrix_.index_, program.a_matrix_.value_ = cols, matrix[rows, cols]
-    solver = highspy.Highs()
+    solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
     solver.passModel(program)
@@ -27,5 +35,50 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
     if status == highspy.HighsModelStatus.kInfeasible:
         return 0.0
     if status != highspy.HighsModelStatus.kOptimal:
-        raise RuntimeError(f"HiGHS ended a linear program with {solver.modelStatusToString(status)}")
-    return -solver.getInfo().objective_function_value
+        return math.inf  # numbers too far apart for the solver: nothing is proved
+    return -float(solver.getInfo().objective_function_value)
+
+
+class Program:
+    """A mixed-integer program to minimise, through PuLP and HiGHS; runs on PuLP 3.3 and on PuLP 4."""
+
+    def __init__(self, name: str) -> None:
+        import pulp
+
+        self._pulp = pulp
+        self._problem = pulp.LpProblem(name, pulp.LpMinimize)
+        self._variables: list[Any] = []
+
+    def binary(self) -> int:
+        """A variable that is 0 or 1; returns its number."""
+        return self._add(0, 1, "Binary")
+
+    def real(self, low: float, high: float) -> int:
+        """A variable within bounds; returns its number."""
+        return self._add(low, high, "Continuous")
+
+    def at_most(self, terms: Iterable[tuple[float, int]], constant: float) -> None:
+        """sum of coefficient * variable <= constant."""
+        self._problem += self._sum(terms) <= constant
+
+    def equal(self, terms: Iterable[tuple[float, int]], constant: float) -> None:
+        """sum of coefficient * variable == constant."""
+        self._problem += self._sum(terms) == constant
+
+    def minimise(self, terms: Iterable[tuple[float, int]], seconds: float) -> list[float] | None:
+        """Values of all variables of the best solution found in that time, None if there is none.
+
+        What `solve()` returns differs between PuLP 3 and 4, so nothing is concluded from it: check the values.
+        """
+        self._problem += self._sum(terms)
+        self._problem.solve(self._pulp.HiGHS(msg=False, timeLimit=seconds, threads=1))
+        values = [variable.value() for variable in self._variables]
+        return None if None in values else [float(v) for v in values]
+
+    def _add(self, low: float, high: float, kind: str) -> int:
+        number = len(self._variables)
+        self._variables.append(self._problem.add_variable(f"x{number}", lowBound=low, upBound=high, cat=kind))
+        return number
+
+    def _sum(self, terms: Iterable[tuple[float, int]]) -> Any:
+        return self._pulp.lpSum(coefficient * self._variables[i] for coefficient, i in terms)

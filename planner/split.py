@@ -35,6 +35,8 @@ class Choice:
     """Weight of full memory against short passes."""
     idle: float = 1.0
     """Weight of waiting; less than 1 trusts that local passes fill it."""
+    full: bool = False
+    """Passes may hold more than shards proportional to speed allow, where memory is not proportional to speed."""
     late: bool = False
     """Of equally good sets of ranks the one that is free last."""
     local_share: float = 0.0
@@ -115,16 +117,16 @@ def _first_local(task: Task, target: float, share: float) -> int:
     costs, fixed = task.costs, task.costs.seconds_per_pass
     for place, (length, work) in enumerate(zip(task.lengths, task.work, strict=True)):
         able = [
-            v for v, room in zip(costs.speeds, costs.capacity, strict=True) if room >= length and fixed + work / v <= target
+            v
+            for v, room in zip(costs.speeds, costs.capacity, strict=True)
+            if room >= length and fixed + work / v <= target
         ]
         if able and sum(able) >= share * task.power:
             return place
     return len(task.lengths)
 
 
-def _best(
-    task: Task, load: list[float], head: int, target: float, choice: Choice, left: _Left
-) -> _Option | None:
+def _best(task: Task, load: list[float], head: int, target: float, choice: Choice, left: _Left) -> _Option | None:
     """The least wasteful pass that has sequence `head` and ends by `target`."""
     best: _Option | None = None
     speeds, fewest = task.costs.speeds, task.fewest(head)
@@ -160,7 +162,7 @@ def _pools(task: Task, load: list[float]) -> list[list[int]]:
     near = task.fleet.near
     if len(near) > NARROW:
         near = sorted(near, key=lambda p: sum(load[r] for r in p) / len(p))[:NARROW]
-    return near + task.fleet.wide
+    return near + task.fleet.alike + task.fleet.wide
 
 
 def _alone(task: Task, team: Team, head: int) -> float:
@@ -203,16 +205,23 @@ def _filled(
     # A short sequence pays the exchange; worth it only if that is less than its share of a local pass's fixed cost.
     joins = team.wire <= task.token_price * team.power / len(ranks)
     rank_room = max(task.costs.capacity)
-    spare, time = team.even - tokens, target - start - seconds
-    place, full = head, FULL * team.even
+    room = team.most if choice.full else team.even
+    spare, time = room - tokens, target - start - seconds
+    place, full = head, FULL * room
     while spare > full and time > 0 and len(places) < JOINED:
         place = left.next(max(place + 1, bisect_left(task.negative, -min(spare, _reach(per_token, per_square, time)))))
         if place >= len(lengths) or (lengths[place] <= rank_room and not joins):
             break
         n = lengths[place]
+        if tokens + n > team.even:
+            later = target - start - team.seconds(tokens + n, squares + n * n)
+            if later < 0:
+                continue
+            time = later
+        else:
+            time -= per_token * n + per_square * n * n
         places.append(place)
         tokens, squares, spare = tokens + n, squares + n * n, spare - n
-        time -= per_token * n + per_square * n * n
         value += task.value(place, choice.price)
     seconds = team.seconds(tokens, squares)
     return _Option((team.power * seconds + idle) / value, ranks, team, tuple(places), start + seconds)
@@ -230,7 +239,10 @@ def _anywhere(task: Task, load: list[float], head: int) -> _Option | None:
     """The pass with `head` alone that ends first, whatever the target; None if no set of several ranks can take it."""
     best: _Option | None = None
     length, capacity = task.lengths[head], task.costs.capacity
-    for order in (sorted(range(len(load)), key=lambda r: (load[r], r)), sorted(range(len(load)), key=lambda r: -capacity[r])):
+    for order in (
+        sorted(range(len(load)), key=lambda r: (load[r], r)),
+        sorted(range(len(load)), key=lambda r: -capacity[r]),
+    ):
         for degree in range(task.fewest(head), len(load) + 1):
             ranks = order[:degree]
             team = task.fleet.team(ranks, length)

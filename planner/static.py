@@ -10,6 +10,7 @@ from heteromesh.planner.bound import bound_seconds
 from heteromesh.planner.cost import LOCAL, Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.shards import without_idle
 from heteromesh.planner.timeline import in_order, step_seconds
 
 
@@ -21,8 +22,23 @@ def static_sequence_parallel(lengths: Sequence[int], costs: Costs) -> Step:
     """
     began = time.perf_counter()
     batch = checked(lengths, costs)
+    return _step(sequence_parallel_passes(batch, costs), batch, costs, began)
+
+
+def static_data_parallel(lengths: Sequence[int], costs: Costs) -> Step:
+    """Sequence k goes to rank k mod ranks (arrival order); each rank packs its own best-fit under its memory.
+
+    Raises UserError for bad lengths and for a sequence that does not fit the rank it is dealt to.
+    """
+    began = time.perf_counter()
+    batch = checked(lengths, costs)
+    return _step(data_parallel_passes(batch, costs), batch, costs, began)
+
+
+def sequence_parallel_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
+    """The passes of `static_sequence_parallel`; a rank without a token is left out of its pass."""
     if costs.ranks == 1:
-        return static_data_parallel(lengths, costs)
+        return data_parallel_passes(batch, costs)
     team = tuple(range(costs.ranks))
     room = costs.ranks * min(costs.capacity)
     if max(batch) > room:
@@ -37,19 +53,15 @@ def static_sequence_parallel(lengths: Sequence[int], costs: Costs) -> Step:
         method = costs.method_for(team, max(own))
         if method is None:
             raise UserError(f"no method splits a sequence over {costs.ranks} ranks: use fewer ranks or another method")
-        shards = even_shards(own, costs.ranks)
-        seconds = costs.pass_seconds(team, method.name, own, shards)
-        passes.append(Pass(ranks=team, method=method.name, sequences=tuple(sequences), shards=shards, seconds=seconds))
-    return _step(passes, batch, costs, began)
+        ranks, shards = without_idle(team, even_shards(own, costs.ranks))
+        name = method.name if len(ranks) > 1 else LOCAL
+        seconds = costs.pass_seconds(ranks, name, own, shards)
+        passes.append(Pass(ranks=ranks, method=name, sequences=tuple(sequences), shards=shards, seconds=seconds))
+    return passes
 
 
-def static_data_parallel(lengths: Sequence[int], costs: Costs) -> Step:
-    """Sequence k goes to rank k mod ranks (arrival order); each rank packs its own best-fit under its memory.
-
-    Raises UserError for bad lengths and for a sequence that does not fit the rank it is dealt to.
-    """
-    began = time.perf_counter()
-    batch = checked(lengths, costs)
+def data_parallel_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
+    """The passes of `static_data_parallel`."""
     passes = []
     for rank in range(costs.ranks):
         own = range(rank, len(batch), costs.ranks)
@@ -65,7 +77,7 @@ def static_data_parallel(lengths: Sequence[int], costs: Costs) -> Step:
             passes.append(
                 Pass(ranks=(rank,), method=LOCAL, sequences=tuple(sequences), shards=(local,), seconds=seconds)
             )
-    return _step(passes, batch, costs, began)
+    return passes
 
 
 def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:

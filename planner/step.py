@@ -4,32 +4,67 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from heteromesh.planner.batch import checked
 from heteromesh.planner.bound import bound_seconds
 from heteromesh.planner.cost import Costs
-from heteromesh.planner.draft import Task
+from heteromesh.planner.draft import Draft, Task
+from heteromesh.planner.errors import UserError
 from heteromesh.planner.greedy import greedy
-from heteromesh.planner.plan import Step
+from heteromesh.planner.ilp import refine
+from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.static import data_parallel_passes, sequence_parallel_passes
 from heteromesh.planner.timeline import in_order, step_seconds
 
 __all__ = ["plan_step", "step_seconds"]
 
+GREEDY_SHARE = 0.5
+"""Of the time limit; what the greedy doesn't need is left for the integer program."""
+PROGRAM_SECONDS = 0.5
+"""Less time than this is not worth starting the integer program."""
+PROGRAM_GAP = 0.01
+
 
 def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) -> Step:
-    """A step over sequences of these lengths (tokens) that is short under `costs`."""
+    """A step over sequences of these lengths (tokens) that is short under `costs`.
+
+    Greedy first; where it stays more than 1 % above the bound, the step is small and at least half a second of
+    `time_limit` (seconds) is left, an integer program tries to beat it. Equal input gives an equal step unless the
+    time limit cuts a search short. Raises UserError for an empty batch, for a length that is no whole number above 0
+    and for a sequence that fits no set of ranks.
+    """
     began = time.perf_counter()
     batch = checked(lengths, costs)
-    bound = bound_seconds(batch, costs)
-    task = Task(batch, costs)
-    draft = greedy(task, bound - costs.seconds_per_step, began + 0.6 * time_limit)
-    passes = in_order(draft.passes(task), costs.ranks)
+    task, bound = Task(batch, costs), bound_seconds(batch, costs)
+    least = bound - costs.seconds_per_step
+    draft = greedy(task, least, began + GREEDY_SHARE * time_limit)
+    left = time_limit - (time.perf_counter() - began)
+    if left > PROGRAM_SECONDS and draft.seconds > least * (1 + PROGRAM_GAP):
+        draft = _shorter(draft, refine(task, draft.seconds, least, left), task)
+    passes = min(_candidates(draft, task), key=lambda candidate: step_seconds(candidate, costs))
     seconds = step_seconds(passes, costs)
     return Step(
-        passes=passes,
+        passes=in_order(passes, costs.ranks),
         seconds=seconds,
         bound_seconds=bound,
         gap=seconds / bound - 1 if bound else 0.0,
         solve_seconds=time.perf_counter() - began,
         batch=batch,
     )
+
+
+def _candidates(draft: Draft, task: Task) -> list[Sequence[Pass]]:
+    """The draft, and the static layouts where they are possible: a plan is never behind them."""
+    found: list[Sequence[Pass]] = [draft.passes(task)]
+    for layout in (sequence_parallel_passes, data_parallel_passes):
+        with suppress(UserError):
+            found.append(layout(task.batch, task.costs))
+    return found
+
+
+def _shorter(draft: Draft, other: Draft | None, task: Task) -> Draft:
+    """The draft with fewer exact seconds: whole tokens may turn a tiny lead around."""
+    if other is None:
+        return draft
+    return min(draft, other, key=lambda d: step_seconds(d.passes(task), task.costs))

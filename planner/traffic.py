@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from heteromesh.planner.heads import head_shares
 from heteromesh.planner.layout import Layout, Segment, base_name, group_layout, inner_degree, method_layout
 from heteromesh.planner.routes import RINGS, Kind, schedule
+from heteromesh.planner.states import state_routes
 
 AGREEMENT_BYTES = 64
 """Sent to each peer before the first call of a shape in a pass (parallel.agreement)."""
@@ -76,6 +77,26 @@ def traffic(
         return _circulate(layout, "direct", causal, (keys, 0), (0, keys))
     kind = next(k for k in RINGS if k == name)
     return _circulate(layout, kind, causal, (keys, 0), (keys, keys))
+
+
+def linear_traffic(
+    method: str,
+    lengths: Sequence[int],
+    shards: Sequence[Sequence[int]],
+    shape: AttentionShape,
+    *,
+    value_dim: int | None = None,
+    causal: bool = True,
+) -> tuple[Traffic, ...]:
+    """As `traffic`, of one call of linear attention under the layout of `method`: states (head_dim, value_dim)."""
+    layout = method_layout(method, lengths, shards)
+    state = shape.heads * shape.head_dim * (value_dim or shape.head_dim) * shape.wide
+    return tuple(
+        Traffic(
+            forward=state * sum(map(len, r.sends.values())), backward=state * sum(map(len, r.gradient_sends.values()))
+        )
+        for r in state_routes(layout, causal=causal)
+    )
 
 
 def _circulate(

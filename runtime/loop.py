@@ -48,6 +48,15 @@ class TrainingReport:
     signal: int | None
     """The signal that ended the run early."""
 
+    def summary(self) -> str:
+        """For people, a few lines."""
+        lines = [
+            f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f} in steps {self.first_step} to {self.last_step}",
+            f"waited for late plans: {self.plan_wait_share:.3%} of the time",
+            *(comparison.line() for comparison in self.comparisons),
+        ]
+        return "\n".join(lines if self.losses else ["no step was left to do"])
+
 
 class TrainingLoop:
     """One call of `Trainer.fit` in a world. Everything it opens is closed by `stack`."""

@@ -20,7 +20,10 @@ from heteromesh.planner.step import plan_step, step_seconds
 METHODS = (
     (Method(name="gather", bytes_per_token=3.0, scaling="peers"),),
     (Method(name="ulysses", bytes_per_token=2.0, scaling="fraction", heads=3),),
-    (Method(name="ulysses", bytes_per_token=2.0, scaling="fraction", heads=2), Method(name="ring", bytes_per_token=5.0)),
+    (
+        Method(name="ulysses", bytes_per_token=2.0, scaling="fraction", heads=2),
+        Method(name="ring", bytes_per_token=5.0),
+    ),
 )
 
 

@@ -166,7 +166,9 @@ def test_empty_batch():
 def test_overlong_sequence_says_what_fits():
     costs = flexsp(4, capacity=(100, 50, 70, 100))
     check_step(plan_step([320], costs), costs)
-    with pytest.raises(UserError, match=r"sequence 1 has 321 tokens but at most 320 fit .*tokens_per_device.*max_length"):
+    with pytest.raises(
+        UserError, match=r"sequence 1 has 321 tokens but at most 320 fit .*tokens_per_device.*max_length"
+    ):
         plan_step([5, 321], costs)
 
 

@@ -1,0 +1,20 @@
+"""A test that leaks an environment variable, a thread or a process fails."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def leaks_nothing() -> Iterator[None]:
+    environment, threads = dict(os.environ), set(threading.enumerate())
+    processes = set(multiprocessing.active_children())
+    yield
+    now = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    assert now == {k: v for k, v in environment.items() if not k.startswith("PYTEST_")}, "environment changed"
+    left = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
+    assert not left, f"threads left running: {left}"
+    assert set(multiprocessing.active_children()) <= processes, "processes left running"
