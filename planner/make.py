@@ -15,15 +15,21 @@ from heteromesh.planner.errors import UserError
 from heteromesh.planner.fixes import Fixes
 from heteromesh.planner.model import ModelSpec
 from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
-from heteromesh.planner.static import static_data_parallel, static_sequence_parallel
+from heteromesh.planner.static import static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.step import plan_step
 
 COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"
-STATIC: tuple[tuple[str, Callable[[Sequence[int], Costs], Step]], ...] = (
-    ("static sequence parallel on all ranks", static_sequence_parallel),
-    ("static data parallel", static_data_parallel),
-)
-"""The even layouts that every plan is compared with."""
+Layout = Callable[[Sequence[int], Costs], Step]
+
+
+def static_layouts(ranks: int) -> tuple[tuple[str, Layout], ...]:
+    """The even layouts that a plan on so many ranks is compared with, by name."""
+    ends: tuple[tuple[str, Layout], ...] = (
+        ("static sequence parallel on all ranks", static_sequence_parallel),
+        ("static data parallel", static_data_parallel),
+    )
+    # with two ranks or fewer there is no degree between the two
+    return ends if ranks <= 2 else (*ends, ("static, best even degree for each step", static_best_degree))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +120,11 @@ class Comparison:
 
 
 def compare(steps: Sequence[Step], costs: Costs) -> tuple[Comparison, ...]:
-    """Every static layout of STATIC on the batches of these steps."""
-    return tuple(_compare(what, layout, steps, costs) for what, layout in STATIC)
+    """Every static layout on the batches of these steps."""
+    return tuple(_compare(what, layout, steps, costs) for what, layout in static_layouts(costs.ranks))
 
 
-def _compare(
-    what: str, layout: Callable[[Sequence[int], Costs], Step], steps: Sequence[Step], costs: Costs
-) -> Comparison:
+def _compare(what: str, layout: Layout, steps: Sequence[Step], costs: Costs) -> Comparison:
     planned, other = sum(step.seconds for step in steps) / len(steps), 0.0
     for index, step in enumerate(steps):
         try:

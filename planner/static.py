@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from heteromesh.planner.batch import checked
 from heteromesh.planner.bound import bound_seconds
@@ -15,69 +15,75 @@ from heteromesh.planner.timeline import in_order, step_seconds
 
 
 def static_sequence_parallel(lengths: Sequence[int], costs: Costs) -> Step:
-    """Every pass has all ranks; sequences packed best-fit (longest first) into passes; even shards.
-
-    Even shards fill the smallest memory first: a pass holds `ranks * min(capacity)` tokens. Raises UserError for
-    bad lengths, for a sequence that is longer than that, and where no method splits over all ranks.
-    """
-    began = time.perf_counter()
-    batch = checked(lengths, costs)
-    return _step(sequence_parallel_passes(batch, costs), batch, costs, began)
+    """Every pass has all ranks. Raises UserError as `even_passes`."""
+    return _step(lengths, costs, lambda batch: even_passes(batch, costs, costs.ranks))
 
 
 def static_data_parallel(lengths: Sequence[int], costs: Costs) -> Step:
-    """Sequence k goes to rank k mod ranks (arrival order); each rank packs its own best-fit under its memory.
+    """Every pass has one rank. Raises UserError as `even_passes`."""
+    return _step(lengths, costs, lambda batch: even_passes(batch, costs, 1))
 
-    Raises UserError for bad lengths and for a sequence that does not fit the rank it is dealt to.
+
+def static_best_degree(lengths: Sequence[int], costs: Costs) -> Step:
+    """The even layout of the degree that is fastest for this batch: what hand-tuning for every step would choose.
+
+    Raises UserError where no degree is possible.
     """
-    began = time.perf_counter()
-    batch = checked(lengths, costs)
-    return _step(data_parallel_passes(batch, costs), batch, costs, began)
+    return _step(lengths, costs, lambda batch: best_even_passes(batch, costs))
 
 
-def sequence_parallel_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
-    """The passes of `static_sequence_parallel`; a rank without a token is left out of its pass."""
-    if costs.ranks == 1:
-        return data_parallel_passes(batch, costs)
-    team = tuple(range(costs.ranks))
-    room = costs.ranks * min(costs.capacity)
-    if max(batch) > room:
-        k = max(range(len(batch)), key=lambda i: batch[i])
-        raise UserError(
-            f"sequence {k} has {batch[k]} tokens but even shards hold at most {room} on {costs.ranks} ranks: "
-            "raise device memory (tokens_per_device) or lower max_length"
-        )
+def best_even_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
+    """The passes of `static_best_degree`."""
+    found, reason = [], None
+    for degree in (d for d in range(1, costs.ranks + 1) if costs.ranks % d == 0):
+        try:
+            found.append(even_passes(batch, costs, degree))
+        except UserError as error:
+            reason = error
+    if not found:
+        assert reason
+        raise reason
+    return min(found, key=lambda passes: step_seconds(passes, costs))
+
+
+def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
+    """The ranks in blocks of `degree`, each of them a data-parallel replica.
+
+    Sequence k goes to block k mod blocks (arrival order, as a DistributedSampler deals); a block packs its own
+    best-fit, longest first, into passes of even shards, which fill the smallest memory first. A rank without a token is left out
+    of its pass. Raises UserError for a sequence that does not fit a block, and where no method splits over `degree`.
+    """
     passes = []
-    for sequences in _best_fit(range(len(batch)), batch, room):
-        own = [batch[k] for k in sequences]
-        method = costs.method_for(team, max(own))
-        if method is None:
-            raise UserError(f"no method splits a sequence over {costs.ranks} ranks: use fewer ranks or another method")
-        ranks, shards = without_idle(team, even_shards(own, costs.ranks))
-        name = method.name if len(ranks) > 1 else LOCAL
-        seconds = costs.pass_seconds(ranks, name, own, shards)
-        passes.append(Pass(ranks=ranks, method=name, sequences=tuple(sequences), shards=shards, seconds=seconds))
-    return passes
-
-
-def data_parallel_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
-    """The passes of `static_data_parallel`."""
-    passes = []
-    for rank in range(costs.ranks):
-        own = range(rank, len(batch), costs.ranks)
+    blocks = costs.ranks // degree
+    for block in range(blocks):
+        team = tuple(range(block * degree, (block + 1) * degree))
+        own = range(block, len(batch), blocks)
+        room = degree * min(costs.capacity[r] for r in team)
         for k in own:
-            if batch[k] > costs.capacity[rank]:
+            if batch[k] > room:
                 raise UserError(
-                    f"sequence {k} has {batch[k]} tokens but rank {rank} holds at most {costs.capacity[rank]}: "
+                    f"sequence {k} has {batch[k]} tokens but even shards on {_ranks(team)} hold at most {room}: "
                     "raise device memory (tokens_per_device), lower max_length, or let the planner split it"
                 )
-        for sequences in _best_fit(own, batch, costs.capacity[rank]):
-            local = tuple(batch[k] for k in sequences)
-            seconds = costs.pass_seconds((rank,), LOCAL, local, (local,))
-            passes.append(
-                Pass(ranks=(rank,), method=LOCAL, sequences=tuple(sequences), shards=(local,), seconds=seconds)
-            )
+        passes += [_even_pass(team, sequences, batch, costs) for sequences in _best_fit(own, batch, room)]
     return passes
+
+
+def _even_pass(team: tuple[int, ...], sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
+    lengths = [batch[k] for k in sequences]
+    ranks, shards = without_idle(team, even_shards(lengths, len(team)))
+    name = LOCAL
+    if len(ranks) > 1:
+        method = costs.method_for(ranks, max(lengths))
+        if method is None:
+            raise UserError(f"no method splits a sequence over {len(ranks)} ranks: use fewer ranks or another method")
+        name = method.name
+    seconds = costs.pass_seconds(ranks, name, lengths, shards)
+    return Pass(ranks=ranks, method=name, sequences=tuple(sequences), shards=shards, seconds=seconds)
+
+
+def _ranks(team: Sequence[int]) -> str:
+    return f"ranks {team[0]} to {team[-1]}" if len(team) > 1 else f"rank {team[0]}"
 
 
 def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -109,7 +115,10 @@ def _best_fit(sequences: Sequence[int], batch: Sequence[int], room: int) -> list
     return bins
 
 
-def _step(passes: Sequence[Pass], batch: tuple[int, ...], costs: Costs, began: float) -> Step:
+def _step(lengths: Sequence[int], costs: Costs, layout: Callable[[Sequence[int]], list[Pass]]) -> Step:
+    began = time.perf_counter()
+    batch = checked(lengths, costs)
+    passes = layout(batch)
     seconds, bound = step_seconds(passes, costs), bound_seconds(batch, costs)
     return Step(
         passes=in_order(passes, costs.ranks),

@@ -14,7 +14,7 @@ from heteromesh.planner.errors import UserError
 from heteromesh.planner.greedy import greedy
 from heteromesh.planner.ilp import refine
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.static import data_parallel_passes, sequence_parallel_passes
+from heteromesh.planner.static import best_even_passes
 from heteromesh.planner.timeline import in_order, step_seconds
 
 __all__ = ["plan_step", "step_seconds"]
@@ -55,11 +55,10 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
 
 
 def _candidates(draft: Draft, task: Task) -> list[Sequence[Pass]]:
-    """The draft, and the static layouts where they are possible: a plan is never behind them."""
+    """The draft, and the best static even layout where one is possible: a plan is never behind it."""
     found: list[Sequence[Pass]] = [draft.passes(task)]
-    for layout in (sequence_parallel_passes, data_parallel_passes):
-        with suppress(UserError):
-            found.append(layout(task.batch, task.costs))
+    with suppress(UserError):
+        found.append(best_even_passes(task.batch, task.costs))
     return found
 
 

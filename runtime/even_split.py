@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
-from heteromesh.planner.make import STATIC
+from heteromesh.planner.make import static_layouts
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
@@ -57,7 +57,7 @@ def compare(
             ratio=sum(seconds[name]) / sum(seconds["plan"]),
             largest_loss_difference=max(abs(a / b - 1) for a, b in zip(losses[name], losses["plan"], strict=True)),
         )
-        for name, _ in STATIC
+        for name, _ in static_layouts(costs.ranks)
         if len(seconds.get(name, ())) == len(batches)
     )
 
@@ -65,7 +65,7 @@ def compare(
 def static_steps(lengths: Sequence[int], costs: Costs) -> dict[str, Step]:
     """The static layouts that can run these sequences at all."""
     steps = {}
-    for name, layout in STATIC:
+    for name, layout in static_layouts(costs.ranks):
         try:
             steps[name] = layout(lengths, costs)
         except UserError:

@@ -15,9 +15,10 @@ from heteromesh.planner.static import static_data_parallel, static_sequence_para
 from heteromesh.planner.step import plan_step
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
+from instances import random_costs, random_lengths, random_step
 from llama import Llama, LlamaConfig
 from ranks import World, run_ranks
-from steps import TINY, random_costs, random_lengths, random_step, reference
+from steps import TINY, reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 KV_HEADS = (4, 2, 1)

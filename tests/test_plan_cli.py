@@ -90,7 +90,11 @@ def test_json_is_the_plan_file_and_nothing_else(run, files):
     plan = plans.load(files / "plan.json")
     assert plan.cluster.ranks == 4
     assert plan.model == "gpt-7b"
-    assert [r.what for r in plan.rejected] == ["static sequence parallel on all ranks", "static data parallel"]
+    assert [r.what for r in plan.rejected] == [
+        "static sequence parallel on all ranks",
+        "static data parallel",
+        "static, best even degree for each step",
+    ]
     assert plan.layout["cost_source"] == "cost file"
     costs = costs_from_json(plan.layout["costs"], "plan")
     for step in plan.steps:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
+
 import pytest
 from test_plan_step import flexsp, lognormal
 
 from heteromesh.planner.check import check_step
 from heteromesh.planner.cost import Method
 from heteromesh.planner.errors import UserError
-from heteromesh.planner.static import even_shards, static_data_parallel, static_sequence_parallel
+from heteromesh.planner.static import even_shards, static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.step import plan_step
+from instances import random_costs, random_lengths
 
 
 def test_sequence_parallel_has_all_ranks_in_every_pass_and_even_shards():
@@ -54,12 +58,12 @@ def test_planned_beats_both():
 def test_unequal_memory_limits_even_shards():
     costs = flexsp(2, capacity=(100, 40))
     check_step(static_sequence_parallel([80, 20], costs), costs)
-    with pytest.raises(UserError, match="sequence 0 has 81 tokens but even shards hold at most 80"):
+    with pytest.raises(UserError, match="sequence 0 has 81 tokens but even shards on ranks 0 to 1 hold at most 80"):
         static_sequence_parallel([81], costs)
 
 
 def test_data_parallel_refuses_what_one_rank_cannot_hold():
-    with pytest.raises(UserError, match="sequence 1 has 50 tokens but rank 1 holds at most 40"):
+    with pytest.raises(UserError, match="sequence 1 has 50 tokens but even shards on rank 1 hold at most 40"):
         static_data_parallel([90, 50], flexsp(2, capacity=(100, 40)))
 
 
@@ -80,3 +84,30 @@ def test_even_shards():
     shards = even_shards([7, 5, 1], 3)
     assert [sum(column) for column in zip(*shards, strict=True)] == [7, 5, 1]
     assert [sum(row) for row in shards] in ([5, 4, 4], [4, 5, 4], [4, 4, 5])
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_best_degree_is_the_best_and_no_plan_is_behind_it(seed: int) -> None:
+    rng = random.Random(seed)
+    costs = random_costs(rng, rng.choice([1, 2, 4, 6]))
+    batch = random_lengths(rng, sum(costs.capacity) // 2)
+    try:
+        best = static_best_degree(batch, costs)
+    except UserError:
+        return
+    check_step(best, costs)
+    assert plan_step(batch, costs).seconds <= best.seconds
+    for layout in (static_data_parallel, static_sequence_parallel):
+        with suppress(UserError):
+            assert best.seconds <= layout(batch, costs).seconds
+
+
+def test_best_degree_may_lie_between_the_ends() -> None:
+    costs = flexsp(8)
+    batch = [8 * costs.capacity[0] // 3, *[1000] * 30] * 4
+    assert {len(p.ranks) for p in static_best_degree(batch, costs).passes} == {4}
+
+
+def test_best_degree_names_what_fits_nowhere() -> None:
+    with pytest.raises(UserError, match="81 tokens"):
+        static_best_degree([81], flexsp(2, capacity=(40, 40)))
