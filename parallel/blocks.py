@@ -43,13 +43,16 @@ class RowSum:
             else torch.zeros(like.shape, dtype=wide_dtype(like.dtype), device=like.device)
         )
 
-    def add(self, rows: Rows, part: torch.Tensor) -> None:
-        """Adds (or writes) the part."""
-        mine = self.total[rows[0] : rows[1]]
-        if self._once:
-            mine.copy_(part)
-        else:
-            mine += part
+    def add(self, rows: Rows, *parts: torch.Tensor) -> None:
+        """Adds (or writes) what the parts are when they are joined along the second dimension."""
+        column = 0
+        for part in parts:
+            mine = self.total[rows[0] : rows[1], column : column + part.shape[1]]
+            column += part.shape[1]
+            if self._once:
+                mine.copy_(part)
+            else:
+                mine += part
 
     def result(self) -> torch.Tensor:
         """The sums in the dtype of `like`."""

@@ -108,7 +108,7 @@ class _GatherAttention(torch.autograd.Function):
             for t in tiles:
                 part, *parts = backward_tile(grad, q, keys, values, out, lse, t, ctx.scale)
                 dq[t.q0 : t.q1] += part
-                total.add((t.k0, t.k1), torch.cat(parts, 1))
+                total.add((t.k0, t.k1), *parts)
             return total
 
         home = side.unsort(gradient(remote, side.remote_tiles).result())

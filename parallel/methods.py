@@ -13,7 +13,8 @@ from heteromesh.parallel.gather import Gather
 from heteromesh.parallel.ring import Ring
 from heteromesh.parallel.tiles import Tile
 from heteromesh.parallel.token_ring import TokenRing
-from heteromesh.parallel.ulysses import Ulysses, UlyssesRing
+from heteromesh.parallel.ulysses import Ulysses
+from heteromesh.parallel.ulysses_ring import UlyssesRing
 from heteromesh.planner.layout import Layout, base_name, group_layout, inner_degree
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.routes import RINGS

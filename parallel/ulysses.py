@@ -1,20 +1,20 @@
 """Ulysses: tokens are traded for heads, each rank attends over whole sequences with some heads, and back.
 
 DeepSpeed-Ulysses (arXiv 2309.14509) for uneven shards, uneven heads and grouped queries: a key head whose query heads
-lie on several ranks is sent to each of them, and its gradient is their sum. `UlyssesRing` trades inside groups of
-neighbouring ranks and runs a ring of keys among the groups (USP, arXiv 2405.07719).
+lie on several ranks is sent to each of them, and its gradient is their sum.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from heteromesh.comm.exchange import Exchange
-from heteromesh.parallel.blocks import tile_attention
-from heteromesh.parallel.ring import Ring
+from heteromesh.parallel.blocks import heads_first, tile_attention
+from heteromesh.parallel.kernels import wide_dtype
 from heteromesh.parallel.tiles import Tile
 from heteromesh.planner.heads import HeadShare, head_shares
 from heteromesh.planner.layout import Layout
@@ -22,31 +22,118 @@ from heteromesh.planner.layout import Layout
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, bool], torch.Tensor]
 
 
-class _AllToAll(torch.autograd.Function):
-    """Differentiable exchange of flat pieces; the backward runs the same exchange the other way."""
+class _Route:
+    """Who holds which tokens and which heads; everything is rows first, so that a member's tokens are one piece."""
+
+    def __init__(self, exchange: Exchange, tokens: Sequence[int], order: Sequence[int]) -> None:
+        """tokens[i]: of member i. order: where attention wants each token, the tokens listed member by member."""
+        self.exchange = exchange
+        edges = list(itertools.accumulate(tokens, initial=0))
+        self.rows = [slice(a, b) for a, b in itertools.pairwise(edges)]
+        self.own_tokens = tokens[exchange.member]
+        self._sorted = list(order) == list(range(len(order)))
+        self._to_members = torch.tensor(order, device=exchange.device, dtype=torch.long)
+        self._to_sequences = torch.empty_like(self._to_members)
+        self._to_sequences[self._to_members] = torch.arange(len(order), device=exchange.device)
+
+    def in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows member by member, as attention wants them."""
+        return x if self._sorted else x.index_select(0, self._to_sequences)
+
+    def by_member(self, x: torch.Tensor) -> torch.Tensor:
+        """The reverse of `in_order`."""
+        return x if self._sorted else x.index_select(0, self._to_members)
+
+    def peers(self) -> list[int]:
+        """The other members, the next one first."""
+        size, me = len(self.rows), self.exchange.member
+        return [(me + i) % size for i in range(1, size)]
+
+    def to_heads(self, pieces: Callable[[int], list[torch.Tensor]], width: int, name: str) -> torch.Tensor:
+        """(all tokens, width, D) of own heads, member by member; pieces(i): own tokens of member i's heads."""
+        me, peers = self.exchange.member, self.peers()
+        first = pieces(me)
+        whole = first[0].new_empty(self.rows[-1].stop, width, first[0].shape[2])
+        sends = [(i, torch.cat(pieces(i), 1)) for i in peers]
+        transfer = self.exchange.start(sends, [(i, whole[self.rows[i]]) for i in reversed(peers)], name)
+        torch.cat(first, 1, out=whole[self.rows[me]])
+        transfer.wait()
+        return whole
+
+    def to_tokens(
+        self, pieces: Callable[[slice], torch.Tensor], widths: Sequence[int], name: str
+    ) -> list[torch.Tensor]:
+        """By member, (own tokens, widths[i], D): its heads. pieces(rows): this member's heads of some rows."""
+        me, peers = self.exchange.member, self.peers()
+        own = pieces(self.rows[me])
+        parts = [own if i == me else own.new_empty(self.own_tokens, w, own.shape[2]) for i, w in enumerate(widths)]
+        sends = [(i, pieces(self.rows[i]).contiguous()) for i in peers]
+        self.exchange.start(sends, [(i, parts[i]) for i in reversed(peers)], name).wait()
+        return parts
+
+
+class _ToHeads(torch.autograd.Function):
+    """q, k, v (own tokens, heads, D) to (all tokens, own heads, D); key heads go to every rank that uses them."""
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: Exchange, receive_sizes: Sequence[int], name: str, *sends: torch.Tensor
+        ctx: Any, route: _Route, shares: Sequence[HeadShare], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.exchange, ctx.name, ctx.shapes = exchange, name, [s.shape for s in sends]
-        receives = tuple(sends[0].new_empty(n) for n in receive_sizes)
-        exchange.all_to_all([s.contiguous().view(-1) for s in sends], receives, name)
-        return receives
+        ctx.route, ctx.shares, ctx.kv_heads = route, shares, k.shape[1]
+        mine = shares[route.exchange.member]
+
+        def pieces(i: int) -> list[torch.Tensor]:
+            s = shares[i]
+            return [q[:, s.first : s.last], k[:, s.first_key : s.last_key], v[:, s.first_key : s.last_key]]
+
+        whole = route.in_order(route.to_heads(pieces, _width(mine), "ulysses q, k, v"))
+        q, k, v = whole.split([mine.queries, mine.keys, mine.keys], 1)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        back = [grads[0].new_empty(shape) for shape in ctx.shapes]
-        sends = [g.contiguous() for g in grads]
-        ctx.exchange.all_to_all(sends, [b.view(-1) for b in back], f"{ctx.name} backward")
-        return (None, None, None, *back)
+        route, shares = ctx.route, ctx.shares
+        whole = [route.by_member(g) for g in grads]
+        widths = [_width(s) for s in shares]
+        parts = route.to_tokens(lambda rows: torch.cat([g[rows] for g in whole], 1), widths, "ulysses q, k, v backward")
+        cuts = [p.split([s.queries, s.keys, s.keys], 1) for p, s in zip(parts, shares, strict=True)]
+        dk, dv = (_joined_keys([c[j] for c in cuts], shares, ctx.kv_heads) for j in (1, 2))
+        return None, None, torch.cat([c[0] for c in cuts], 1), dk, dv
 
 
-def _trade(
-    exchange: Exchange, sends: Sequence[torch.Tensor], receive_sizes: Sequence[int], name: str
-) -> tuple[torch.Tensor, ...]:
-    received: tuple[torch.Tensor, ...] = _AllToAll.apply(exchange, receive_sizes, name, *sends)  # type: ignore[no-untyped-call]
-    return received
+class _ToTokens(torch.autograd.Function):
+    """(all tokens, own heads, D) to (own tokens, all heads, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, route: _Route, shares: Sequence[HeadShare], out: torch.Tensor) -> torch.Tensor:
+        ctx.route, ctx.shares = route, shares
+        whole = route.by_member(out)
+        parts = route.to_tokens(lambda rows: whole[rows], [s.queries for s in shares], "ulysses out")
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        route, shares = ctx.route, ctx.shares
+
+        def pieces(i: int) -> list[torch.Tensor]:
+            return [grads[0][:, shares[i].first : shares[i].last]]
+
+        mine = shares[route.exchange.member]
+        return None, None, route.in_order(route.to_heads(pieces, mine.queries, "ulysses out backward"))
+
+
+def _width(share: HeadShare) -> int:
+    return share.queries + 2 * share.keys
+
+
+def _joined_keys(parts: Sequence[torch.Tensor], shares: Sequence[HeadShare], kv_heads: int) -> torch.Tensor:
+    """The gradients of all key heads; one that several ranks had is summed in rank order."""
+    if sum(s.keys for s in shares) == kv_heads:
+        return torch.cat(list(parts), 1)
+    total = parts[0].new_zeros(len(parts[0]), kv_heads, parts[0].shape[2], dtype=wide_dtype(parts[0].dtype))
+    for part, share in zip(parts, shares, strict=True):
+        total[:, share.first_key : share.last_key] += part
+    return total.to(parts[0].dtype)
 
 
 class Trade:
@@ -56,41 +143,22 @@ class Trade:
         self, exchange: Exchange, tokens: Sequence[int], order: Sequence[int], speeds: Sequence[float]
     ) -> None:
         """tokens[i]: of member i. order: where `attend` wants each token, the tokens listed member by member."""
-        self._exchange, self._tokens, self._speeds = exchange, tuple(tokens), tuple(speeds)
-        self._to_members = torch.tensor(order, device=exchange.device, dtype=torch.long)
-        self._to_sequences = torch.empty_like(self._to_members)
-        self._to_sequences[self._to_members] = torch.arange(len(order), device=exchange.device)
+        self._route, self._speeds, self._member = _Route(exchange, tokens, order), tuple(speeds), exchange.member
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool, attend: Attend
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        shares = head_shares(q.shape[1], k.shape[1], self._speeds)
-        mine = shares[self._exchange.member]
-        sends = []
-        for share in shares:
-            keys = slice(share.first_key, share.last_key)
-            sends.append(torch.cat([q[0, share.first : share.last], k[0, keys], v[0, keys]]))
-        width, dim = mine.queries + 2 * mine.keys, q.shape[-1]
-        received = _trade(self._exchange, sends, [width * n * dim for n in self._tokens], "ulysses q, k, v")
-        parts = [r.view(width, n, dim) for r, n in zip(received, self._tokens, strict=True)]
-        whole = torch.cat(parts, 1).index_select(1, self._to_sequences)
-        operands = _operands(whole, mine, q.shape[1] // k.shape[1])
-        return self._give_back(attend(*operands, scale, causal)[0], shares)
-
-    def _give_back(self, out: torch.Tensor, shares: Sequence[HeadShare]) -> torch.Tensor:
-        mine, dim = self._tokens[self._exchange.member], out.shape[-1]
-        pieces = out.index_select(1, self._to_members).split(self._tokens, 1)
-        received = _trade(self._exchange, pieces, [s.queries * mine * dim for s in shares], "ulysses out")
-        return torch.cat(received).view(1, sum(s.queries for s in shares), mine, dim)
-
-
-def _operands(whole: torch.Tensor, mine: HeadShare, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v = whole.split([mine.queries, mine.keys, mine.keys])
-    if not mine.aligned:
-        owner = torch.arange(mine.first, mine.last, device=q.device) // group - mine.first_key
-        k, v = k[owner], v[owner]
-    return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        group, shares = q.shape[1] // k.shape[1], head_shares(q.shape[1], k.shape[1], self._speeds)
+        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+        queries, keys, values = _ToHeads.apply(self._route, shares, *rows)  # type: ignore[no-untyped-call]
+        mine = shares[self._member]
+        if not mine.aligned:
+            owner = torch.arange(mine.first, mine.last, device=q.device) // group - mine.first_key
+            keys, values = keys[:, owner], values[:, owner]
+        out = attend(heads_first(queries), heads_first(keys), heads_first(values), scale, causal)
+        back: torch.Tensor = _ToTokens.apply(self._route, shares, out[0].transpose(0, 1))  # type: ignore[no-untyped-call]
+        return heads_first(back)
 
 
 class Ulysses:
@@ -99,7 +167,7 @@ class Ulysses:
     def __init__(self, exchange: Exchange, layout: Layout, speeds: Sequence[float]) -> None:
         tokens = [layout.tokens(i) for i in range(len(layout.segments))]
         self._trade = Trade(exchange, tokens, layout.order, speeds)
-        self._squares = [(o, o + n) for o, n in zip(layout.offsets, layout.lengths, strict=True)]
+        self._squares = [(o, o + n) for o, n in zip(layout.offsets, layout.lengths, strict=True) if n]
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
@@ -111,36 +179,3 @@ class Ulysses:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool
     ) -> torch.Tensor:
         return tile_attention(q, k, v, [Tile(a, b, a, b, causal) for a, b in self._squares], scale)
-
-
-class UlyssesRing:
-    """The method for one pass: groups of `inner` neighbours share heads, the groups form a trimmed ring."""
-
-    def __init__(self, exchange: Exchange, layout: Layout, groups: Layout, inner: int, speeds: Sequence[float]) -> None:
-        """layout: planner.layout.grouped; groups: planner.layout.group_layout of the same shards."""
-        group, place = divmod(exchange.member, inner)
-        members = range(group * inner, (group + 1) * inner)
-        # partners in the ring work on the same heads, so that heads go by place, not by rank
-        by_place = [sum(speeds[p::inner]) for p in range(inner)]
-        tokens = [layout.tokens(i) for i in members]
-        self._trade = Trade(exchange.among(members), tokens, _places(layout, groups, group, members), by_place)
-        partners = exchange.among(range(place, len(speeds), inner))
-        self._ring = Ring(partners, groups, "trimmed_ring")
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
-    ) -> torch.Tensor:
-        """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        return self._trade(q, k, v, scale, causal, self._ring)
-
-
-def _places(layout: Layout, groups: Layout, group: int, members: range) -> list[int]:
-    """Row in the group's block of every token of its members."""
-    places: list[int] = []
-    for segment in (s for i in members for s in layout.segments[i]):
-        row = 0
-        for s in groups.segments[group]:
-            if s.sequence == segment.sequence and s.start <= segment.start < s.end:
-                places.extend(range(row + segment.start - s.start, row + segment.end - s.start))
-            row += len(s)
-    return places

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,10 @@ class Calibration:
         for size in RATE_BYTES:
             buffers = [torch.zeros(size // self._world.size, dtype=torch.uint8, device=self._world.device)]
             sends, receives = buffers * self._world.size, [torch.empty_like(buffers[0]) for _ in exchange.ranks]
-            times.append(self._timed(lambda s=sends, r=receives: exchange.all_to_all(s, r, "measure the rate")))
+            act = partial(exchange.all_to_all, sends, receives, "measure the rate")
+            times.append(max(self._world.gather(self._timed(act))))
         sent = (RATE_BYTES[1] - RATE_BYTES[0]) * (self._world.size - 1) / self._world.size
-        return sent / max(1e-9, max(self._world.gather(times[1])) - max(self._world.gather(times[0])))
+        return float(sent / max(1e-9, times[1] - times[0]))
 
     def attention_shape(self) -> AttentionShape | None:
         """One small pass with a look at attention; None when the model never calls it."""

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
     parser.prog = "heteromesh run"
     parser.description = "Starts a training script on every device: torchrun with a plan for every step."
     ours = parser.add_argument_group("heteromesh")
@@ -70,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         help="run the script in one process up to Trainer.fit, print the plan of its first steps and stop",
     )
     return parser
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (see `heteromesh run --help`)")
 
 
 def _ranks(options: argparse.Namespace) -> int | None:

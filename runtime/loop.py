@@ -69,8 +69,11 @@ class TrainingLoop:
         self.path = Path(self.config.run_dir)
         self.directory: RunDirectory | None = None
         world.once(self._open_directory)
+        self.stopped: int | None = None
+        self.service: PlanService | None = None
         if self.directory:
             stack.callback(self.directory.close)
+            self.service = stack.enter_context(PlanService(self.config.plan_seconds, self.given_plan))
         trainer.model.to(world.device)
         world.broadcast_tensors((*trainer.model.parameters(), *trainer.model.buffers()))
         autocast = torch.bfloat16 if self.config.precision == "bf16" else None
@@ -81,7 +84,7 @@ class TrainingLoop:
         self.checkpoints = Checkpoints(self.path / CHECKPOINTS, world, self.config.keep_checkpoints)
         stack.callback(self.checkpoints.close)
         self.done = self._resume() if self.config.resume else 0
-        self._plan(stack)
+        self._plan()
         self.losses: list[float] = []
         self.recent: deque[tuple[Batch, Step]] = deque(maxlen=max(1, self.config.compare_batches))
         self._progress = ProgressBar(self.config.max_steps)
@@ -127,7 +130,7 @@ class TrainingLoop:
         self._say(f"resumed from {path} at step {state['step']}")
         return int(state["step"])
 
-    def _plan(self, stack: ExitStack) -> None:
+    def _plan(self) -> None:
         """Costs, planner and feed; config.json."""
         cluster = self.cluster
         self.costs = find_costs(self.config, cluster, self.executor, self.trainer.reader)
@@ -141,10 +144,8 @@ class TrainingLoop:
         }
         if self.directory:
             self.directory.start(resolved, self.done)
-        self.stopped: int | None = None
-        self.service: PlanService | None = None
-        if self.world.rank == 0:
-            self.service = stack.enter_context(PlanService(self.costs, self.config.plan_seconds, self.given_plan))
+        if self.service:
+            self.service.use(self.costs)
         self.feed = PlanFeed(
             self.world, self.trainer.reader, self._propose, self.done, self.config.max_steps, self.config.plan_ahead
         )

@@ -20,22 +20,26 @@ from heteromesh.planner.worker import Request
 class PlanService:
     """A planning process. Use as a context manager: leaving it ends the process."""
 
-    def __init__(self, costs: Costs, time_limit: float, given: Plan | None = None) -> None:
-        self._costs, self._limit, self._given = costs, time_limit, given
-        self.seconds_per_step = costs.seconds_per_step
+    def __init__(self, time_limit: float, given: Plan | None = None) -> None:
+        self._limit, self._given = time_limit, given
+        self._costs: Costs | None = None
+        self.seconds_per_step = 0.0
         """Fixed cost of a step; may be set to what is measured."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PlanService:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "heteromesh.planner.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        self._send(self._costs)
         return self
+
+    def use(self, costs: Costs) -> None:
+        """Sets the cost model; once, before the first plan. The process has started up meanwhile."""
+        self._costs, self.seconds_per_step = costs, costs.seconds_per_step
+        self._send(costs)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -72,6 +76,7 @@ class PlanService:
                 f"data has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed "
                 "(`heteromesh run --dry-run`), or use --plan auto"
             )
+        assert self._costs
         check_feasible(step, self._costs)
         return step
 

@@ -13,7 +13,6 @@ from heteromesh.comm.world import join_world
 from heteromesh.runtime.batch import Reader, Sequences
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.dry_run import dry_run
-from heteromesh.runtime.failure import install_excepthook
 from heteromesh.runtime.loop import TrainingLoop, TrainingReport
 from heteromesh.runtime.sampler import Sampler
 from heteromesh.runtime.setup import DRY_RUN_VARIABLE
@@ -38,7 +37,6 @@ class Trainer:
         *,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
-        install_excepthook()
         self.model, self.config, self.schedule = model, config, schedule
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         self.reader = Reader(data)

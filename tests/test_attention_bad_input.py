@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from packs import SPLIT, Pack
 
 from heteromesh.parallel.attention import attention, prepare_pass
 from heteromesh.planner.errors import UserError
+from packs import SPLIT, Pack
 from ranks import World, run_ranks
 
 PACK = Pack((0, 1), (8,), ((4,), (4,)), (1.0, 1.0), 4, 2, 8, True, 0)

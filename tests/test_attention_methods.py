@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from packs import SPLIT, Pack, make_pack, one_process, own_rows, strange, tensors
 
 from heteromesh.parallel.attention import attention, prepare_pass
+from packs import SPLIT, Pack, make_pack, one_process, own_rows, strange, tensors
 from ranks import World, run_ranks
 
 LONG = {0: 1500, 1: 4000}

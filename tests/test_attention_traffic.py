@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from packs import SPLIT, Pack, make_pack, own_rows, tensors
 
 from heteromesh.parallel.attention import attention, prepare_pass
 from heteromesh.planner.traffic import AGREEMENT_BYTES, AttentionShape, Traffic, traffic
+from packs import SPLIT, Pack, make_pack, own_rows, tensors
 from ranks import World, run_ranks
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from hybrid import Hybrid
-from packs import SPLIT
 
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
+from packs import SPLIT
 from ranks import World, run_ranks
 from steps import TINY, random_lengths, random_step, reference
 

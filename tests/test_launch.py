@@ -68,7 +68,7 @@ def test_a_script_that_knows_nothing_of_heteromesh_runs_as_under_torchrun(tmp_pa
         import json, os, sys
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "OMP_NUM_THREADS"]
         text = json.dumps({"env": {n: os.environ.get(n) for n in names}, "argv": sys.argv[1:]})
-        os.write(1, (text + "\n").encode())  # in one piece: the ranks share the terminal
+        os.write(1, (text + chr(10)).encode())  # in one piece: the ranks share the terminal
         sys.exit(3 if "fail" in sys.argv else 0)
         """)
     )
@@ -102,6 +102,8 @@ def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> Non
     dump(Plan(cluster=PlannedCluster(fingerprint="0" * 16, ranks=2), model="m"), plan)
     run = [script, tmp_path / "run", 1]
     assert "does not exist" in sentence(heteromesh(tmp_path / "none.py"))
+    assert "unrecognized arguments: --bogus" in sentence(heteromesh("--bogus", *run))
+    assert "--nproc-per-node nine" in sentence(heteromesh("--nproc-per-node", "nine", *run))
     assert "3 ranks" in sentence(heteromesh("--nproc-per-node", 2, "--cluster", cluster, *run))
     assert "line" in sentence(heteromesh("--cluster", broken, *run))
     assert "none.json does not exist" in sentence(heteromesh("--plan", tmp_path / "none.json", *run))
@@ -114,6 +116,15 @@ def test_a_mistake_found_by_every_rank_is_told_once(script: Path, tmp_path: Path
     (tmp_path / "file").write_text("")
     message = sentence(heteromesh("--nproc-per-node", 2, script, tmp_path / "file/run", 1))
     assert "choose another directory" in message
+
+
+def test_a_mistake_before_the_trainer_is_told_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = sentence(heteromesh(EXAMPLES / "train.py", "--data", tmp_path / "empty", "--run-dir", tmp_path / "run"))
+    assert str(tmp_path / "empty") in message
+    bare = [sys.executable, str(EXAMPLES / "train.py"), "--data", str(tmp_path / "none"), "--run-dir", str(tmp_path)]
+    result = subprocess.run(bare, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
+    assert "none" in sentence(result)
 
 
 def test_dry_run_plans_for_more_ranks_and_its_plan_can_be_run(script: Path, tmp_path: Path) -> None:

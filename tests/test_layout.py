@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packs import SPLIT, Pack, make_pack, own_rows
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention import prepare_pass
 from heteromesh.parallel.layout import convert
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.layout import Layout, Segment, contiguous, inner_degree, method_layout, zigzag
+from packs import SPLIT, Pack, make_pack, own_rows
 from ranks import World, run_ranks
 
 PACKS = [make_pack(i, 1 + i % 4) for i in range(80)]

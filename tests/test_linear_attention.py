@@ -9,13 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from packs import Pack, make_pack, own_rows, strange
 
 from heteromesh.comm.exchange import Transfer
 from heteromesh.parallel import linear
 from heteromesh.parallel.attention import PassContext, linear_attention, prepare_pass
 from heteromesh.planner.layout import METHODS
 from heteromesh.planner.traffic import AttentionShape, linear_traffic
+from packs import Pack, make_pack, own_rows, strange
 from ranks import World, run_ranks
 
 LAYOUTS = ("ulysses", "trimmed_ring", "ulysses_ring")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packs import SPLIT, Pack, own_rows, tensors
 
 from heteromesh.parallel.attention import attention, prepare_pass
 from heteromesh.parallel.offload import OffloadCount, offload
 from llama import Llama, LlamaConfig
+from packs import SPLIT, Pack, own_rows, tensors
 from ranks import World, run_ranks
 
 

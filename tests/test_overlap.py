@@ -8,7 +8,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from packs import Pack, own_rows, tensors
 from slow_link import slow_link
 
 from heteromesh.comm.exchange import Exchange, Transfer
@@ -17,6 +16,7 @@ from heteromesh.parallel.attention import attention, prepare_pass
 from heteromesh.parallel.circulate import Block, Circulation
 from heteromesh.planner.layout import zigzag
 from heteromesh.planner.routes import schedule
+from packs import Pack, own_rows, tensors
 from ranks import World, run_ranks
 
 OVERLAPPED = ("gather", "ring", "trimmed_ring", "bidirectional_ring", "token_ring")

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from packs import SPLIT
 
 from heteromesh.parallel.attention import prepare_pass
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.step import plan_step
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.executor import StepExecutor
+from packs import SPLIT
 from ranks import World, run_ranks
 from steps import random_costs
 
