@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from heteromesh.parallel.attention import attention
+    from heteromesh.parallel.attention import attention, linear_attention
     from heteromesh.planner.errors import UserError
     from heteromesh.planner.step import plan_step
     from heteromesh.runtime.config import TrainerConfig
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from heteromesh.runtime.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "plan_step"]
+__all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "linear_attention", "plan_step"]
 
 _HOME = {
     "StepExecutor": "heteromesh.runtime.executor",
@@ -25,6 +25,7 @@ _HOME = {
     "TrainerConfig": "heteromesh.runtime.config",
     "UserError": "heteromesh.planner.errors",
     "attention": "heteromesh.parallel.attention",
+    "linear_attention": "heteromesh.parallel.attention",
     "plan_step": "heteromesh.planner.step",
 }
 

@@ -1,6 +1,6 @@
 """How good steps are on 64 devices with FlexSP's published constants: beside references, bound and two peers.
 
-    python benchmarks/planner.py [--batches 10] [--lengths ../shared/lengths/wikipedia.json] [--json]
+    python benchmarks/planner.py [--batches 10] [--lengths examples/lengths/wikipedia.json] [--json]
 
 Batches of 512 sequences, longer than the limit drawn again: Wikipedia (inverse CDF of a quantile table) and lognormal
 surrogates of CommonCrawl (mu 7.2, sigma 1.5) and GitHub (7.0, 1.75). Columns: seconds of our step; over the lock-step
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     root = Path(__file__).resolve().parents[1]
-    parser.add_argument("--lengths", type=Path, default=root / "../shared/lengths/wikipedia.json")
+    parser.add_argument("--lengths", type=Path, default=root / "examples/lengths/wikipedia.json")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     args = parser.parse_args()
     if not args.lengths.is_file():

@@ -18,6 +18,8 @@ class _Bucket:
     flat: torch.Tensor
     parameters: list[torch.nn.Parameter]
     views: list[torch.Tensor]
+    counts: torch.Tensor
+    """The end of `flat`: on how many ranks each parameter got a gradient."""
     missing: int = 0
     work: Any = None
     launched_ns: int = 0
@@ -29,7 +31,8 @@ class GradientSum:
 
     Gradients live in flat buckets (views, no copies), filled in reverse parameter order as backward does. Every
     rank launches the buckets in the same order, whatever the order in which it fills them and however many passes
-    it runs. With one rank nothing is bucketed and nothing is summed.
+    it runs. With one rank nothing is bucketed and nothing is summed. A parameter that got no gradient on any rank has
+    None afterwards, as it would in one process: each bucket carries a count for each of its parameters.
     """
 
     world: World
@@ -37,6 +40,7 @@ class GradientSum:
     _buckets: list[_Bucket] = field(default_factory=list)
     _home: dict[torch.nn.Parameter, _Bucket] = field(default_factory=dict)
     _handles: list[Any] = field(default_factory=list)
+    _touched: set[torch.nn.Parameter] = field(default_factory=set)
     _next: int = 0
     _armed: bool = False
 
@@ -64,6 +68,7 @@ class GradientSum:
         if not self._buckets:
             for parameter in parameters:
                 parameter.grad = None
+        self._touched.clear()
         for bucket in self._buckets:
             bucket.flat.zero_()
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
@@ -82,6 +87,9 @@ class GradientSum:
             self._launch()
         for index, bucket in enumerate(self._buckets):
             bucket.work.wait()
+            for parameter, count in zip(bucket.parameters, bucket.counts.tolist(), strict=True):
+                if not count:
+                    parameter.grad = None
             self.world.recorder.add(
                 f"gradient sum {index}",
                 "comm",
@@ -95,24 +103,27 @@ class GradientSum:
         return same and sum(p.nbytes for p in members) + parameter.nbytes <= self.bucket_bytes
 
     def _add_bucket(self, members: list[torch.nn.Parameter]) -> None:
-        flat = torch.zeros(sum(p.numel() for p in members), dtype=members[0].dtype, device=members[0].device)
-        parts = flat.split([p.numel() for p in members])
-        bucket = _Bucket(flat, members, [part.view_as(p) for part, p in zip(parts, members, strict=True)])
+        sizes = [p.numel() for p in members]
+        flat = torch.zeros(sum(sizes) + len(members), dtype=members[0].dtype, device=members[0].device)
+        *parts, counts = flat.split([*sizes, len(members)])
+        bucket = _Bucket(flat, members, [part.view_as(p) for part, p in zip(parts, members, strict=True)], counts)
         self._buckets.append(bucket)
         for parameter in members:
             self._home[parameter] = bucket
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
 
     def _arrived(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, torch.nn.Parameter)
+        self._touched.add(parameter)
         if not self._armed:
             return
-        assert isinstance(parameter, torch.nn.Parameter)
         self._home[parameter].missing -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].missing <= 0:
             self._launch()
 
     def _launch(self) -> None:
         bucket = self._buckets[self._next]
+        bucket.counts.copy_(torch.tensor([float(p in self._touched) for p in bucket.parameters]))
         bucket.launched_ns = time.time_ns()
         bucket.work = dist.all_reduce(bucket.flat, group=self.world.gradients, async_op=True)
         self._next += 1

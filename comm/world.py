@@ -54,15 +54,15 @@ class World:
         return value if self.rank == 0 else pickle.loads(data.numpy().tobytes())
 
     def once(self, act: Callable[[], T]) -> T:
-        """Rank 0's result of `act` on every rank; its UserError is raised on every rank."""
-        outcome: T | UserError | None = None
+        """Rank 0's result of `act` on every rank; its exception is raised on every rank."""
+        outcome: T | Exception | None = None
         if self.rank == 0:
             try:
                 outcome = act()
-            except UserError as error:
+            except Exception as error:
                 outcome = error
         outcome = self.gather(outcome)[0]
-        if isinstance(outcome, UserError):
+        if isinstance(outcome, Exception):
             raise outcome
         return cast(T, outcome)
 

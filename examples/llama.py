@@ -27,6 +27,13 @@ class LlamaConfig:
     intermediate: int = 688
     rope_theta: float = 10_000.0
 
+    def __post_init__(self) -> None:
+        if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
+            raise hm.UserError(
+                f"hidden {self.hidden}, heads {self.heads} and kv_heads {self.kv_heads} don't fit: hidden must be a "
+                "multiple of twice the heads, and the heads a multiple of the kv_heads"
+            )
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864): x (B, H, S, D), cos and sin (B, 1, S, D / 2)."""

@@ -57,9 +57,9 @@ def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = 
 
 
 def split_methods(model: ModelSpec) -> tuple[Method, ...]:
-    """`ulysses` (all-to-all of q, k, v and the output, bf16) and `gather` (keys and values; gradients in fp32)."""
+    """`ulysses` (all-to-all of q, k, v and the output, bf16) and `gather` (keys and values; their gradients back)."""
     ulysses = model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * 2 * 2
-    gather = model.layers * 2 * model.kv_heads * model.head_dim * (2 + 4)
+    gather = model.layers * 2 * model.kv_heads * model.head_dim * 2 * 2
     return (
         Method(name="ulysses", bytes_per_token=ulysses, scaling="fraction", heads=model.heads),
         Method(name="gather", bytes_per_token=gather, scaling="peers"),

@@ -45,6 +45,8 @@ def check_step(step: Step, costs: Costs) -> None:
 
 
 def _check_batch(step: Step) -> None:
+    if not step.passes:
+        raise UserError(f"step has no pass: {REMAKE}")
     for k, length in enumerate(step.batch):
         if not isinstance(length, int) or isinstance(length, bool) or length <= 0:
             raise UserError(f"batch[{k}] is {length!r}: a length is a whole number of tokens, at least 1; {REMAKE}")

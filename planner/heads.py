@@ -17,7 +17,7 @@ class HeadShare:
     first_key: int
     last_key: int
     aligned: bool
-    """Whether every key head has all of its query heads here; else keys are repeated, one for each query head."""
+    """Whether every key head has equally many query heads here; else keys are repeated, one for each query head."""
 
     @property
     def queries(self) -> int:
@@ -40,7 +40,7 @@ def head_shares(heads: int, kv_heads: int, speeds: Sequence[float]) -> tuple[Hea
     group, first, shares = heads // kv_heads, 0, []
     for count in split_heads(heads, speeds):
         last = first + count
-        aligned = not first % group and not last % group
+        aligned = last <= (first // group + 1) * group or (not first % group and not last % group)
         shares.append(HeadShare(first, last, first // group, -(-last // group), aligned))
         first = last
     return tuple(shares)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from heteromesh.planner.errors import UserError
 
 SCHEMA = 1
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 T = TypeVar("T")
 
 
@@ -94,7 +95,9 @@ def to_json(value: Plan | Step) -> dict[str, Any]:
 
 
 def dump(plan: Plan, path: Path) -> None:
-    """Writes the plan so that a reader never sees half a file."""
+    """Writes the plan so that a reader never sees half a file. Raises UserError for a path that is no file."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file: give the path of a file to write the plan to")
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(to_json(plan), indent=1) + "\n")
     part.replace(path)
@@ -154,4 +157,8 @@ def _strict(kind: type[T], data: Mapping[str, Any], where: str) -> dict[str, Any
         raise UserError(f"{where} has the unknown key {unknown[0]!r}: known keys are {', '.join(names)}")
     if missing:
         raise UserError(f"{where} lacks the key {missing[0]!r}")
+    for entry in fields(kind):  # type: ignore[arg-type]
+        rule, value = _SCALARS.get(str(entry.type)), data[entry.name]
+        if rule and (not isinstance(value, rule) or isinstance(value, bool)):
+            raise UserError(f"{where}.{entry.name} is {value!r}: it must be a {entry.type}")
     return dict(data)

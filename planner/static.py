@@ -11,7 +11,7 @@ from heteromesh.planner.cost import LOCAL, Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.shards import without_idle
-from heteromesh.planner.timeline import in_order, step_seconds
+from heteromesh.planner.timeline import step_seconds, timed_step
 
 
 def static_sequence_parallel(lengths: Sequence[int], costs: Costs) -> Step:
@@ -50,8 +50,9 @@ def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
     """The ranks in blocks of `degree`, each of them a data-parallel replica.
 
     Sequence k goes to block k mod blocks (arrival order, as a DistributedSampler deals); a block packs its own
-    best-fit, longest first, into passes of even shards, which fill the smallest memory first. A rank without a token is left out
-    of its pass. Raises UserError for a sequence that does not fit a block, and where no method splits over `degree`.
+    best-fit, longest first, into passes of even shards, which fill the smallest memory first. A rank without a token
+    is left out of its pass. Raises UserError for a sequence that does not fit a block, and where no method splits
+    over `degree`.
     """
     passes = []
     blocks = costs.ranks // degree
@@ -118,13 +119,4 @@ def _best_fit(sequences: Sequence[int], batch: Sequence[int], room: int) -> list
 def _step(lengths: Sequence[int], costs: Costs, layout: Callable[[Sequence[int]], list[Pass]]) -> Step:
     began = time.perf_counter()
     batch = checked(lengths, costs)
-    passes = layout(batch)
-    seconds, bound = step_seconds(passes, costs), bound_seconds(batch, costs)
-    return Step(
-        passes=in_order(passes, costs.ranks),
-        seconds=seconds,
-        bound_seconds=bound,
-        gap=seconds / bound - 1 if bound else 0.0,
-        solve_seconds=time.perf_counter() - began,
-        batch=batch,
-    )
+    return timed_step(layout(batch), batch, costs, bound_seconds(batch, costs), began)

@@ -15,7 +15,7 @@ from heteromesh.planner.greedy import greedy
 from heteromesh.planner.ilp import refine
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.static import best_even_passes
-from heteromesh.planner.timeline import in_order, step_seconds
+from heteromesh.planner.timeline import step_seconds, timed_step
 
 __all__ = ["plan_step", "step_seconds"]
 
@@ -43,15 +43,7 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     if left > PROGRAM_SECONDS and draft.seconds > least * (1 + PROGRAM_GAP):
         draft = _shorter(draft, refine(task, draft.seconds, least, left), task)
     passes = min(_candidates(draft, task), key=lambda candidate: step_seconds(candidate, costs))
-    seconds = step_seconds(passes, costs)
-    return Step(
-        passes=in_order(passes, costs.ranks),
-        seconds=seconds,
-        bound_seconds=bound,
-        gap=seconds / bound - 1 if bound else 0.0,
-        solve_seconds=time.perf_counter() - began,
-        batch=batch,
-    )
+    return timed_step(passes, batch, costs, bound, began)
 
 
 def _candidates(draft: Draft, task: Task) -> list[Sequence[Pass]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 
 from heteromesh.planner.cost import Costs
-from heteromesh.planner.plan import Pass
+from heteromesh.planner.plan import Pass, Step
 
 
 def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]]:
@@ -23,6 +24,21 @@ def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]
 def step_seconds(passes: Sequence[Pass], costs: Costs) -> float:
     """Seconds of a step: the end of its last rank, plus the fixed cost of a step."""
     return max(starts(passes, costs.ranks)[1]) + costs.seconds_per_step
+
+
+def timed_step(
+    passes: Sequence[Pass], batch: tuple[int, ...], costs: Costs, bound_seconds: float, began: float
+) -> Step:
+    """These passes as a Step. began: time.perf_counter() when solving started."""
+    seconds = step_seconds(passes, costs)
+    return Step(
+        passes=in_order(passes, costs.ranks),
+        seconds=seconds,
+        bound_seconds=bound_seconds,
+        gap=seconds / bound_seconds - 1 if bound_seconds else 0.0,
+        solve_seconds=time.perf_counter() - began,
+        batch=batch,
+    )
 
 
 def in_order(passes: Iterable[Pass], ranks: int) -> tuple[Pass, ...]:

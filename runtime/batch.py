@@ -46,11 +46,8 @@ class PassInput:
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
-
-    @property
-    def valid(self) -> int:
-        """Tokens with something to predict."""
-        return int((self.labels != IGNORED).sum())
+    valid: int
+    """Tokens with something to predict."""
 
 
 class Reader:
@@ -82,8 +79,11 @@ class Reader:
             tokens.append(ids)
             labels.append(targets)
         positions = [np.empty(0, np.int64)] + [np.arange(s.start, s.end) for s in segments]
-        joined = [torch.from_numpy(np.concatenate(parts)).unsqueeze(0) for parts in (tokens, positions, labels)]
-        return PassInput(*joined)
+        joined = [np.concatenate(parts)[None] for parts in (tokens, positions, labels)]
+        # counted without torch: this runs in the plan thread, which should not start a thread pool of its own
+        valid = int((joined[2] != IGNORED).sum())
+        ids, places, targets = (torch.from_numpy(array) for array in joined)
+        return PassInput(ids, places, targets, valid)
 
     def sample_tokens(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Some of the data's tokens (at most `count`, at least one)."""
@@ -101,10 +101,25 @@ class Reader:
             return ids[: end - start], _padded(ids[1:], end - start)
         item = self._data[index]
         if isinstance(item, Mapping):
-            ids, targets = np.asarray(item["input_ids"]), np.asarray(item["labels"])
-            return ids[start:end].astype(np.int64), targets[start:end].astype(np.int64)
-        ids = np.asarray(item).astype(np.int64)
+            ids, targets = _whole_numbers(item["input_ids"], index), _whole_numbers(item["labels"], index)
+            if len(ids) != len(targets):
+                raise UserError(
+                    f"sequence {index} of the data has {len(ids)} input_ids and {len(targets)} labels: "
+                    "give one label a token, -100 where there is nothing to predict"
+                )
+            return ids[start:end], targets[start:end]
+        ids = _whole_numbers(item, index)
         return ids[start:end], _padded(ids[start + 1 : end + 1], end - start)
+
+
+def _whole_numbers(values: Any, index: int) -> np.ndarray[Any, Any]:
+    array = np.asarray(values)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(
+            f"sequence {index} of the data is {array.dtype} of shape {array.shape}: "
+            "a sequence is one row of whole numbers, the token ids"
+        )
+    return array.astype(np.int64)
 
 
 def _padded(targets: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:

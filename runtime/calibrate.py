@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ REPEATS = 2
 LONGEST = 4096
 """Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
 RATE_BYTES = (1 << 20, 16 << 20)
+MEMINFO = "/proc/meminfo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class Calibration:
         segments = context.layout.segments[context.member]
         positions = torch.cat([torch.arange(s.start, s.end) for s in segments]).unsqueeze(0)
         tokens = self._tokens[torch.arange(positions.shape[1]) % len(self._tokens)].unsqueeze(0)
-        return PassInput(tokens, positions, tokens)
+        return PassInput(tokens, positions, tokens, valid=tokens.numel())
 
     def _capacity(self, shape: AttentionShape | None, given: int | None) -> tuple[int, ...]:
         if given is not None:
@@ -210,9 +212,21 @@ def fit_nonnegative(rows: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -
 def free_bytes(world: World) -> float:
     """Memory that this rank may count on: of its device, or its share of the host's."""
     if world.device.type == "cuda":
+        torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info(world.device)[0])
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return host / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _free_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_host_bytes() -> float:
+    """What the kernel could give (page cache counts as free), at most what is left of a container's limit."""
+    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    meminfo, limit, used = (Path(p) for p in (MEMINFO, "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        free = float(lines["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    return max(0.0, free)
 
 
 def _relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from heteromesh.planner.errors import UserError
 
 
@@ -71,6 +73,11 @@ class TrainerConfig:
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         tokens = self.tokens_per_device
         self._require("tokens_per_device", tokens is None or tokens >= 1, "a whole number >= 1 or None")
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of `precision` for torch.autocast."""
+        return torch.bfloat16 if self.precision == "bf16" else None
 
     def _require(self, name: str, fine: bool, rule: str) -> None:
         if not fine:

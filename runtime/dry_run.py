@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from heteromesh.comm.world import World
+from heteromesh.comm.world import World, pick_device
 from heteromesh.planner.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_file import bind, load_constants
@@ -39,7 +39,6 @@ def dry_run(trainer: Trainer) -> None:
     costs, source = _costs(trainer, cluster)
     batches = [trainer.sampler.next_batch() for _ in range(min(STEPS, trainer.config.max_steps))]
     steps = tuple(plan_step(b.lengths, costs, time_limit=trainer.config.plan_seconds) for b in batches)
-    per_token = sum(p.nbytes for p in trainer.model.parameters())
     plan = Plan(
         cluster=PlannedCluster(fingerprint=cluster.fingerprint, ranks=cluster.ranks),
         model=type(trainer.model).__name__,
@@ -53,7 +52,7 @@ def dry_run(trainer: Trainer) -> None:
     except OSError as error:
         raise UserError(f"the plan can't be written to {path} ({error.strerror}): choose another run_dir") from error
     lines = [
-        f"dry run: {cluster.ranks} ranks of cluster {cluster.name}, costs {source}, model of {per_token / 1e6:.1f} MB",
+        f"dry run: {cluster.ranks} ranks of cluster {cluster.name}, costs {source}",
         step_table(steps, cluster.ranks),
         first_passes(steps[0], cluster.ranks),
         f"nothing was trained; to run exactly these steps: heteromesh run --plan {path} ...",
@@ -64,8 +63,16 @@ def dry_run(trainer: Trainer) -> None:
 def _costs(trainer: Trainer, cluster: Cluster) -> tuple[Costs, str]:
     """The cost file's constants; else measured in this one process and spread over the cluster's ranks and links."""
     if trainer.config.cost is not None:
-        return bind(load_constants(Path(trainer.config.cost)), cluster), "cost file"
-    executor = StepExecutor(trainer.model, World(), checkpoint_activations=trainer.config.checkpoint_activations)
+        costs = bind(load_constants(Path(trainer.config.cost)), cluster)
+        given = trainer.config.tokens_per_device
+        return replace(costs, capacity=(given,) * cluster.ranks) if given else costs, "from the cost file"
+    device = pick_device()
+    executor = StepExecutor(
+        trainer.model.to(device),
+        World(device=device),
+        autocast=trainer.config.autocast,
+        checkpoint_activations=trainer.config.checkpoint_activations,
+    )
     sample = torch.from_numpy(trainer.reader.sample_tokens(4096))
     calibration = Calibration(executor, sample, max(trainer.reader.lengths))
     alone = calibration.measure(trainer.config.tokens_per_device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from heteromesh.planner.cost import Costs
@@ -38,14 +38,24 @@ class EvenSplit:
 
 
 def compare(
-    executor: StepExecutor, reader: Reader, batches: Sequence[tuple[Batch, Step]], costs: Costs, repeats: int = 2
+    executor: StepExecutor,
+    reader: Reader,
+    batches: Sequence[tuple[Batch, Step]],
+    costs: Costs,
+    stop: Callable[[], object] = lambda: None,
+    repeats: int = 2,
 ) -> tuple[EvenSplit, ...]:
-    """Runs forward, backward and gradient sum of every batch under each layout; no update. Equal on every rank."""
+    """Runs forward, backward and gradient sum of every batch under each layout; no update. Equal on every rank.
+
+    Where `stop`, asked on every rank before each batch, is true, there is no comparison.
+    """
     if executor.world.size == 1 or not batches:
         return ()
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
     for batch, planned in batches:
+        if stop():
+            return ()
         steps = {"plan": planned} | static_steps(batch.lengths, costs)
         for name, (took, loss) in time_layouts(executor, reader, batch, steps, repeats).items():
             seconds.setdefault(name, []).append(took)

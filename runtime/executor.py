@@ -81,12 +81,13 @@ class StepExecutor:
         self._gradients.attach(model.parameters())
         self.forwards = 2 if checkpoint_activations else 1
         """How often a layer's forward runs in a pass."""
-        if checkpoint_activations:
-            _checkpoint_layers(model)
+        self._recomputed = _checkpoint_layers(model) if checkpoint_activations else []
 
     def close(self) -> None:
         """Takes the executor's hooks off the model."""
         self._gradients.detach()
+        for layer in self._recomputed:
+            del layer.forward  # what hid the class's own
 
     def run(
         self,
@@ -237,16 +238,19 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _checkpoint_layers(model: nn.Module) -> None:
-    """Recomputes the elements of the model's module lists in the backward instead of keeping their activations."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
+def _checkpoint_layers(model: nn.Module) -> list[nn.Module]:
+    """Recomputes the elements of the model's outermost module lists in the backward; returns them."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    layers = [layer for layers in outer for layer in layers]
+    if not layers:
         raise UserError(
             "checkpoint_activations needs a model whose layers are in an nn.ModuleList, and this one has none: "
             "turn it off or put the layers in a list"
         )
-    for layer in (layer for layers in lists for layer in layers):
+    for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_recompute_contexts)
+    return layers
 
 
 def _recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from heteromesh.planner import plan as plans
+from heteromesh.planner.check import check_step
 from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Plan
@@ -52,6 +53,8 @@ def explain_plan(plan: Plan, where: str) -> list[StepReason]:
         raise UserError(
             f"plan {where} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
         )
+    for step in plan.steps:
+        check_step(step, costs)
     return [explain_step(step, costs) for step in plan.steps]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from types import TracebackType
@@ -33,6 +34,8 @@ class _Hook:
             print(f"heteromesh: error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            atexit._run_exitfuncs()  # Python itself would end with code 1
         # peers may wait in a collective that this rank will never join: skip what would wait for them
         os._exit(2)
 

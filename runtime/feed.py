@@ -39,6 +39,14 @@ class Prepared:
     ready_at: float
 
 
+class PlanningFailed(Exception):
+    """A step can't be planned; every rank is told so at the same step."""
+
+    def __init__(self, reason: UserError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class PlanFeed:
     """Prepares steps first..last (excluded). `propose(index)` is called on rank 0 only, in the thread."""
 
@@ -84,8 +92,8 @@ class PlanFeed:
         try:
             for index in self._range:
                 planned = self._world.broadcast(self._decide(index) if self._world.rank == 0 else None)
-                if isinstance(planned, BaseException):
-                    self._queue.put(planned)
+                if isinstance(planned, UserError):
+                    self._queue.put(PlanningFailed(planned))
                     return
                 if planned is None:
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -9,10 +10,12 @@ from types import FrameType, TracebackType
 from typing import Any
 
 AGAIN_SECONDS = 2.0
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 class Interrupt:
-    """While entered, remembers the signal instead of dying of it; a second Ctrl-C, seconds later, ends at once.
+    """While entered, remembers the signal instead of dying of it; a second Ctrl-C, seconds later, ends at once
+    (under torchrun it is torchrun that ends its workers then).
 
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
@@ -38,8 +41,9 @@ class Interrupt:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        # a terminal's Ctrl-C arrives twice under torchrun, which passes it on: only a later one is a second one
-        if number == signal.SIGINT and self.signal is not None and now - self._asked > AGAIN_SECONDS:
+        # under torchrun a terminal's Ctrl-C arrives twice, the second time whenever a long kernel lets Python run again
+        again = number == signal.SIGINT and self.signal is not None and UNDER_TORCHRUN not in os.environ
+        if again and now - self._asked > AGAIN_SECONDS:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self._asked = number, now

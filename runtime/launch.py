@@ -32,14 +32,14 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     ranks = _ranks(options)
     _check_files(options, ranks)
-    environment = {UNDER_HETEROMESH_RUN: "1"}
+    environment = {}
     if options.cluster:
         environment[CLUSTER_VARIABLE] = str(Path(options.cluster).resolve())
     if options.plan != "auto":
         environment[PLAN_VARIABLE] = str(Path(options.plan).resolve())
     if options.dry_run:
         return _dry_run(options, environment, ranks)
-    os.environ.update(environment)
+    os.environ.update(environment | {UNDER_HETEROMESH_RUN: "1"})
     if "LOGLEVEL" not in os.environ:
         # the failure is told below, once; the launcher's log would tell it again in ten lines
         for name in ("torch.distributed.elastic", "torch.distributed.run"):
@@ -80,13 +80,18 @@ def _refuse(message: str) -> NoReturn:
 
 def _ranks(options: argparse.Namespace) -> int | None:
     """Processes of the whole job, where the flags alone tell."""
-    least, most = parse_min_max_nnodes(options.nnodes)
+    try:
+        least, most = parse_min_max_nnodes(options.nnodes)
+    except (ValueError, RuntimeError):
+        raise UserError(f"--nnodes {options.nnodes} is not a number of hosts: give N or MIN:MAX") from None
     if least != most or options.node_rank is None:
         return None
     try:
         here: int = determine_local_world_size(str(options.nproc_per_node))
     except ValueError as error:
         raise UserError(f"--nproc-per-node {options.nproc_per_node} can't be used here: {error}") from None
+    if here < 1:
+        raise UserError(f"--nproc-per-node {options.nproc_per_node} starts nothing: give at least 1")
     # hosts may start different numbers of processes: only one host's number is known here
     return here if most == 1 else None
 

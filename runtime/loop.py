@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from heteromesh.planner.show import first_passes
 from heteromesh.runtime.checkpoint import Checkpoints
 from heteromesh.runtime.even_split import EvenSplit, compare
 from heteromesh.runtime.executor import StepExecutor, StepResult
-from heteromesh.runtime.feed import PlanFeed, Planned, Prepared
+from heteromesh.runtime.feed import PlanFeed, Planned, PlanningFailed, Prepared
 from heteromesh.runtime.interrupt import Interrupt
 from heteromesh.runtime.metrics import HEADER, ProgressBar, StepMetrics
 from heteromesh.runtime.plan_service import PlanService
@@ -50,12 +51,14 @@ class TrainingReport:
 
     def summary(self) -> str:
         """For people, a few lines."""
+        if not self.losses:
+            return "no step was left to do"
         lines = [
             f"loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f} in steps {self.first_step} to {self.last_step}",
             f"waited for late plans: {self.plan_wait_share:.3%} of the time",
             *(comparison.line() for comparison in self.comparisons),
         ]
-        return "\n".join(lines if self.losses else ["no step was left to do"])
+        return "\n".join(lines)
 
 
 class TrainingLoop:
@@ -64,6 +67,7 @@ class TrainingLoop:
     def __init__(self, trainer: Trainer, world: World, stack: ExitStack) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, world
         self.interrupt = stack.enter_context(Interrupt())
+        self._check_data()
         self.cluster = find_cluster(self.config, world.size)
         self.given_plan = world.once(lambda: find_plan(self.config, self.cluster))
         self.path = Path(self.config.run_dir)
@@ -73,12 +77,15 @@ class TrainingLoop:
         self.service: PlanService | None = None
         if self.directory:
             stack.callback(self.directory.close)
+            stack.push(self._trace_of_a_failure)
             self.service = stack.enter_context(PlanService(self.config.plan_seconds, self.given_plan))
         trainer.model.to(world.device)
         world.broadcast_tensors((*trainer.model.parameters(), *trainer.model.buffers()))
-        autocast = torch.bfloat16 if self.config.precision == "bf16" else None
         self.executor = StepExecutor(
-            trainer.model, world, autocast=autocast, checkpoint_activations=self.config.checkpoint_activations
+            trainer.model,
+            world,
+            autocast=self.config.autocast,
+            checkpoint_activations=self.config.checkpoint_activations,
         )
         stack.callback(self.executor.close)
         self.checkpoints = Checkpoints(self.path / CHECKPOINTS, world, self.config.keep_checkpoints)
@@ -86,6 +93,7 @@ class TrainingLoop:
         self.done = self._resume() if self.config.resume else 0
         self._plan()
         self.losses: list[float] = []
+        self.overheads: deque[float] = deque(maxlen=9)
         self.recent: deque[tuple[Batch, Step]] = deque(maxlen=max(1, self.config.compare_batches))
         self._progress = ProgressBar(self.config.max_steps)
 
@@ -95,7 +103,7 @@ class TrainingLoop:
         self._say(HEADER)
         began = mark = time.perf_counter()
         while self.done < self.config.max_steps and self.stopped is None:
-            prepared, plan_wait, data_wait = self.feed.next()
+            prepared, plan_wait, data_wait = self._next()
             metrics, result = self._step(prepared, plan_wait, data_wait, mark)
             mark = time.perf_counter()
             waited += metrics.plan_wait_seconds
@@ -103,10 +111,11 @@ class TrainingLoop:
         self.feed.close()
         elapsed = time.perf_counter() - began
         self._finish()
+        self._write_trace()
         comparisons: tuple[EvenSplit, ...] = ()
         if self.config.compare_batches and self.stopped is None:
-            comparisons = compare(self.executor, self.trainer.reader, tuple(self.recent), self.costs)
-        self._write_trace()
+            comparisons = compare(self.executor, self.trainer.reader, tuple(self.recent), self.costs, self._asked)
+            self.stopped = self._asked()
         return TrainingReport(
             first_step=first,
             last_step=self.done,
@@ -115,6 +124,29 @@ class TrainingLoop:
             comparisons=comparisons,
             signal=self.stopped,
         )
+
+    def _next(self) -> tuple[Prepared, float, float]:
+        """The next step; where it can't be planned, what was trained is saved before the error is raised."""
+        try:
+            return self.feed.next()
+        except PlanningFailed as failed:
+            self._finish()
+            raise failed.reason from None
+
+    def _asked(self) -> int | None:
+        """The signal that any rank was sent; equal on every rank."""
+        return max(self.world.gather(self.interrupt.signal or 0)) or None
+
+    def _check_data(self) -> None:
+        """Raises UserError where the ranks don't have the same data."""
+        data = self.trainer.sampler.state_dict() | {"content": getattr(self.trainer.data, "fingerprint", "")}
+        everyone = self.world.gather(data)
+        for rank, other in enumerate(everyone):
+            if other != everyone[0]:
+                raise UserError(
+                    f"rank {rank} has other data than rank 0: give every host the same documents, tokenizer and "
+                    "max_length (Python's own sources differ between Python versions)"
+                )
 
     def _open_directory(self) -> None:
         self.directory = RunDirectory(self.path, resume=self.config.resume)
@@ -165,7 +197,7 @@ class TrainingLoop:
         torch.manual_seed(hash((self.config.seed, number, world.rank)))
         waits = [0.0] * (2 * world.size)
         waits[2 * world.rank : 2 * world.rank + 2] = plan_wait, data_wait
-        stop = float(self.interrupt.signal or 0)
+        start, stop = time.perf_counter(), float(self.interrupt.signal is not None)
         result = self.executor.run(step, prepared.inputs, valid_tokens=prepared.valid_tokens, votes=[stop, *waits])
         if result.non_finite or not math.isfinite(result.loss):
             raise UserError(self._blame(number, prepared, result))
@@ -174,9 +206,9 @@ class TrainingLoop:
         self.done = number
         self.losses.append(result.loss)
         if result.votes[0]:
-            # several ranks may have been asked: any of the signals will do, the same on every rank
-            self.stopped = int(max(world.gather(stop)))
+            self.stopped = self._asked()
         seconds = time.perf_counter() - mark
+        self._learn_overhead(time.perf_counter() - start, result)
         tokens = sum(step.batch)
         busy = result.busy_seconds
         return (
@@ -222,8 +254,6 @@ class TrainingLoop:
         self.state = self._trainer_state(prepared.batch)
         if self.config.compare_batches:
             self.recent.append((prepared.batch, step))
-        if self.service:
-            self._learn_overhead(metrics, result)
         if self.directory:
             self._progress.clear()
             if metrics.step <= self.config.print_plans:
@@ -235,15 +265,14 @@ class TrainingLoop:
         if self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0:
             self.checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, self.state)
 
-    def _learn_overhead(self, metrics: StepMetrics, result: StepResult) -> None:
-        """What a step takes beyond its passes: the exposed gradient sum, the optimizer, bookkeeping."""
-        assert self.service
+    def _learn_overhead(self, seconds: float, result: StepResult) -> None:
+        """What a step takes beyond its passes: the exposed gradient sum and the optimizer. The median of late steps."""
         spent = [0.0] * self.world.size
-        for (rank, _), seconds in result.pass_seconds.items():
-            spent[rank] += seconds
-        extra = max(0.0, metrics.measured_seconds - max(spent))
-        known = self.service.seconds_per_step
-        self.service.seconds_per_step = 0.7 * known + 0.3 * extra if known else extra
+        for (rank, _), took in result.pass_seconds.items():
+            spent[rank] += took
+        if self.service and self.done > 1:  # the first step has allocations that no other has
+            self.overheads.append(max(0.0, seconds - max(spent)))
+            self.service.seconds_per_step = statistics.median(self.overheads)
 
     def _trainer_state(self, batch: Batch) -> dict[str, Any]:
         schedule = self.trainer.schedule
@@ -266,9 +295,17 @@ class TrainingLoop:
             )
 
     def _write_trace(self) -> None:
-        spans = dict(enumerate(self.world.gather(self.world.recorder.spans)))
+        recorder = self.world.recorder
+        everyone = self.world.gather((recorder.spans, recorder.dropped))
         if self.directory:
-            self.directory.trace(spans)
+            self.directory.trace({r: spans for r, (spans, _) in enumerate(everyone)}, sum(d for _, d in everyone))
+
+    def _trace_of_a_failure(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        """Rank 0's own spans, when the others can't be asked."""
+        if kind is not None and self.directory and self.directory.started:
+            with suppress(UserError):
+                self.directory.trace({0: self.world.recorder.spans}, self.world.recorder.dropped)
+        return False
 
     def _blame(self, number: int, prepared: Prepared, result: StepResult) -> str:
         where = "no single sequence stands out"

@@ -50,12 +50,12 @@ class StepMetrics:
 class Tensorboard:
     """Writes the metrics for TensorBoard where that is installed, else nothing."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, done_steps: int) -> None:
         self._writer: Any = None
         if find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory))
+            self._writer = SummaryWriter(str(directory), purge_step=done_steps + 1)
 
     def write(self, metrics: StepMetrics) -> None:
         """One scalar a key."""
@@ -95,7 +95,7 @@ def truncate_lines(path: Path, steps: int) -> None:
         try:
             if json.loads(line)["step"] <= steps:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept))

@@ -29,7 +29,7 @@ class PlanService:
 
     def __enter__(self) -> PlanService:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "heteromesh.planner.worker"],
+            [sys.executable, "-P", "-m", "heteromesh.planner.worker"],  # -P: no module of the current folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1"},

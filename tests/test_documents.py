@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from heteromesh.planner.errors import UserError
 from heteromesh.runtime.documents import STDLIB, open_corpus
 

@@ -104,6 +104,8 @@ def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> Non
     assert "does not exist" in sentence(heteromesh(tmp_path / "none.py"))
     assert "unrecognized arguments: --bogus" in sentence(heteromesh("--bogus", *run))
     assert "--nproc-per-node nine" in sentence(heteromesh("--nproc-per-node", "nine", *run))
+    assert "give at least 1" in sentence(heteromesh("--nproc-per-node", "0", *run))
+    assert "--nnodes many" in sentence(heteromesh("--nnodes", "many", *run))
     assert "3 ranks" in sentence(heteromesh("--nproc-per-node", 2, "--cluster", cluster, *run))
     assert "line" in sentence(heteromesh("--cluster", broken, *run))
     assert "none.json does not exist" in sentence(heteromesh("--plan", tmp_path / "none.json", *run))
@@ -122,6 +124,8 @@ def test_a_mistake_before_the_trainer_is_told_in_one_sentence(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     message = sentence(heteromesh(EXAMPLES / "train.py", "--data", tmp_path / "empty", "--run-dir", tmp_path / "run"))
     assert str(tmp_path / "empty") in message
+    dry = heteromesh("--dry-run", EXAMPLES / "train.py", "--data", tmp_path / "empty", "--run-dir", tmp_path / "run")
+    assert str(tmp_path / "empty") in sentence(dry)
     bare = [sys.executable, str(EXAMPLES / "train.py"), "--data", str(tmp_path / "none"), "--run-dir", str(tmp_path)]
     result = subprocess.run(bare, capture_output=True, text=True, timeout=60, env=ENVIRONMENT)
     assert "none" in sentence(result)
@@ -162,8 +166,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, script: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, group: bool, script: Path, tmp_path: Path) -> None:
+    """SIGTERM as a scheduler sends it, to the launcher; Ctrl-C as a terminal does, to the whole group."""
     metrics = tmp_path / "run/metrics.jsonl"
     words = [
         sys.executable,
@@ -176,14 +181,15 @@ def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, script: Path
         str(tmp_path / "run"),
         "1000000",
     ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, **pipes, text=True, env=ENVIRONMENT, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
             time.sleep(0.05)
         family = children(process.pid)
         assert len(family) >= 3, "two ranks and a planner"
-        process.send_signal(number)
+        os.killpg(process.pid, number) if group else process.send_signal(number)
         out, err = process.communicate(timeout=40)
     finally:
         process.kill()

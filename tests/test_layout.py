@@ -9,6 +9,7 @@ from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention import prepare_pass
 from heteromesh.parallel.layout import convert
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.heads import head_shares
 from heteromesh.planner.layout import Layout, Segment, contiguous, inner_degree, method_layout, zigzag
 from packs import SPLIT, Pack, make_pack, own_rows
 from ranks import World, run_ranks
@@ -94,3 +95,17 @@ def test_shards_that_do_not_add_up_are_refused(shards: tuple[tuple[int, ...], ..
 
 def test_a_layout_without_tokens() -> None:
     assert Layout((), ((), ())).order == []
+
+
+def test_heads_are_dealt_with_the_key_heads_they_use() -> None:
+    shares = head_shares(8, 2, [1.0] * 4)
+    assert [(s.first, s.last, s.first_key, s.last_key) for s in shares] == [
+        (0, 2, 0, 1), (2, 4, 0, 1), (4, 6, 1, 2), (6, 8, 1, 2),
+    ]  # fmt: skip
+    assert [s.keys_at_work for s in shares] == [1, 1, 1, 1]
+    # five query heads on two key heads of four each: one has four, the other one
+    first, second = head_shares(8, 2, [5.0, 3.0])
+    assert (first.keys, first.keys_at_work) == (2, 5)
+    assert (second.keys, second.keys_at_work) == (1, 1)
+    with pytest.raises(ValueError, match="2 heads can't be dealt to 3 ranks"):
+        head_shares(2, 1, [1.0] * 3)

@@ -8,10 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from heteromesh.planner.errors import UserError
-from heteromesh.runtime.sampler import Sampler
 from hypothesis import given
 from hypothesis import strategies as st
+
+from heteromesh.planner.errors import UserError
+from heteromesh.runtime.sampler import Sampler
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=1, max_size=60)
 BUDGET = st.integers(1, 400)

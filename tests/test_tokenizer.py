@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from heteromesh.planner.errors import UserError
-from heteromesh.runtime.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+
+from heteromesh.planner.errors import UserError
+from heteromesh.runtime.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 
 
 @given(st.text())

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from heteromesh.planner.errors import UserError
 from heteromesh.runtime import tokens
 from heteromesh.runtime.documents import open_corpus
 from heteromesh.runtime.tokenizer import ByteTokenizer
 from heteromesh.runtime.tokens import cut, open_tokens
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BYTES = ByteTokenizer()
 

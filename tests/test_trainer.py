@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import heteromesh as hm
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import step_from_json
+from heteromesh.runtime.sampler import Sampler
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
@@ -142,12 +144,14 @@ class Poisoned(torch.nn.Module):
 
 def poisoned_run(world: World, folder: Path) -> str:
     data = [torch.tensor([1 + x % 50 for x in s]) for s in DATA]
-    data[33][1] = 60
+    batches = Sampler([len(s) for s in DATA], batch_tokens=500, seed=0)
+    poisoned = [batches.next_batch() for _ in range(3)][2].sequences[0]
+    data[poisoned][1] = 60
     trainer = make_trainer(folder, Poisoned(60), data, checkpoint_every=1, batch_tokens=500)
     try:
         trainer.fit()
     except UserError as error:
-        return str(error)
+        return str(error).replace(f"sequence {poisoned} of the data", "sequence POISONED of the data")
     return ""
 
 
@@ -155,14 +159,12 @@ def poisoned_run(world: World, folder: Path) -> str:
 def test_a_loss_that_is_not_finite_names_step_rank_and_sequence(ranks: int, tmp_path: Path) -> None:
     messages = run_ranks(ranks, poisoned_run, tmp_path / "run", seconds=90)
     assert len(set(messages)) == 1
-    assert "the loss is nan at step" in messages[0]
-    assert "sequence 33 of the data" in messages[0]
-    assert "rank " in messages[0]
-    done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
-    if done:
-        assert f"the last good checkpoint is step-{done:08d}" in messages[0]
-        assert kept[-1] == f"step-{done:08d}"
+    assert "the loss is nan at step 3: rank " in messages[0]
+    assert "sequence POISONED of the data" in messages[0]
+    assert "the last good checkpoint is step-00000002" in messages[0]
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"], "the trace is there all the same"
 
 
 def other_model(world: World, folder: Path) -> str:
@@ -290,3 +292,80 @@ def test_labels_and_ignored_tokens(tmp_path: Path) -> None:
     assert one == pytest.approx(two, abs=1e-5)
     plain = run_ranks(1, train, tmp_path / "plain", {"max_steps": 3})[0]
     assert one != pytest.approx(plain, abs=1e-5), "the prompts are left out"
+
+
+class Spare(torch.nn.Module):
+    """A model with a parameter that never gets a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.llama, self.spare = Llama(TINY), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.llama(input_ids, position_ids)
+        return logits
+
+
+def spare_run(world: World, folder: Path, steps: int, resume: bool) -> tuple[tuple[float, ...], list[float]]:
+    """AdamW with decay and a schedule; the spare parameter must stay what it is."""
+    torch.manual_seed(2)
+    model = Spare()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    config = hm.TrainerConfig(batch_tokens=220, max_steps=steps, run_dir=folder, resume=resume)
+    data = [torch.tensor(s) for s in DATA]
+    report = hm.Trainer(model, optimizer, data, config, schedule=schedule).fit()
+    assert report.summary()
+    return report.losses, model.spare.tolist()
+
+
+def test_a_parameter_without_gradient_and_a_schedule_survive_a_resume(tmp_path: Path) -> None:
+    whole, spare = run_ranks(1, spare_run, tmp_path / "whole", 8, False)[0]
+    assert spare == [1.0, 1.0, 1.0]
+    first, spare = run_ranks(2, spare_run, tmp_path / "parts", 5, False)[0]
+    assert spare == [1.0, 1.0, 1.0], "weight decay leaves it alone on several ranks too"
+    rest, spare = run_ranks(1, spare_run, tmp_path / "parts", 8, True)[0]
+    assert spare == [1.0, 1.0, 1.0]
+    assert (*first, *rest) == pytest.approx(whole, abs=1e-3)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.5e-2 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    nothing, _ = run_ranks(1, spare_run, tmp_path / "parts", 8, True)[0]
+    assert nothing == (), "no step was left to do"
+
+
+def other_data_on_one_rank(world: World, folder: Path) -> str:
+    data = [torch.tensor(s) for s in DATA]
+    if world.rank == 1:
+        data[7] = data[7][:-1]
+    try:
+        make_trainer(folder, None, data).fit()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
+    messages = run_ranks(2, other_data_on_one_rank, tmp_path / "run")
+    assert all("rank 1 has other data than rank 0" in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ([0.5, 1.5], "float"),
+        ([[1, 2], [3, 4]], r"shape \(2, 2\)"),
+        ({"input_ids": [1, 2, 3], "labels": [2, 3]}, "3 input_ids and 2 labels"),
+    ],
+)
+def test_sequences_that_are_no_rows_of_ids_are_refused(item: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        make_trainer(tmp_path / "run", None, [item, [1, 2]], max_steps=1).fit()
+
+
+def test_too_long_a_path_is_told(tmp_path: Path) -> None:
+    assert "can't be written" in run_ranks(1, train_and_error, tmp_path / ("x" * 300), {})[0]
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="TensorBoard is an extra and is not installed")
+def test_tensorboard_files_are_written(four: tuple[Path, tuple[float, ...]]) -> None:
+    assert list((four[0] / "tensorboard").glob("events.*"))
