@@ -123,9 +123,10 @@ class _Instance:
         wire = np.where(possible, wires, math.inf).min(axis=1)
         must_split = ~possible[:, 0]
         wire = wire + must_split * (costs.seconds_per_split_pass / max(costs.capacity))
-        work = costs.seconds_per_token2 * s + costs.seconds_per_token
+        least_work = float(self.best.work.min())
+        work = (costs.seconds_per_token2 * s + costs.seconds_per_token) * least_work
         amount = self.counts * s
-        least = np.full_like(work, costs.seconds_per_token) if self.heads else work
+        least = np.full_like(work, costs.seconds_per_token * least_work) if self.heads else work
         cuts = np.searchsorted(np.cumsum(amount * work), np.linspace(0, amount @ work, BUCKETS + 1)[1:-1])
         at = np.unique(np.concatenate(([0], cuts[cuts < len(s)])))
         low_work, low_wire = np.minimum.reduceat(least, at), np.minimum.reduceat(wire, at)

@@ -1,11 +1,12 @@
 """What a pass costs: seconds, tokens of memory, bytes. The one definition that planner and checks share.
 
-    seconds(pass) = max over its ranks r of ( (a * sum_j s_j * n_rj * f_r + b * n_r) / v_r + B(d) * n_r / rate )
+    seconds(pass) = max over its ranks r of ( w * (a * sum_j s_j * n_rj * f_r + b * n_r) / v_r + B(d) * n_r / rate )
                     + c  (+ c_split where d > 1)
 
 s_j: length of sequence j; n_rj: its tokens on rank r (n_r summed over j); v_r: speed of r relative to the
 reference device; d: number of ranks; B(d): bytes the method moves per token of a shard. With equal speeds and
 even shards this is FlexSP's (a*s*s + b*s)/d + communication + beta (arXiv 2412.01523, equations 11-14).
+w: the method's compute relative to that on whole sequences (1 where d = 1, and unless measured).
 f_r corrects methods that split attention by heads: (heads of r / heads) / (n_r / sum n); 1 elsewhere.
 """
 
@@ -33,6 +34,8 @@ class Method:
     scaling: Scaling = "constant"
     heads: int = 0
     """Query heads that are dealt to ranks, at most one rank each; 0 where the method does not split heads."""
+    work: float = 1.0
+    """Compute of a split pass relative to the same on whole sequences: smaller pieces may fit caches better."""
 
     def bytes_at(self, degree: int) -> float:
         """Bytes one rank sends per token of its shard, forward and backward, at this degree."""
@@ -98,7 +101,7 @@ class Costs:
             else:
                 pairs = float(sum(s * n for s, n in zip(lengths, shards[i], strict=True)))
             work = self.seconds_per_token2 * pairs + self.seconds_per_token * tokens
-            worst = max(worst, work / self.speeds[rank] + wire * tokens)
+            worst = max(worst, work * (chosen.work if chosen else 1.0) / self.speeds[rank] + wire * tokens)
         return worst + fixed
 
     def _method(self, name: str) -> Method | None:
@@ -114,7 +117,7 @@ class Costs:
             uneven = max(h / method.heads * power / v for h, v in zip(heads, speeds, strict=True))
         compute = (self.seconds_per_token2 * squares * uneven + self.seconds_per_token * tokens) / power
         wire = method.bytes_at(degree) * tokens * max(speeds) / power / self.rate(ranks)
-        return compute + wire
+        return compute * method.work + wire
 
 
 def split_heads(heads: int, speeds: Sequence[float]) -> tuple[int, ...]:

@@ -27,6 +27,8 @@ class Envelope:
     """Sum of the largest capacities, tokens."""
     wire: Floats
     """Seconds of exchange per token of a shard, at least."""
+    work: Floats
+    """Compute relative to that on whole sequences, at least."""
     fixed: Floats
     """Seconds of a pass whatever its tokens."""
     slowest: float
@@ -35,7 +37,8 @@ class Envelope:
     def own_seconds(self, costs: Costs, lengths: Floats) -> Floats:
         """[sequence, degree]: seconds of a pass with that sequence alone, at least; infinite where it doesn't fit."""
         s = lengths[:, None]
-        work = costs.seconds_per_token2 * s * s + (costs.seconds_per_token + self.wire * self.slowest) * s
+        work = (costs.seconds_per_token2 * s * s + costs.seconds_per_token * s) * self.work
+        work += self.wire * self.slowest * s
         seconds: Floats = np.where(s <= self.room, work / self.power + self.fixed, math.inf)
         return seconds
 
@@ -57,6 +60,7 @@ def envelope(costs: Costs) -> Envelope:
         power=np.array([power[d - 1] for d in degrees]),
         room=np.array([room[d - 1] for d in degrees], float),
         wire=np.array([0.0 if d == 1 else w for d, w in zip(degrees, wire, strict=True)]),
+        work=np.array([1.0 if d == 1 else min(m.work for m in costs.methods if m.fits(d)) for d in degrees]),
         fixed=np.array([costs.seconds_per_pass + (costs.seconds_per_split_pass if d > 1 else 0.0) for d in degrees]),
         slowest=min(costs.speeds),
     )

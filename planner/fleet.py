@@ -35,6 +35,11 @@ class Team:
     costs: Costs
 
     @property
+    def work(self) -> float:
+        """Of the method."""
+        return self.method.work if self.method else 1.0
+
+    @property
     def method_name(self) -> str:
         return self.method.name if self.method else LOCAL
 
@@ -46,7 +51,7 @@ class Team:
         for i, share in enumerate(shares(tokens, self.speeds, self.room)):
             part = self.heads[i] / sum(self.heads) if self.heads else share / tokens
             work = self.costs.seconds_per_token2 * squares * part + self.costs.seconds_per_token * share
-            worst = max(worst, work / self.speeds[i] + self.wire * share)
+            worst = max(worst, work * self.work / self.speeds[i] + self.wire * share)
         return self.fixed + worst
 
 
@@ -80,6 +85,7 @@ class Fleet:
         costs = self.costs
         speeds, room = tuple(costs.speeds[r] for r in ranks), tuple(costs.capacity[r] for r in ranks)
         power, uneven, wire = sum(speeds), 1.0, 0.0
+        work = method.work if method else 1.0
         heads: tuple[int, ...] = ()
         if method is not None:
             wire = method.bytes_at(len(ranks)) / costs.rate(ranks)
@@ -92,8 +98,8 @@ class Fleet:
             method=method,
             heads=heads,
             fixed=costs.seconds_per_pass + (costs.seconds_per_split_pass if method else 0.0),
-            per_token=costs.seconds_per_token / power + wire * max(speeds) / power,
-            per_square=costs.seconds_per_token2 * uneven / power,
+            per_token=work * costs.seconds_per_token / power + wire * max(speeds) / power,
+            per_square=work * costs.seconds_per_token2 * uneven / power,
             wire=wire,
             even=int(min(n / v for n, v in zip(room, speeds, strict=True)) * power + 1e-6),
             most=sum(room),

@@ -27,7 +27,8 @@ from heteromesh.runtime.batch import PassInput
 from heteromesh.runtime.executor import StepExecutor
 
 REPEATS = 2
-LONGEST = 4096
+SLOW_SECONDS = 0.5
+LONGEST = 6144
 """Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
 RATE_BYTES = (1 << 20, 16 << 20)
 MEMINFO = "/proc/meminfo"
@@ -96,13 +97,29 @@ class Calibration:
         """Adds rate and latency from passes of two lengths that are split over all ranks."""
         size = self._world.size
         costs = replace(costs, rate=RateByDegree({size: self._exchange_rate()}))
-        extra = []
-        for method in (m for m in costs.methods if m.fits(size)):
-            for length in (max(size, self._longest // 4), max(size, self._longest)):
-                plan = even_pass(method.name, length, size)
-                seconds = max(self._world.gather(self._seconds(plan, [length])))
-                extra.append(seconds - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards))
-        return replace(costs, seconds_per_split_pass=max(0.0, statistics.median(extra))) if extra else costs
+        methods, latencies = [], [0.0]
+        for method in costs.methods:
+            if size > 1 and method.fits(size):
+                work, latency = self._split_work(method, costs)
+                method = replace(method, work=work)
+                latencies.append(latency)
+            methods.append(method)
+        return replace(costs, methods=tuple(methods), seconds_per_split_pass=max(0.0, statistics.median(latencies)))
+
+    def _split_work(self, method: Method, costs: Costs) -> tuple[float, float]:
+        """(compute relative to that on whole sequences, seconds of latency), from passes of two lengths."""
+        size = self._world.size
+        computed, measured = [], []
+        for length in (max(size, self._longest // 4), max(size, self._longest)):
+            plan = even_pass(method.name, length, size)
+            exchange = method.bytes_at(size) * plan.tokens(size - 1) / costs.rate(plan.ranks)
+            nominal = costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
+            computed.append(nominal - exchange - costs.seconds_per_pass)
+            seconds = max(self._world.gather(self._seconds(plan, [length])))
+            measured.append(seconds - exchange - costs.seconds_per_pass)
+        steps = computed[1] - computed[0]
+        work = min(1.5, max(0.75, (measured[1] - measured[0]) / steps)) if steps > 0 else 1.0
+        return work, measured[0] - work * computed[0]
 
     def _exchange_rate(self) -> float:
         """Bytes per second each way of a rank that exchanges with all others at once."""
@@ -161,16 +178,22 @@ class Calibration:
         return self._timed(lambda: self._executor.forward_backward(context, batch, max(1, batch.valid)))
 
     def _timed(self, act: Callable[[], object]) -> float:
-        """Least seconds of a few runs after one to warm up; every rank starts each run at once."""
-        times = []
-        for _ in range(REPEATS + 1):
-            self._world.barrier()
-            start = time.perf_counter()
-            act()
-            if self._world.device.type == "cuda":
-                torch.cuda.synchronize(self._world.device)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        """Seconds of a run that starts on every rank at once: the least of a few after one to warm up.
+
+        A run that takes long is repeated once only.
+        """
+        first = self._once(act)
+        if max(self._world.gather(first)) > SLOW_SECONDS:
+            return min(first, self._once(act))
+        return min(self._once(act) for _ in range(REPEATS))
+
+    def _once(self, act: Callable[[], object]) -> float:
+        self._world.barrier()
+        start = time.perf_counter()
+        act()
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        return time.perf_counter() - start
 
     def _input(self, context: PassContext) -> PassInput:
         segments = context.layout.segments[context.member]
@@ -230,9 +253,9 @@ def _free_host_bytes() -> float:
 
 
 def _relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
-    """Speed relative to the fastest rank, in steps of 5 %: below that a measurement says nothing."""
+    """Speed relative to the fastest rank; 1 within the 10 % that a short measurement can't tell from noise."""
     ratio = statistics.median(f / s for f, s in zip(fastest, seconds, strict=True))
-    return max(0.05, min(1.0, round(ratio * 20) / 20))
+    return 1.0 if ratio > 0.9 else max(0.05, round(ratio, 2))
 
 
 def _hosts(world: World) -> tuple[int, ...]:
