@@ -10,7 +10,7 @@ RANKS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(
 
 demo: $(INSTALLED)
 	$(BIN)/heteromesh run --nproc-per-node $(RANKS) examples/train.py \
-		--compare-batches 3 --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+		--compare-batches 2 --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: check
 	$(BIN)/python -m pytest

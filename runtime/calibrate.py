@@ -91,35 +91,44 @@ class Calibration:
             rate=RateByDegree({}),
             hosts=_hosts(self._world),
         )
-        return self._with_exchanges(costs) if self._world.size > 1 else costs
+        alone = statistics.median(seconds[0] for seconds in times)
+        return self._with_exchanges(costs, alone) if self._world.size > 1 else costs
 
-    def _with_exchanges(self, costs: Costs) -> Costs:
-        """Adds rate and latency from passes of two lengths that are split over all ranks."""
+    def _with_exchanges(self, costs: Costs, alone: float) -> Costs:
+        """Adds rate, latency and the methods' compute, from passes that are split over all ranks.
+
+        alone: seconds of the longest sequence on one rank.
+        """
         size = self._world.size
         costs = replace(costs, rate=RateByDegree({size: self._exchange_rate()}))
         methods, latencies = [], [0.0]
         for method in costs.methods:
             if size > 1 and method.fits(size):
-                work, latency = self._split_work(method, costs)
+                work, latency = self._split_work(method, costs, alone)
                 method = replace(method, work=work)
                 latencies.append(latency)
             methods.append(method)
         return replace(costs, methods=tuple(methods), seconds_per_split_pass=max(0.0, statistics.median(latencies)))
 
-    def _split_work(self, method: Method, costs: Costs) -> tuple[float, float]:
-        """(compute relative to that on whole sequences, seconds of latency), from passes of two lengths."""
+    def _split_work(self, method: Method, costs: Costs, alone: float) -> tuple[float, float]:
+        """(compute relative to that on whole sequences, seconds of latency).
+
+        The first from the longest sequence, split and alone, measured and not fitted; the second from a short one.
+        """
         size = self._world.size
-        computed, measured = [], []
-        for length in (max(size, self._longest // 4), max(size, self._longest)):
+
+        def split(length: int) -> tuple[float, float]:
+            """Seconds of compute and latency: as the constants have it, and measured."""
             plan = even_pass(method.name, length, size)
             exchange = method.bytes_at(size) * plan.tokens(size - 1) / costs.rate(plan.ranks)
             nominal = costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
-            computed.append(nominal - exchange - costs.seconds_per_pass)
-            seconds = max(self._world.gather(self._seconds(plan, [length])))
-            measured.append(seconds - exchange - costs.seconds_per_pass)
-        steps = computed[1] - computed[0]
-        work = min(1.5, max(0.75, (measured[1] - measured[0]) / steps)) if steps > 0 else 1.0
-        return work, measured[0] - work * computed[0]
+            measured = max(self._world.gather(self._seconds(plan, [length])))
+            return nominal - exchange - costs.seconds_per_pass, measured - exchange - costs.seconds_per_pass
+
+        whole = max(1e-9, (alone - costs.seconds_per_pass) / size)
+        work = min(1.25, max(0.8, split(max(size, self._longest))[1] / whole))
+        nominal, measured = split(max(size, self._longest // 8))
+        return work, measured - work * nominal
 
     def _exchange_rate(self) -> float:
         """Bytes per second each way of a rank that exchanges with all others at once."""

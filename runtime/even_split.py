@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +92,11 @@ def time_layouts(
     times: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, float] = {}
     inputs = {name: reader.step_inputs(step, batch.sequences, world.rank) for name, step in steps.items()}
+    order = random.Random(batch.index)  # the same on every rank
     for _ in range(repeats):
-        for name, step in steps.items():
+        # in random order: what ran before leaves its mark on caches and the allocator
+        for name in order.sample(list(steps), len(steps)):
+            step = steps[name]
             world.barrier()
             start = time.perf_counter()
             losses[name] = executor.run(step, inputs[name]).loss
