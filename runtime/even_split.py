@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ class EvenSplit:
     """All seconds of the static layout / all seconds of the plan."""
     largest_loss_difference: float
     """Relative."""
+    same: int
+    """Batches for which the plan is this very layout: run once, ratio 1."""
 
     def line(self) -> str:
         """For people."""
@@ -35,6 +38,7 @@ class EvenSplit:
             f"against {self.layout}: the plan is {self.ratio:.2f}x as fast on the same {len(self.ratios)} batches "
             f"(single batches {min(self.ratios):.2f}x to {max(self.ratios):.2f}x); "
             f"losses differ by at most {self.largest_loss_difference:.1e} (relative)"
+            + (f"; for {self.same} of them the plan is this layout" if self.same else "")
         )
 
 
@@ -54,11 +58,16 @@ def compare(
         return ()
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
+    same: Counter[str] = Counter()
     for batch, planned in batches:
         if stop():
             return ()
-        steps = {"plan": planned} | static_steps(batch.lengths, costs)
-        for name, (took, loss) in time_layouts(executor, reader, batch, steps, repeats).items():
+        static = static_steps(batch.lengths, costs)
+        others = {name: step for name, step in static.items() if step.passes != planned.passes}
+        results = time_layouts(executor, reader, batch, {"plan": planned} | others, repeats)
+        same.update(static.keys() - others.keys())
+        for name in ("plan", *static):
+            took, loss = results.get(name, results["plan"])
             seconds.setdefault(name, []).append(took)
             losses.setdefault(name, []).append(loss)
     return tuple(
@@ -67,6 +76,7 @@ def compare(
             ratios=tuple(s / p for s, p in zip(seconds[name], seconds["plan"], strict=True)),
             ratio=sum(seconds[name]) / sum(seconds["plan"]),
             largest_loss_difference=max(abs(a / b - 1) for a, b in zip(losses[name], losses["plan"], strict=True)),
+            same=same[name],
         )
         for name, _ in static_layouts(costs.ranks)
         if len(seconds.get(name, ())) == len(batches)
