@@ -20,7 +20,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	@# the installed package, as a user has it: a plain install beside the editable one
 	rm -rf build
-	$(BIN)/pip install -q --no-deps --no-build-isolation --no-compile --upgrade --target build/installed .
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation --no-compile --upgrade --target build/installed .
 	MYPYPATH=build/installed $(BIN)/mypy -p heteromesh
 	$(BIN)/lint-imports
 

@@ -82,8 +82,8 @@ class Reader:
         joined = [np.concatenate(parts)[None] for parts in (tokens, positions, labels)]
         # counted without torch: this runs in the plan thread, which should not start a thread pool of its own
         valid = int((joined[2] != IGNORED).sum())
-        ids, places, targets = (torch.from_numpy(array) for array in joined)
-        return PassInput(ids, places, targets, valid)
+        as_tensors = [torch.from_numpy(array) for array in joined]
+        return PassInput(as_tensors[0], as_tensors[1], as_tensors[2], valid)
 
     def sample_tokens(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Some of the data's tokens (at most `count`, at least one)."""
