@@ -1,0 +1,1 @@
+"""Membership, gradient codes and straggler policies, diagnosis, recovery, fault injection."""

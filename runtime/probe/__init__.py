@@ -1,0 +1,1 @@
+"""Measures devices, links and NICs, and fits the cost model."""
