@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import hosts
+from heteromesh.planner.catalog import CATALOG
+from heteromesh.planner.cluster import Cluster, Host, Nic
+from heteromesh.runtime.sandbox import Process, Sandbox, why_not
 
 OURS = ("ulysses", "gather", "ring", "trimmed_ring", "bidirectional_ring", "token_ring", "ulysses_ring")
 PEERS = (
@@ -32,6 +34,8 @@ PEERS = (
     "yunchang 2 x ring",
     "DeepSpeed Ulysses",
 )
+UNLIMITED = 20_000
+"""Mbit/s: the most that the sandbox sets."""
 RINGS = PEERS[:4]
 """Peers in which keys go round; the slow link is about them."""
 
@@ -218,20 +222,31 @@ def launch(size: int, kinds: tuple[str, ...], options: argparse.Namespace) -> di
         words = [sys.executable, __file__, "--worker", "--kinds", ",".join(kinds), "--output", str(output)]
         for name in ("tokens", "heads", "kv_heads", "dim", "repeats"):
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        if not hosts.available():
-            return _collect(output, [(words, "127.0.0.1", "")] * size)
-        with hosts.hosts(size, options.mbit) as made:
-            commands = [(h.command(*words, "--interface", h.interface), made[0].address, h.interface) for h in made]
-            return _collect(output, commands)
+        if why_not():
+            return _collect(output, [_alone(words, rank, size) for rank in range(size)])
+        nic = Nic(kind="ethernet", gbit=(options.mbit or UNLIMITED) / 1e3)
+        machines = tuple(Host(name=f"host{i}", device="cpu", count=1, nics=(nic,)) for i in range(size))
+        with Sandbox(Cluster(name="hosts", hosts=machines, devices=CATALOG), quota=False) as sandbox:
+            return _collect(
+                output,
+                [
+                    host.start([*words, "--interface", host.interfaces[0].name], environment=_place(rank, size))
+                    for rank, host in enumerate(sandbox.hosts)
+                ],
+            )
 
 
-def _collect(output: Path, commands: list[tuple[list[str], str, str]]) -> dict[str, Any]:
-    processes = []
-    for rank, (words, address, interface) in enumerate(commands):
-        settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(commands), "MASTER_ADDR": address}
-        settings |= {"MASTER_PORT": 29571, "OMP_NUM_THREADS": 1, "LOCAL_WORLD_SIZE": len(commands)}
-        settings |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-        processes.append(subprocess.Popen(words, env=os.environ | {k: str(v) for k, v in settings.items()}))
+def _place(rank: int, size: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+
+
+def _alone(words: list[str], rank: int, size: int) -> subprocess.Popen[bytes]:
+    """A rank on this machine's own network."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=os.environ | meet | _place(rank, size))
+
+
+def _collect(output: Path, processes: Sequence[subprocess.Popen[bytes] | Process]) -> dict[str, Any]:
     try:
         for process in processes:
             process.wait(timeout=600)
@@ -283,8 +298,8 @@ def main() -> None:
     if options.worker:
         worker(options)
         return
-    if options.mbit and not hosts.available():
-        sys.exit("--mbit needs Linux, root, `ip` and `tc`")
+    if options.mbit and why_not():
+        sys.exit(f"--mbit: {why_not()}")
     for size in options.ranks:
         print("\n".join(table(size, options, launch(size, tuple(options.kinds.split(",")), options))), flush=True)
 

@@ -47,7 +47,7 @@ class Peers:
     def seconds(self, length: int, degree: int) -> float:
         """A sequence's own part of a group's time."""
         team = self.teams[degree]
-        return team.per_token * length + team.per_square * length * length
+        return team.lines[0].per_token * length + team.lines[0].per_square * length * length
 
     def flexsp(self, lengths: Sequence[int]) -> float:
         """Seconds of a step by FlexSP (arXiv 2412.01523, section 4 and appendix A).
@@ -76,7 +76,7 @@ class Peers:
             while target < min(best, 4 * low):
                 best = min(best, self._pack(lengths, target, least, join))
                 target *= 1.03
-        return best + self.teams[1].fixed
+        return best + self.teams[1].lines[0].fixed
 
     def megatron(self, lengths: Sequence[int]) -> float:
         """Seconds of a step by Megatron's next_hdp_group_packing_aware (dev branch, 2026-06), from its description.
@@ -131,7 +131,7 @@ class Peers:
         return groups
 
     def _group_seconds(self, group: Group) -> float:
-        return self.teams[group.degree].fixed + sum(self.seconds(n, group.degree) for n in group.lengths)
+        return self.teams[group.degree].lines[0].fixed + sum(self.seconds(n, group.degree) for n in group.lengths)
 
     def _fitting(self, length: int) -> list[int]:
         return [d for d in self.degrees if length <= d * self.room]

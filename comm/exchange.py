@@ -42,6 +42,7 @@ class Transfer:
         now = time.perf_counter_ns()
         self._buffers = ()
         self._world.recorder.comm_ns += now - clock
+        self._world.recorder.exchanged_bytes += self._sent
         self._world.recorder.add(self._name, "comm", self._start, now - self._clock, self._sent)
 
 

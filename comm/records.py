@@ -36,6 +36,8 @@ class Recorder:
     """Nanoseconds spent waiting for exchanges since the last `take_comm_seconds`."""
     sent_bytes: int = 0
     """All that this rank has sent in exchanges and gradient sums."""
+    exchanged_bytes: int = 0
+    """Of these, what passes exchanged."""
 
     @contextmanager
     def span(self, name: str, category: Category, bytes_sent: int = 0) -> Iterator[None]:

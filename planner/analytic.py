@@ -8,17 +8,22 @@ Assumptions, all in one place:
 - weights and gradients are bf16 on every rank (4 bytes a parameter); fp32 weights and Adam's moments (12 bytes) are
   shared out over all ranks (ZeRO-1);
 - nine tenths of a device's memory can be used; what the states leave holds activations;
-- half of the gradient sum hides behind backward.
+- half of the gradient sum hides behind backward;
+- a further tile of attention costs its kernel launches, a round of messages its latency;
+- activations travel to host memory over PCIe 4 x16, except on devices whose memory is the host's (`cpu`).
 """
 
 from __future__ import annotations
 
+from heteromesh.planner.attention import AttentionShape, ModelAttention, split_methods
 from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.cost import Costs, Method
+from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.links import Links, cluster_links
 from heteromesh.planner.model import ModelSpec
 
+CPU = "cpu"
+"""The device whose memory is the host's."""
 LINEAR_UTILISATION = 0.65
 ATTENTION_UTILISATION = 0.45
 USABLE_MEMORY = 0.9
@@ -31,8 +36,10 @@ ADAM_BYTES = 28
 """Per parameter, read and written by an Adam update in fp32 with bf16 gradients and weights."""
 LAUNCHES_PER_LAYER = 40
 LAUNCH_SECONDS = 5e-6
-EXCHANGES_PER_LAYER = 8
-EXCHANGE_SECONDS = 30e-6
+LAUNCHES_PER_TILE = 3
+ROUND_SECONDS = 30e-6
+HOST_BYTES_PER_SECOND = 20e9
+"""Each way, per device: what a PCIe 4 x16 link sustains."""
 
 
 def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = False) -> Costs:
@@ -41,29 +48,32 @@ def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = 
     forwards = 4 if checkpointing else 3
     peak = reference.tflops * 1e12
     links = cluster_links(cluster)
+    attention = model_attention(model, checkpointing=checkpointing)
+    saved = model.activation_bytes_per_token(checkpointing=checkpointing)
+    names = [cluster.device_name(rank) for rank in range(cluster.ranks)]
     traffic = PASS_BYTES * model.parameters() / (reference.memory_gbps * 1e9)
     return Costs(
         seconds_per_token2=forwards * model.flops_per_token2() / (peak * ATTENTION_UTILISATION),
         seconds_per_token=forwards * model.flops_per_token() / (peak * LINEAR_UTILISATION),
         seconds_per_pass=traffic + model.layers * LAUNCHES_PER_LAYER * LAUNCH_SECONDS,
-        seconds_per_split_pass=model.layers * EXCHANGES_PER_LAYER * EXCHANGE_SECONDS,
+        seconds_per_round=ROUND_SECONDS,
+        seconds_per_tile=LAUNCHES_PER_TILE * LAUNCH_SECONDS,
         seconds_per_step=_step_seconds(cluster, model, links),
         speeds=cluster.speeds(),
         capacity=_capacity(cluster, model, checkpointing),
-        methods=split_methods(model),
+        methods=split_methods(attention, cluster.rank_hosts, saved),
         rate=links,
         hosts=cluster.rank_hosts,
+        attention=attention,
+        offload_seconds=tuple(0.0 if name == CPU else saved / HOST_BYTES_PER_SECOND for name in names),
+        offload_share=max(0.0, 1 - 2 / model.layers) if set(names) != {CPU} else 0.0,
     )
 
 
-def split_methods(model: ModelSpec) -> tuple[Method, ...]:
-    """`ulysses` (all-to-all of q, k, v and the output, bf16) and `gather` (keys and values; their gradients back)."""
-    ulysses = model.layers * 2 * (model.heads + model.kv_heads) * model.head_dim * 2 * 2
-    gather = model.layers * 2 * model.kv_heads * model.head_dim * 2 * 2
-    return (
-        Method(name="ulysses", bytes_per_token=ulysses, scaling="fraction", heads=model.heads),
-        Method(name="gather", bytes_per_token=gather, scaling="peers"),
-    )
+def model_attention(model: ModelSpec, *, checkpointing: bool = False) -> ModelAttention:
+    """The model's attention in bf16."""
+    shape = AttentionShape(heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, itemsize=2)
+    return ModelAttention(calls=model.layers, shape=shape, forwards=2 if checkpointing else 1)
 
 
 def state_bytes(model: ModelSpec, ranks: int) -> int:

@@ -33,6 +33,10 @@ def largest(costs: Costs) -> tuple[int, int]:
     order = sorted(range(costs.ranks), key=lambda r: (-costs.capacity[r], r))
     best = (costs.capacity[order[0]], 1)
     for degree in range(2, costs.ranks + 1):
-        if any(m.fits(degree) for m in costs.methods):
-            best = max(best, (sum(costs.capacity[r] for r in order[:degree]), degree), key=lambda b: b[0])
+        held = min((m.held for m in costs.methods if m.fits(degree)), default=None)
+        if held is not None:
+            room = sum(costs.capacity[r] for r in order[:degree])
+            # a method that holds others' keys rounds every rank's room down
+            room = int(room / (1 + held * (degree - 1))) - degree if held else room
+            best = max(best, (room, degree), key=lambda b: b[0])
     return best

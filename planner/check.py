@@ -8,6 +8,7 @@ from itertools import chain
 from heteromesh.planner.cost import LOCAL, Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.timeline import with_bytes
 
 TOLERANCE = 1e-9
 REMAKE = "make the plan again with `heteromesh plan`"
@@ -30,8 +31,10 @@ def check_step(step: Step, costs: Costs) -> None:
     for position, p in enumerate(step.passes):
         where = f"pass {position}"
         lengths = [step.batch[k] for k in p.sequences]
-        exact = costs.pass_seconds(p.ranks, p.method, lengths, p.shards)
+        exact = costs.pass_seconds(p.ranks, p.method, lengths, p.shards, p.offload)
         _check_number(p.seconds, exact, f"{where}: seconds")
+        if p.sent_bytes and p.sent_bytes != with_bytes(p, step.batch, costs).sent_bytes:
+            raise UserError(f"{where}: sent_bytes {list(p.sent_bytes)} are not what this cost model says: {REMAKE}")
         end = max(free[r] for r in p.ranks) + p.seconds
         free.update((r, end) for r in p.ranks)
     seconds = max(free.values()) + costs.seconds_per_step
@@ -91,14 +94,18 @@ def _check_shards(p: Pass, where: str, batch: tuple[int, ...], costs: Costs) -> 
         raise UserError(
             f"{where}: shards must be {len(p.ranks)} rows (ranks) of {len(p.sequences)} numbers (sequences): {REMAKE}"
         )
-    for rank, row in zip(p.ranks, p.shards, strict=True):
+    if not 0.0 <= p.offload <= 1.0:
+        raise UserError(f"{where}: offload {p.offload} is not between 0 and 1: {REMAKE}")
+    holds = costs.memory(costs.method(p.method), [sum(row) for row in p.shards])
+    for rank, row, held in zip(p.ranks, p.shards, holds, strict=True):
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in row):
             raise UserError(f"{where}: shards {list(row)} of rank {rank} must be whole numbers, at least 0: {REMAKE}")
         if not sum(row):
             raise UserError(f"{where}: rank {rank} holds no token: leave it out of the pass or {REMAKE}")
-        if sum(row) > costs.capacity[rank]:
+        kept = held * (1 - p.offload * costs.offload_share)
+        if kept > costs.capacity[rank] * (1 + TOLERANCE):
             raise UserError(
-                f"{where}: rank {rank} gets {sum(row)} tokens but holds {costs.capacity[rank]}: "
+                f"{where}: rank {rank} gets {math.ceil(kept)} tokens but holds {costs.capacity[rank]}: "
                 "raise tokens_per_device or make the plan again for this cluster"
             )
     for j, k in enumerate(p.sequences):

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from heteromesh.planner import tomlfile
 from heteromesh.planner.catalog import CATALOG, Device
 from heteromesh.planner.cost_file import Constants, constants_from_table
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.method import Method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +44,35 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredModel:
+    """The shape of the model that `[measured]` constants are for."""
+
+    name: str
+    parameters: int
+    layers: int
+    """Calls of attention in a forward pass."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """That it computed in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What `probe` or a run found, preferred to catalogue values."""
 
     speeds: tuple[float, ...] = ()
     """Per rank, relative to the reference device; empty: not measured."""
+    latency_seconds: float | None = None
+    """Of the smallest message between hosts (of one host: between its ranks), one way."""
+    nic_gbit: tuple[tuple[float, float], ...] = ()
+    """Per host, Gbit/s to others and from others by all cards that exchanges use."""
+    link_gbps: tuple[float, ...] = ()
+    """Per host, GB/s each way from one device to another."""
+    model: MeasuredModel | None = None
+    methods: tuple[Method, ...] = ()
+    """Ways to split that were measured, instead of the one that the constants name."""
     constants: Constants | None = None
 
 
@@ -120,7 +145,7 @@ def load_cluster(path: Path) -> Cluster:
     devices = {host.device: _device(host.device, table.devices, where) for host in hosts}
     _check_network(hosts, where)
     ranks = sum(host.count for host in hosts)
-    measured = _measured(table.measured, ranks, f"{where}: [measured]")
+    measured = _measured(table.measured, len(hosts), ranks, f"{where}: [measured]")
     return Cluster(name=table.name or path.stem, hosts=hosts, devices=devices, measured=measured)
 
 
@@ -183,17 +208,53 @@ def _check_network(hosts: tuple[Host, ...], where: str) -> None:
             )
 
 
-def _measured(table: Mapping[str, Any], ranks: int, where: str) -> Measured:
-    costs = {key: value for key, value in table.items() if key != "speeds"}
-    known = {f.name for f in fields(Constants)}
-    for key in costs:
-        if key not in known:
-            raise tomlfile.unknown_key(key, ["speeds", *(f.name for f in fields(Constants))], where)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MeasuredTable:
+    """[measured] without the keys of a cost file."""
+
     speeds: tuple[float, ...] = ()
-    if "speeds" in table:
-        speeds = cast(tuple[float, ...], tomlfile.convert(tuple[float, ...], table["speeds"], f"{where}: speeds"))
-        if len(speeds) != ranks:
+    latency_seconds: float | None = None
+    nic_gbit: tuple[tuple[float, ...], ...] = ()
+    link_gbps: tuple[float, ...] = ()
+    model: MeasuredModel | None = None
+    methods: tuple[dict[str, Any], ...] = ()
+
+
+def _measured(table: Mapping[str, Any], hosts: int, ranks: int, where: str) -> Measured:
+    of_costs, own = ([f.name for f in fields(kind)] for kind in (Constants, _MeasuredTable))
+    for key in table:
+        if key not in (*own, *of_costs):
+            raise tomlfile.unknown_key(key, [*own, *of_costs], where)
+    raw = tomlfile.build(_MeasuredTable, {k: v for k, v in table.items() if k in own}, where)
+    costs = {key: value for key, value in table.items() if key not in own}
+    for name, values, wanted, what in (
+        ("speeds", raw.speeds, ranks, "rank"),
+        ("nic_gbit", raw.nic_gbit, hosts, "host"),
+        ("link_gbps", raw.link_gbps, hosts, "host"),
+    ):
+        if values and len(values) != wanted:
             raise UserError(
-                f"{where}: speeds has {len(speeds)} numbers and the cluster has {ranks} ranks: give one a rank"
+                f"{where}: {name} has {len(values)} entries and the cluster has {wanted} {what}s: give one a {what}"
             )
-    return Measured(speeds=speeds, constants=constants_from_table(costs, where) if costs else None)
+    for i, pair in enumerate(raw.nic_gbit):
+        if len(pair) != 2:
+            raise UserError(f"{where}: nic_gbit[{i}] has {len(pair)} numbers: give two, out of the host and into it")
+    if (raw.model or raw.methods) and not costs:
+        raise UserError(f"{where} has a model or methods and no costs: give seconds_per_token and the other constants")
+    return Measured(
+        speeds=raw.speeds,
+        latency_seconds=raw.latency_seconds,
+        nic_gbit=tuple((out, into) for out, into in raw.nic_gbit),
+        link_gbps=raw.link_gbps,
+        model=raw.model,
+        methods=tuple(_method(m, f"{where}: methods[{i}]") for i, m in enumerate(raw.methods)),
+        constants=constants_from_table(costs, where) if costs else None,
+    )
+
+
+def _method(table: Mapping[str, Any], where: str) -> Method:
+    # "no heads" and "no bytes" are written as 0, which the strict reader takes for a mistake
+    names = {f.name for f in fields(Method)}
+    zeros = {k: v for k, v in table.items() if k in names and isinstance(v, (int, float)) and v == 0}
+    needed = {"bytes_per_token": 1.0} if "bytes_per_token" in zeros else {}
+    return replace(tomlfile.build(Method, {k: v for k, v in table.items() if k not in zeros} | needed, where), **zeros)

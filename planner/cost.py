@@ -1,50 +1,87 @@
 """What a pass costs: seconds, tokens of memory, bytes. The one definition that planner and checks share.
 
-    seconds(pass) = max over its ranks r of ( w * (a * sum_j s_j * n_rj * f_r + b * n_r) / v_r + B(d) * n_r / rate )
-                    + c  (+ c_split where d > 1)
+    seconds(pass) = max over its ranks r of ( C_r + exposed_r ) + c  (+ c_split + tiles where d > 1)
+    C_r       = L_r + A_r = w * (b * n_r + a * sum_j s_j * n_rj * f_r) / v_r
+    exposed_r = E * n_r + latency + max(0, T * max n - h * A_r)
 
-s_j: length of sequence j; n_rj: its tokens on rank r (n_r summed over j); v_r: speed of r relative to the
-reference device; d: number of ranks; B(d): bytes the method moves per token of a shard. With equal speeds and
-even shards this is FlexSP's (a*s*s + b*s)/d + communication + beta (arXiv 2412.01523, equations 11-14).
-w: the method's compute relative to that on whole sequences (1 where d = 1, and unless measured).
-f_r corrects methods that split attention by heads: (heads of r / heads) / (n_r / sum n); 1 elsewhere.
+s_j: length of sequence j; n_rj: its tokens on rank r (n_r summed over j); v_r: speed of r relative to the reference
+device; d: number of ranks. E: seconds of exchange per token that nothing hides, T: those that hide under the share h
+of the rank's attention A_r (planner/method.py has the bytes of both, planner/links.py their rates). With equal speeds,
+even shards and nothing hidden this is FlexSP's (a*s*s + b*s)/d + communication + beta (arXiv 2412.01523, equations
+11-14). w: the method's compute relative to that on whole sequences (1 where d = 1, and unless measured).
+f_r corrects methods that split attention by heads: (heads of r / heads) / (n_r / n of the ranks that share them); and
+rings, which wait in every round for the rank with the largest block: d * max n / sum n; 1 elsewhere.
+
+A pass may keep a share of its activations in host memory (`offload`). Moving them takes m_r seconds each way, the way
+out hidden under forward, the way back under backward: C_r becomes max(C_r / 3, m_r) + max(2 * C_r / 3, m_r).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol, runtime_checkable
 
-Scaling = Literal["constant", "fraction", "peers"]
+from heteromesh.planner.attention import ModelAttention
+from heteromesh.planner.method import Method as Method
+from heteromesh.planner.method import Scaling as Scaling
+from heteromesh.planner.method import split_heads as split_heads
+
 LOCAL = "local"
+FORWARD = 1 / 3
+"""Of a pass's compute."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """How many bytes a way of splitting sequences moves.
+@runtime_checkable
+class Topology(Protocol):
+    """A rate that knows who is next to whom."""
 
-    `scaling` says how bytes per token of a shard grow with the degree d: `constant` (a cost file's number),
-    `fraction` ((d-1)/d: all-to-all) or `peers` (d-1: all-gather).
-    """
+    def __call__(self, ranks: Sequence[int]) -> float:
+        """Bytes per second each way of the slowest member when everyone exchanges with everyone."""
 
-    name: str
-    bytes_per_token: float
-    scaling: Scaling = "constant"
-    heads: int = 0
-    """Query heads that are dealt to ranks, at most one rank each; 0 where the method does not split heads."""
-    work: float = 1.0
-    """Compute of a split pass relative to the same on whole sequences: smaller pieces may fit caches better."""
+    def around(self, ranks: Sequence[int], inner: int) -> float:
+        """The same when every rank sends to the one `inner` places before it."""
 
-    def bytes_at(self, degree: int) -> float:
-        """Bytes one rank sends per token of its shard, forward and backward, at this degree."""
-        factor = {"constant": 1.0, "fraction": (degree - 1) / degree, "peers": degree - 1.0}[self.scaling]
-        return self.bytes_per_token * factor if degree > 1 else 0.0
 
-    def fits(self, degree: int) -> bool:
-        """Whether the method can split over this many ranks."""
-        return not self.heads or degree <= self.heads
+class Wires(NamedTuple):
+    """Seconds that a method's transfers take on a set of ranks."""
+
+    exposed: float
+    """Per token of a rank's shard."""
+    hidden: float
+    """Per token of the largest shard."""
+    exposed_latency: float
+    hidden_latency: float
+    hides: float
+    """Share of a rank's attention that the hidden ones may hide under."""
+
+
+class Parts(NamedTuple):
+    """What the seconds of a pass consist of: their sum is the pass."""
+
+    compute: float
+    exchange: float
+    """Transfers that nothing hides."""
+    latency: float
+    """Rounds of messages that nothing hides."""
+    offload: float
+    """Moving activations to host memory and back, beyond what compute hides."""
+    fixed: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exchange + self.latency + self.offload + self.fixed
+
+
+class Load(NamedTuple):
+    """Who computes what in a pass."""
+
+    tokens: Sequence[float]
+    """Per rank."""
+    pairs: Sequence[float]
+    """Per rank, sum over sequences of length times own tokens."""
+    sequences: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +95,11 @@ class Costs:
     seconds_per_pass: float
     """c: fixed cost of a pass."""
     seconds_per_split_pass: float = 0.0
-    """Further fixed cost of a pass of several ranks (latency of its exchanges)."""
+    """Further fixed cost of a pass of several ranks."""
+    seconds_per_round: float = 0.0
+    """Latency of a round of messages."""
+    seconds_per_tile: float = 0.0
+    """Of a further kernel call, where a method cuts attention into tiles."""
     seconds_per_step: float = 0.0
     """Fixed cost of a step: what of the gradient sum is exposed, and the optimizer."""
     speeds: tuple[float, ...]
@@ -70,76 +111,176 @@ class Costs:
     """Bytes per second each way that the slowest member of a set of ranks has for exchanges inside the set."""
     hosts: tuple[int, ...]
     """Per rank, the host it is on."""
+    attention: ModelAttention | None = None
+    """The model's, where it is known: then a plan says how many bytes every rank of a pass sends."""
+    offload_seconds: tuple[float, ...] = ()
+    """Per rank, to move a token's activations to host memory (or back); 0: its memory is the host's. Empty: all."""
+    resident: tuple[int, ...] = ()
+    """Per rank, tokens that fit without offloading, where `capacity` is what fits with it (`offloading`)."""
+    offload_share: float = 0.0
+    """Of a token's activations, what can be moved: the first and the last layer's are wanted back at once."""
 
     @property
     def ranks(self) -> int:
         return len(self.speeds)
 
     def method_for(self, ranks: Sequence[int], length: float = math.inf) -> Method | None:
-        """The fastest method for a split sequence of this length; None where no method fits the degree."""
-        choices = [m for m in self.methods if m.fits(len(ranks))]
-        size = 1e6 if math.isinf(length) else length
-        return min(choices, key=lambda m: self._fluid(ranks, m, size, size * size), default=None)
+        """The fastest method for a split sequence of this length that fits; None where no method fits the degree."""
+        speeds = [self.speeds[r] for r in ranks]
+        power, size = sum(speeds), 1e6 if math.isinf(length) else length
+        load = Load([size * v / power for v in speeds], [size * size * v / power for v in speeds], 1)
+        return self._fastest(ranks, load, limited=not math.isinf(length))
+
+    def best_method(
+        self, ranks: Sequence[int], lengths: Sequence[int], shards: Sequence[Sequence[int]]
+    ) -> Method | None:
+        """The fastest method for exactly these shards; None where none fits."""
+        return self._fastest(ranks, load_of(lengths, shards))
 
     def pass_seconds(
-        self, ranks: Sequence[int], method: str, lengths: Sequence[int], shards: Sequence[Sequence[int]]
+        self,
+        ranks: Sequence[int],
+        method: str,
+        lengths: Sequence[int],
+        shards: Sequence[Sequence[int]],
+        offload: float = 0.0,
     ) -> float:
         """Seconds of a pass with exactly these shards (shards[i][j]: tokens of sequence j on ranks[i])."""
-        degree, total = len(ranks), sum(lengths)
-        fixed = self.seconds_per_pass + (self.seconds_per_split_pass if degree > 1 else 0.0)
-        if not total:
-            return fixed
-        chosen = self._method(method)
-        wire = chosen.bytes_at(degree) / self.rate(ranks) if chosen and degree > 1 else 0.0
-        heads = split_heads(chosen.heads, [self.speeds[r] for r in ranks]) if chosen and chosen.heads else None
-        squares = sum(s * s for s in lengths)
-        worst = 0.0
-        for i, rank in enumerate(ranks):
-            tokens = sum(shards[i])
-            if heads and chosen:
-                pairs = squares * heads[i] / chosen.heads
-            else:
-                pairs = float(sum(s * n for s, n in zip(lengths, shards[i], strict=True)))
-            work = self.seconds_per_token2 * pairs + self.seconds_per_token * tokens
-            worst = max(worst, work * (chosen.work if chosen else 1.0) / self.speeds[rank] + wire * tokens)
-        return worst + fixed
+        return self.pass_parts(ranks, method, lengths, shards, offload).seconds
 
-    def _method(self, name: str) -> Method | None:
+    def pass_parts(
+        self,
+        ranks: Sequence[int],
+        method: str,
+        lengths: Sequence[int],
+        shards: Sequence[Sequence[int]],
+        offload: float = 0.0,
+    ) -> Parts:
+        """As `pass_seconds`, in parts."""
+        return self.priced(ranks, self.method(method), load_of(lengths, shards), offload)
+
+    def priced(self, ranks: Sequence[int], method: Method | None, load: Load, offload: float = 0.0) -> Parts:
+        """The parts of a pass; method: None on one rank."""
+        degree, split = len(ranks), method is not None and len(ranks) > 1
+        fixed = self.seconds_per_pass + (self.seconds_per_split_pass if degree > 1 else 0.0)
+        if not sum(load.tokens):
+            return Parts(0.0, 0.0, 0.0, 0.0, fixed)
+        speeds, pairs, work, wires = [self.speeds[r] for r in ranks], load.pairs, 1.0, Wires(0.0, 0.0, 0.0, 0.0, 0.0)
+        if method is not None and split:
+            pairs, work, wires = dealt_pairs(method, load, speeds), method.work, self.wires(ranks, method)
+            fixed += method.extra_tiles(degree) * load.sequences * self.seconds_per_tile
+        hidden = wires.hidden * max(load.tokens) + wires.hidden_latency
+        compute = total = moved = 0.0
+        for i, rank in enumerate(ranks):
+            attention = self.seconds_per_token2 * pairs[i] * work / speeds[i]
+            own = attention + self.seconds_per_token * load.tokens[i] * work / speeds[i]
+            extra = self.offload_wait(rank, load.tokens[i], own, offload) if offload else 0.0
+            waits = wires.exposed * load.tokens[i] + max(0.0, hidden - wires.hides * attention)
+            compute, total, moved = max(compute, own), max(total, own + waits + extra), max(moved, own + extra)
+        moved -= compute
+        exchange = max(0.0, total - compute - moved)
+        # of what hides in part, the latency counts in proportion
+        late = min(exchange, wires.hidden_latency / hidden * exchange) if hidden else 0.0
+        return Parts(compute, exchange - late, late + wires.exposed_latency, moved, fixed)
+
+    def wires(self, ranks: Sequence[int], method: Method) -> Wires:
+        """Seconds of the method's transfers among these ranks."""
+        degree, rate = len(ranks), self.rate(ranks)
+        once = method.exchanged(degree) / self._inner_rate(ranks, method)
+        messages = [n * self.seconds_per_round for n in method.messages(degree)]
+        hides = method.hidden_share(degree)
+        if method.overlap != "rounds":
+            split = (once, 0.0) if method.overlap == "nothing" else (0.0, once)
+            return Wires(*split, messages[0], messages[1], hides)
+        around = self.rate.around(ranks, max(1, method.inner)) if isinstance(self.rate, Topology) else rate
+        # in groups the owner of a block is as far as the ring goes: at the same place of another group
+        home, last = method.home(degree) / (around if method.inner else rate), method.exposed_home_share(degree)
+        hidden = method.carried(degree) / around + home * (1 - last)
+        return Wires(once + home * last, hidden, messages[0], messages[1], hides)
+
+    def room(self, ranks: Sequence[int], method: Method | None, tokens: int) -> list[int]:
+        """Tokens that each rank can hold in a pass of so many tokens: some methods hold others' keys too."""
+        held = method.held if method else 0.0
+        if not held:
+            return [self.capacity[r] for r in ranks]
+        return [max(0, math.floor((self.capacity[r] - held * tokens) / (1 - held) + 1e-6)) for r in ranks]
+
+    def memory(self, method: Method | None, tokens: Sequence[float]) -> list[float]:
+        """What each rank of a pass holds, in tokens of activations. tokens: of the ranks' shards."""
+        held, total = method.held if method else 0.0, sum(tokens)
+        return [n + held * (total - n) for n in tokens]
+
+    def offload_ratio(self, ranks: Sequence[int], method: Method | None, tokens: Sequence[float]) -> float:
+        """The smallest ratio of activations whose offloading makes these shards fit; 0 where they fit anyway."""
+        if not self.resident:
+            return 0.0
+        over = (
+            (m - self.resident[r]) / (m * self.offload_share)
+            for r, m in zip(ranks, self.memory(method, tokens), strict=True)
+            if m > self.resident[r]
+        )
+        return min(1.0, max(over, default=0.0))
+
+    def method(self, name: str) -> Method | None:
+        """The method of this name, if there is one."""
         return next((m for m in self.methods if m.name == name), None)
 
-    def _fluid(self, ranks: Sequence[int], method: Method, tokens: float, squares: float) -> float:
-        """Seconds with shards exactly proportional to speed, without fixed costs."""
-        speeds = [self.speeds[r] for r in ranks]
-        power, degree = sum(speeds), len(ranks)
-        uneven = 1.0
-        if method.heads:
-            heads = split_heads(method.heads, speeds)
-            uneven = max(h / method.heads * power / v for h, v in zip(heads, speeds, strict=True))
-        compute = (self.seconds_per_token2 * squares * uneven + self.seconds_per_token * tokens) / power
-        wire = method.bytes_at(degree) * tokens * max(speeds) / power / self.rate(ranks)
-        return compute * method.work + wire
+    def offloading(self) -> Costs | None:
+        """These costs with the memory that offloading all it can gives; None where no device has memory of its own."""
+        if not self.offload_seconds or not self.offload_share:
+            return None
+        more = 1 / (1 - self.offload_share)
+        room = zip(self.capacity, self.offload_seconds, strict=True)
+        return replace(self, capacity=tuple(int(n * more) if s else n for n, s in room), resident=self.capacity)
+
+    def offload_wait(self, rank: int, tokens: float, compute: float, ratio: float) -> float:
+        """Seconds that moving this ratio of the rank's activations adds to its compute."""
+        one_way = ratio * tokens * self.offload_seconds[rank] if self.offload_seconds else 0.0
+        return max(compute * FORWARD, one_way) + max(compute * (1 - FORWARD), one_way) - compute
+
+    def _fastest(self, ranks: Sequence[int], load: Load, limited: bool = True) -> Method | None:
+        """limited: by memory; where no method holds the pass, the one that takes least memory."""
+        choices = [m for m in self.methods if m.fits(len(ranks))]
+        if len(choices) < 2:
+            return choices[0] if choices else None
+        if limited:
+            least = min(m.held for m in choices)
+            choices = [m for m in choices if m.held == least or self._holds(ranks, m, load.tokens)]
+        return min(choices, key=lambda m: self.priced(ranks, m, load).seconds)
+
+    def _holds(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> bool:
+        return all(m <= self.capacity[r] for r, m in zip(ranks, self.memory(method, tokens), strict=True))
+
+    def _inner_rate(self, ranks: Sequence[int], method: Method) -> float:
+        """The slowest group's, where only groups of neighbours exchange."""
+        if not method.inner:
+            return self.rate(ranks)
+        return min(self.rate(ranks[i : i + method.inner]) for i in range(0, len(ranks), method.inner))
 
 
-def split_heads(heads: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Heads per rank, proportional to speed, at least one each (largest remainders; ties to the lower rank).
+def load_of(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Load:
+    """shards[i][j]: tokens of sequence j on the i-th rank."""
+    return Load(
+        [sum(row) for row in shards],
+        [float(sum(s * n for s, n in zip(lengths, row, strict=True))) for row in shards],
+        len(lengths),
+    )
 
-    Raises ValueError when there are more ranks than heads.
-    """
-    if len(speeds) > heads:
-        raise ValueError(f"{heads} heads can't be dealt to {len(speeds)} ranks: at most one rank per head")
-    power = sum(speeds)
-    shares = [max(1.0, heads * v / power) for v in speeds]
-    counts = [int(s) for s in shares]
-    while sum(counts) > heads:
-        counts[
-            max(
-                range(len(counts)),
-                key=lambda i: (counts[i] - heads * speeds[i] / power, -i) if counts[i] > 1 else (-math.inf, -i),
-            )
-        ] -= 1
-    while sum(counts) < heads:
-        counts[max(range(len(counts)), key=lambda i: (heads * speeds[i] / power - counts[i], -i))] += 1
-    return tuple(counts)
+
+def dealt_pairs(method: Method, load: Load, speeds: Sequence[float]) -> list[float]:
+    """Pairs of query and key that each rank works on under this method; in a ring those of every round's slowest."""
+    degree, pairs = len(speeds), load.pairs
+    size = method.dealt(degree)
+    if size > 1:
+        places = [sum(speeds[p::size]) for p in range(size)]
+        heads = split_heads(method.heads, places)
+        sums = [sum(pairs[g : g + size]) for g in range(0, degree, size)]
+        pairs = [sums[i // size] * heads[i % size] / method.heads for i in range(degree)]
+    if method.overlap != "rounds":
+        return pairs
+    blocks = [sum(load.tokens[g : g + size]) for g in range(0, degree, size)]
+    wait = len(blocks) * max(blocks) / sum(blocks)
+    return [p * wait for p in pairs]
 
 
 @dataclass(frozen=True)

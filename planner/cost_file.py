@@ -28,6 +28,8 @@ class Constants:
     seconds_per_token: float = field(metadata=tomlfile.ZERO)
     seconds_per_pass: float = field(metadata=tomlfile.ZERO)
     seconds_per_split_pass: float = field(default=0.0, metadata=tomlfile.ZERO)
+    seconds_per_round: float = field(default=0.0, metadata=tomlfile.ZERO)
+    seconds_per_tile: float = field(default=0.0, metadata=tomlfile.ZERO)
     seconds_per_step: float = field(default=0.0, metadata=tomlfile.ZERO)
     bytes_per_token: float = field(metadata=tomlfile.ZERO)
     """Moved by the method, forward and backward, per token of a rank's shard."""
@@ -82,6 +84,8 @@ def bind(constants: Constants, cluster: Cluster) -> Costs:
         seconds_per_token=constants.seconds_per_token,
         seconds_per_pass=constants.seconds_per_pass,
         seconds_per_split_pass=constants.seconds_per_split_pass,
+        seconds_per_round=constants.seconds_per_round,
+        seconds_per_tile=constants.seconds_per_tile,
         seconds_per_step=constants.seconds_per_step,
         speeds=cluster.speeds(),
         capacity=capacity,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from heteromesh.planner.attention import AttentionShape, ModelAttention
 from heteromesh.planner.cost import Costs, Method, RateByDegree
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.links import Links
@@ -15,6 +16,8 @@ _SECONDS = (
     "seconds_per_token",
     "seconds_per_pass",
     "seconds_per_split_pass",
+    "seconds_per_round",
+    "seconds_per_tile",
     "seconds_per_step",
 )
 
@@ -31,7 +34,8 @@ class CappedMethod(Method):
 
 
 def costs_to_json(costs: Costs) -> dict[str, Any]:
-    """{constants {keys of a cost file}, speeds, capacity, hosts, methods, links (where the rate comes from NICs)}."""
+    """{constants {keys of a cost file}, speeds, capacity, hosts, methods, and what is known of links (where the rate
+    comes from NICs), the model's attention and offloading}."""
     constants: dict[str, Any] = {name: getattr(costs, name) for name in _SECONDS}
     constants["tokens_per_device"] = max(costs.capacity)
     data: dict[str, Any] = {
@@ -41,6 +45,10 @@ def costs_to_json(costs: Costs) -> dict[str, Any]:
         "hosts": list(costs.hosts),
         "methods": [asdict(method) for method in costs.methods],
     }
+    if costs.attention is not None:
+        data["attention"] = asdict(costs.attention)
+    if costs.offload_seconds:
+        data["offload"] = {"seconds": list(costs.offload_seconds), "share": costs.offload_share}
     if isinstance(costs.rate, RateByDegree):
         constants["bytes_per_second"] = {str(d): rate for d, rate in sorted(costs.rate.table.items())}
     elif isinstance(costs.rate, Links):
@@ -63,6 +71,9 @@ def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
             methods=tuple(_method(m, constants) for m in data["methods"]),
             rate=_rate(data),
             hosts=tuple(data.get("hosts") or [0] * len(speeds)),
+            attention=_attention(data.get("attention")),
+            offload_seconds=tuple(float(s) for s in data.get("offload", {}).get("seconds", ())),
+            offload_share=float(data.get("offload", {}).get("share", 0.0)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a cost model ({error!r}): write it again with this version") from None
@@ -72,6 +83,10 @@ def _method(data: str | Mapping[str, Any], constants: Mapping[str, Any]) -> Meth
     if isinstance(data, str):
         return Method(name=data, bytes_per_token=float(constants["bytes_per_token"]))
     return CappedMethod(**data) if "max_degree" in data else Method(**data)
+
+
+def _attention(data: Mapping[str, Any] | None) -> ModelAttention | None:
+    return None if data is None else ModelAttention(**{**data, "shape": AttentionShape(**data["shape"])})
 
 
 def _rate(data: Mapping[str, Any]) -> RateByDegree | Links:

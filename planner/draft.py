@@ -14,7 +14,7 @@ from heteromesh.planner.cost import LOCAL, Costs
 from heteromesh.planner.envelope import Envelope, envelope
 from heteromesh.planner.fleet import Fleet, Team
 from heteromesh.planner.plan import Pass
-from heteromesh.planner.shards import make_pass
+from heteromesh.planner.shards import fastest_pass, make_pass
 
 END = -1
 """Position of the local passes after all split ones."""
@@ -35,6 +35,8 @@ class Task:
         a, b = costs.seconds_per_token2, costs.seconds_per_token
         self.work = [a * n * n + b * n for n in self.lengths]
         """Seconds on one rank of speed 1."""
+        self.room = costs.resident or costs.capacity
+        """Per rank, tokens of several sequences that one pass holds."""
         self.best: Envelope = envelope(costs)
         self.token_price = costs.seconds_per_pass * sum(costs.speeds) / sum(costs.capacity)
         """What a token's share of a pass's fixed cost is worth, in seconds of a rank of speed 1, in full passes."""
@@ -48,6 +50,14 @@ class Task:
         own = self.best.own_seconds(self.costs, lengths) - self.best.fixed
         least: list[float] = (own * self.best.power).min(axis=1).tolist()
         return least
+
+    def alone(self, place: int, rank: int) -> float:
+        """Seconds of the sequence on one rank, without the fixed cost of a pass."""
+        length, seconds = self.lengths[place], self.work[place] / self.costs.speeds[rank]
+        if length <= self.room[rank]:
+            return seconds
+        ratio = self.costs.offload_ratio((rank,), None, (length,))
+        return seconds + self.costs.offload_wait(rank, length, seconds, ratio)
 
     def fewest(self, place: int) -> int:
         """The smallest degree, at least 2, at which some set of ranks has room for the sequence."""
@@ -136,4 +146,5 @@ def empty_draft(ranks: int) -> Draft:
 
 
 def _exact(ranks: Sequence[int], method: str, places: Sequence[int], task: Task) -> Pass:
-    return make_pass(ranks, method, [task.order[i] for i in places], task.batch, task.costs)
+    made = make_pass(ranks, method, [task.order[i] for i in places], task.batch, task.costs)
+    return fastest_pass(made, task.batch, task.costs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from heteromesh.planner.cost import split_heads
+from heteromesh.planner.method import split_heads
 
 
 @dataclass(frozen=True, slots=True)

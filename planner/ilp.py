@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from heteromesh.planner.draft import Draft, LocalPass, SplitPass, Task, empty_draft
-from heteromesh.planner.fleet import Team
+from heteromesh.planner.fleet import Line, Team
 from heteromesh.planner.solver import Program
 
 MOST_BINARIES = 1500
@@ -36,10 +36,12 @@ class _Slot:
     """Variable z."""
     members: dict[int, int]
     """Place of a sequence to its variable A."""
+    seconds: int | None
+    """Variable: its seconds, where they are the largest of several lines."""
 
 
-def refine(task: Task, known: float, bound: float, seconds: float) -> Draft | None:
-    """A draft that takes less than `known` seconds, found within `seconds`; None without one or if it is too large."""
+def refine(task: Task, known: float, bound: float, time_limit: float) -> Draft | None:
+    """A draft that takes less than `known` seconds, found in `time_limit` seconds; None without one or if too large."""
     limit = known * (1 - BETTER)
     blocks = [(block, team) for block in _blocks(task) if (team := _team(task, block)) is not None]
     able = {block: _able(task, team, limit) for block, team in blocks}
@@ -51,7 +53,12 @@ def refine(task: Task, known: float, bound: float, seconds: float) -> Draft | No
     slots: list[_Slot] = []
     for block, team in blocks:
         for turn in range(turns[block]):
-            slot = _Slot(block, team, program.binary(), {k: program.binary() for k in able[block]})
+            members = {k: program.binary() for k in able[block]}
+            seconds = program.real(0.0, limit) if len(team.lines) > 1 else None
+            slot = _Slot(block, team, program.binary(), members, seconds)
+            if seconds is not None:
+                for line in team.lines:
+                    program.at_most([*_line_terms(task, slot, line), (-1.0, seconds)], 0.0)
             if turn:
                 program.at_most([(1.0, slot.used), (-1.0, slots[-1].used)], 0.0)
             room = float(team.even)
@@ -62,7 +69,7 @@ def refine(task: Task, known: float, bound: float, seconds: float) -> Draft | No
     for rank in range(task.costs.ranks):
         own = [slot for slot in slots if rank in slot.ranks]
         program.at_most([*(term for slot in own for term in _seconds(task, slot)), (-1.0, end)], 0.0)
-    values = program.minimise([(1.0, end)], seconds)
+    values = program.minimise([(1.0, end)], time_limit)
     draft = _draft(task, slots, values) if values is not None else None
     return draft if draft is not None and draft.seconds < known else None
 
@@ -90,15 +97,19 @@ def _able(task: Task, team: Team, limit: float) -> list[int]:
 
 def _turns(task: Task, team: Team, able: list[int], limit: float) -> int:
     """Passes that a block may run: enough for all that it could hold, as far as fixed costs leave time."""
-    tokens = sum(task.lengths[k] for k in able)
-    time = limit / team.fixed if team.fixed > 0 else len(able)
+    tokens, fixed = sum(task.lengths[k] for k in able), team.lines[0].fixed
+    time = limit / fixed if fixed > 0 else len(able)
     return min(len(able), int(time), 1 + -(-tokens // max(team.even, 1)))
 
 
 def _seconds(task: Task, slot: _Slot) -> list[tuple[float, int]]:
-    team, lengths = slot.team, task.lengths
-    terms = [(team.per_token * lengths[k] + team.per_square * lengths[k] ** 2, x) for k, x in slot.members.items()]
-    return [(team.fixed, slot.used), *terms]
+    return _line_terms(task, slot, slot.team.lines[0]) if slot.seconds is None else [(1.0, slot.seconds)]
+
+
+def _line_terms(task: Task, slot: _Slot, line: Line) -> list[tuple[float, int]]:
+    lengths = task.lengths
+    terms = [(line.per_token * lengths[k] + line.per_square * lengths[k] ** 2, x) for k, x in slot.members.items()]
+    return [(line.fixed, slot.used), *terms]
 
 
 def _draft(task: Task, slots: list[_Slot], values: list[float]) -> Draft | None:

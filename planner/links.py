@@ -43,6 +43,22 @@ class Links:
             rate = self._memo[key] = self._slowest(Counter(key))
         return rate
 
+    def around(self, ranks: Sequence[int], inner: int) -> float:
+        """Bytes per second each way of the slowest member when every rank sends to the one `inner` places before it.
+
+        A host's NICs carry the messages of those of its ranks whose receiver is on another host: one rank's in a
+        plain ring, those of `inner` neighbours where these form the places of a ring.
+        """
+        key = (inner, -1, *(self.hosts[r] for r in ranks))
+        rate = self._memo.get(key)
+        if rate is None:
+            hosts = key[2:]
+            leaving = Counter(h for i, h in enumerate(hosts) if hosts[i - inner] != h)
+            present = list(set(hosts))
+            local = [self.link[h] for i, h in enumerate(hosts) if hosts[i - inner] == h]
+            rate = self._memo[key] = min([*local, *(self._nics(h, present) / n for h, n in leaving.items())])
+        return rate
+
     def ring_rate(self) -> float:
         """Bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
         present = sorted(set(self.hosts))
@@ -67,13 +83,27 @@ class Links:
 
 
 def cluster_links(cluster: Cluster) -> Links:
-    """The links of a cluster, peaks times the utilisations above."""
+    """The links of a cluster: measured, else peaks times the utilisations above.
+
+    The measured rates of NICs are those of the one communicator that passes use: RDMA where all hosts are on one
+    fabric, else sockets.
+    """
+    hosts, measured = cluster.hosts, cluster.measured
+    link = tuple(cluster.devices[host.device].link_gbps * 1e9 * LINK_UTILISATION for host in hosts)
+    fabric = tuple(_rate(host, ("infiniband", "roce")) or _rate(host, ("ethernet",)) for host in hosts)
+    ethernet = tuple(_rate(host, ("ethernet",)) for host in hosts)
+    if measured.link_gbps:
+        link = tuple(gbps * 1e9 for gbps in measured.link_gbps)
+    if measured.nic_gbit:
+        slower_way = tuple(min(ways) * 1e9 / 8 for ways in measured.nic_gbit)
+        same = hosts[0].fabric != "" and len({host.fabric for host in hosts}) == 1
+        fabric, ethernet = (slower_way, ethernet) if same else (fabric, slower_way)
     return Links(
         hosts=cluster.rank_hosts,
-        link=tuple(cluster.devices[host.device].link_gbps * 1e9 * LINK_UTILISATION for host in cluster.hosts),
-        fabrics=tuple(host.fabric for host in cluster.hosts),
-        fabric_nics=tuple(_rate(host, ("infiniband", "roce")) or _rate(host, ("ethernet",)) for host in cluster.hosts),
-        ethernet=tuple(_rate(host, ("ethernet",)) for host in cluster.hosts),
+        link=link,
+        fabrics=tuple(host.fabric for host in hosts),
+        fabric_nics=fabric,
+        ethernet=ethernet,
     )
 
 

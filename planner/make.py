@@ -13,11 +13,18 @@ from heteromesh.planner.cost_file import Constants, bind
 from heteromesh.planner.cost_json import costs_to_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.fixes import Fixes
+from heteromesh.planner.measured import measured_costs
 from heteromesh.planner.model import ModelSpec
+from heteromesh.planner.placement import place
+from heteromesh.planner.placement_json import decision_to_json, why
 from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
+from heteromesh.planner.sites import cluster_sites
 from heteromesh.planner.static import static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.step import plan_step
+from heteromesh.planner.workload import workloads
 
+PLACEMENT_SECONDS = 5.0
+"""To place stages, once a plan, where the network is uneven."""
 COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"
 Layout = Callable[[Sequence[int], Costs], Step]
 
@@ -56,16 +63,16 @@ class Problem:
 
 def pose(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
     """Costs in order of preference: the given constants, the cluster's measured ones, the analytic model."""
-    chosen, source = (constants, COST_FILE) if constants else (cluster.measured.constants, MEASURED)
-    if chosen is None:
+    costs, source = measured_costs(cluster, model), MEASURED
+    if constants:
+        costs, source = bind(constants, cluster), COST_FILE
+    if costs is None:
         costs, source = analytic_costs(cluster, model, checkpointing=bool(fixes.checkpointing)), ANALYTIC
     elif fixes.checkpointing is not None:
         raise UserError(
             f"--fix checkpointing can't be used with {source} costs, which have tokens_per_device from a run: "
             "leave it out or leave the constants out"
         )
-    else:
-        costs = bind(chosen, cluster)
     return Problem(cluster=cluster, model=model, costs=fixes.apply(costs), source=source, fixes=fixes)
 
 
@@ -88,14 +95,36 @@ def make_plan(
         on_step(step)
     peaks = peak_tokens(steps, problem.cluster.ranks)
     compared = compare(steps, problem.costs)
+    placement, lost = _placement(problem, steps[0].batch) if uneven_network(problem.cluster) else ({}, ())
     return Plan(
         cluster=PlannedCluster(fingerprint=problem.cluster.fingerprint, ranks=problem.cluster.ranks),
         model=problem.model.name,
-        layout=_layout(problem, compared),
+        layout=_layout(problem, compared) | placement,
         steps=tuple(steps),
         memory_bytes=tuple(problem.state_bytes + tokens * problem.activation_bytes for tokens in peaks),
-        rejected=tuple(Rejected(what=c.what, why=c.why) for c in compared),
+        rejected=(*(Rejected(what=c.what, why=c.why) for c in compared), *lost),
     )
+
+
+def uneven_network(cluster: Cluster) -> bool:
+    """Whether it matters which hosts form which stage: several fabrics, or hosts with unequal cards."""
+    return len({(host.fabric, host.nics) for host in cluster.hosts}) > 1
+
+
+def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object], tuple[Rejected, ...]]:
+    """Stages for this batch with what they were compared with. Nothing that runs splits tensors: degree 1 only."""
+    sites, checkpointing = cluster_sites(problem.cluster), bool(problem.fixes.checkpointing)
+    works = workloads(problem.model, problem.costs, batch, checkpointing=checkpointing)
+    try:
+        decision = place(sites, works, time_limit=PLACEMENT_SECONDS, tensor_parallel=(1,))
+    except UserError as error:
+        return {}, (Rejected(what="pipeline stages", why=f"infeasible: {error}"),)
+    lost = tuple(
+        Rejected(what=f"placement, {c.family}", why=why(c, decision))
+        for c in decision.candidates
+        if c.placement != decision.placement
+    )
+    return {"placement": decision_to_json(decision, sites)}, lost
 
 
 def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:

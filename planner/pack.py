@@ -25,8 +25,8 @@ def pack_anyway(task: Task, draft: Draft, places: Sequence[int]) -> None:
     for place in places:
         length, work = task.lengths[place], task.work[place]
         fresh = [
-            (slot.free + costs.seconds_per_pass + work / v, slot.rank)
-            for slot, v, room in zip(draft.ends, costs.speeds, costs.capacity, strict=True)
+            (slot.free + costs.seconds_per_pass + task.alone(place, slot.rank), slot.rank)
+            for slot, room in zip(draft.ends, costs.capacity, strict=True)
             if room >= length
         ]
         joined = [
@@ -39,7 +39,7 @@ def pack_anyway(task: Task, draft: Draft, places: Sequence[int]) -> None:
             p = draft.local[i]
         else:
             end, rank = min(fresh)
-            p = LocalPass(draft.ends[rank], costs.capacity[rank], [])
+            p = LocalPass(draft.ends[rank], max(length, task.room[rank]), [])
             draft.local.append(p)
         p.left -= length
         p.places.append(place)
@@ -66,20 +66,21 @@ class _Packer:
                 _, i = self.open.pop(at)
                 self._add(i, place)
                 return True
-        slot = self._freest(length, work)
+        slot = self._freest(place)
         if slot is None:
             return False
-        self.draft.local.append(LocalPass(slot, self.task.costs.capacity[slot.rank], []))
-        slot.free += self.task.costs.seconds_per_pass
+        self.draft.local.append(LocalPass(slot, max(length, self.task.room[slot.rank]), []))
+        slot.free += self.task.costs.seconds_per_pass + self.task.alone(place, slot.rank) - work / speeds[slot.rank]
         self._add(len(self.draft.local) - 1, place)
         return True
 
-    def _freest(self, length: int, work: float) -> Slot | None:
+    def _freest(self, place: int) -> Slot | None:
         """The slot with most time left after a new pass with this sequence; None if it fits none."""
-        costs = self.task.costs
+        costs, length, work = self.task.costs, self.task.lengths[place], self.task.work[place]
+        ample = length <= min(self.task.room)
         best, most = None, costs.seconds_per_pass
         for slot, end in self.slots:
-            rest = end - slot.free - work / costs.speeds[slot.rank]
+            rest = end - slot.free - (work / costs.speeds[slot.rank] if ample else self.task.alone(place, slot.rank))
             if rest >= most and costs.capacity[slot.rank] >= length:
                 best, most = slot, rest
         return best

@@ -32,6 +32,10 @@ class Pass:
     """shards[i][j]: tokens of sequence j that rank i holds."""
     seconds: float
     """Predicted duration."""
+    sent_bytes: tuple[int, ...] = ()
+    """Predicted, per rank of the pass, attention's exchanges; empty where the model's attention is not known."""
+    offload: float = 0.0
+    """Share of its activations that the pass keeps in host memory between forward and backward."""
 
     def tokens(self, member: int) -> int:
         """Tokens held by the pass's `member`-th rank."""
@@ -144,7 +148,8 @@ def load(path: Path) -> Plan:
 
 
 def _pass(data: Mapping[str, Any], where: str) -> Pass:
-    raw = _strict(Pass, data, where)
+    raw = _strict(Pass, {"sent_bytes": (), "offload": 0.0} | dict(data), where)
+    raw["sent_bytes"] = tuple(raw["sent_bytes"])
     raw["ranks"], raw["sequences"] = tuple(raw["ranks"]), tuple(raw["sequences"])
     raw["shards"] = tuple(tuple(row) for row in raw["shards"])
     return Pass(**raw)

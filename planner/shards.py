@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heteromesh.planner.cost import LOCAL, Costs
+from heteromesh.planner.cost import LOCAL, Costs, load_of
+from heteromesh.planner.method import Method
 from heteromesh.planner.plan import Pass
 
 
@@ -48,18 +49,54 @@ def deal(lengths: Sequence[int], speeds: Sequence[float], room: Sequence[int]) -
 def make_pass(ranks: Sequence[int], method: str, sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
     """A pass over these sequences of the batch, its shards dealt by `deal`, its seconds exact.
 
-    Ranks that would get no token (more ranks than tokens, or a rank too slow for one) are left out.
+    Ranks that get no token (more ranks than tokens, or a rank too slow for one) are left out, and so are ranks that
+    the method can't use then.
     """
     team = tuple(sorted(ranks))
     lengths = [batch[k] for k in sequences]
     if method == LOCAL:
         shards: tuple[tuple[int, ...], ...] = (tuple(lengths),)
     else:
-        shards = deal(lengths, [costs.speeds[r] for r in team], [costs.capacity[r] for r in team])
-        team, shards = without_idle(team, shards)
+        room = costs.room(team, costs.method(method), sum(lengths))
+        team, shards = without_idle(team, deal(lengths, [costs.speeds[r] for r in team], room))
+        chosen = costs.method(method)
+        if chosen and len(team) > 1 and not chosen.fits(len(team)):
+            return make_pass(team[:-1], method, sequences, batch, costs)
         method = method if len(team) > 1 else LOCAL
-    seconds = costs.pass_seconds(team, method, lengths, shards)
-    return Pass(ranks=team, method=method, sequences=tuple(sequences), shards=shards, seconds=seconds)
+    return costed(team, costs.method(method), tuple(sequences), shards, lengths, costs)
+
+
+def costed(
+    ranks: tuple[int, ...],
+    method: Method | None,
+    sequences: tuple[int, ...],
+    shards: tuple[tuple[int, ...], ...],
+    lengths: Sequence[int],
+    costs: Costs,
+) -> Pass:
+    """The pass with its seconds, and what of its activations has to go to host memory; method: None on one rank."""
+    load = load_of(lengths, shards)
+    offload = costs.offload_ratio(ranks, method, load.tokens)
+    return Pass(
+        ranks=ranks,
+        method=method.name if method else LOCAL,
+        sequences=sequences,
+        shards=shards,
+        seconds=costs.priced(ranks, method, load, offload).seconds,
+        offload=offload,
+    )
+
+
+def fastest_pass(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
+    """The same ranks and shards with the method that is fastest for them."""
+    lengths = [batch[k] for k in p.sequences]
+    if len(p.ranks) == 1 or len(costs.methods) < 2:
+        return p
+    best = costs.best_method(p.ranks, lengths, p.shards)
+    if best is None or best.name == p.method:
+        return p
+    other = costed(p.ranks, best, p.sequences, p.shards, lengths, costs)
+    return other if other.seconds < p.seconds else p
 
 
 def without_idle(

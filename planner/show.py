@@ -20,6 +20,7 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
         _header(problem, lengths),
         step_table(plan.steps, plan.cluster.ranks),
         first_passes(plan.steps[0], plan.cluster.ranks),
+        *placement_section(plan),
         "\n".join([_memory(plan, problem), *(f"Against  {r.what}: {r.why}" for r in plan.rejected)]),
         summary(plan),
     ]
@@ -29,6 +30,31 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
 def step_table(steps: Sequence[Step], ranks: int) -> str:
     """One row a step."""
     return table(_STEP_COLUMNS, [_step_row(i, step, ranks) for i, step in enumerate(steps)])
+
+
+def placement_section(plan: Plan) -> list[str]:
+    """The stages that fit the network best, where the plan has them."""
+    placement = plan.layout.get("placement")
+    if placement is None:
+        return []
+    stages, predicted, counts = placement["stages"], placement["predicted"], placement["micro_batches"]
+    rows = [
+        (
+            str(index),
+            str(stage["layers"]),
+            rank_list(stage["ranks"]),
+            f"{max(predicted['memory_bytes'][r] for r in stage['ranks']) / 1e9:.1f}",
+            f"{predicted['sum_seconds'][index]:.4g}",
+        )
+        for index, stage in enumerate(stages)
+    ]
+    low, high = min(counts), max(counts)
+    title = (
+        f"Placement  {placement['family']}: {len(stages)} stage{'s' if len(stages) > 1 else ''}, {len(counts)} "
+        f"pipeline{'s' if len(counts) > 1 else ''} of {low if low == high else f'{low} to {high}'} micro-batches, "
+        f"{predicted['seconds']:.4g} s for step 0's batch in even micro-batches, gap {predicted['gap']:.1%}"
+    )
+    return ["\n".join([title, table(("stage", "layers", "<ranks", "GB a rank", "gradient sum s"), rows)])]
 
 
 def summary(plan: Plan) -> str:

@@ -48,10 +48,16 @@ class Program:
         self._pulp = pulp
         self._problem = pulp.LpProblem(name, pulp.LpMinimize)
         self._variables: list[Any] = []
+        self.bound = -math.inf
+        """After `minimise`: no solution is less; infinite where there is none at all."""
 
     def binary(self) -> int:
         """A variable that is 0 or 1; returns its number."""
         return self._add(0, 1, "Binary")
+
+    def integer(self, low: int, high: int) -> int:
+        """A whole number within bounds; returns its number."""
+        return self._add(low, high, "Integer")
 
     def real(self, low: float, high: float) -> int:
         """A variable within bounds; returns its number."""
@@ -65,13 +71,20 @@ class Program:
         """sum of coefficient * variable == constant."""
         self._problem += self._sum(terms) == constant
 
-    def minimise(self, terms: Iterable[tuple[float, int]], seconds: float) -> list[float] | None:
+    def minimise(self, terms: Iterable[tuple[float, int]], seconds: float, gap: float = 0.0) -> list[float] | None:
         """Values of all variables of the best solution found in that time, None if there is none.
+
+        gap: stop when the solution is this close to the bound (relative).
 
         What `solve()` returns differs between PuLP 3 and 4, so nothing is concluded from it: check the values.
         """
         self._problem += self._sum(terms)
-        self._problem.solve(self._pulp.HiGHS(msg=False, timeLimit=seconds, threads=1))
+        self._problem.solve(self._pulp.HiGHS(msg=False, timeLimit=seconds, threads=1, gapRel=gap or None))
+        solved = self._problem.solverModel
+        self.bound = float(solved.getInfo().mip_dual_bound)
+        if solved.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+            self.bound = math.inf
+            return None
         values = [variable.value() for variable in self._variables]
         return None if None in values else [float(v) for v in values]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from heteromesh.planner.draft import SplitPass, Task, empty_draft
-from heteromesh.planner.fleet import Team
+from heteromesh.planner.fleet import Line, Team
 
 NARROW = 6
 """Hosts that are looked at for one sequence: those whose ranks are free first."""
@@ -115,11 +115,11 @@ class _Left:
 def _first_local(task: Task, target: float, share: float) -> int:
     """The first place from which on sequences fit one rank in time, for enough of the cluster's speed."""
     costs, fixed = task.costs, task.costs.seconds_per_pass
-    for place, (length, work) in enumerate(zip(task.lengths, task.work, strict=True)):
+    for place, length in enumerate(task.lengths):
         able = [
             v
-            for v, room in zip(costs.speeds, costs.capacity, strict=True)
-            if room >= length and fixed + work / v <= target
+            for rank, (v, room) in enumerate(zip(costs.speeds, costs.capacity, strict=True))
+            if room >= length and fixed + task.alone(place, rank) <= target
         ]
         if able and sum(able) >= share * task.power:
             return place
@@ -197,7 +197,7 @@ def _filled(
     left: _Left,
 ) -> _Option:
     """The pass with `head` and, longest first, whatever else fits its memory and the target."""
-    lengths, per_token, per_square = task.lengths, team.per_token, team.per_square
+    lengths = task.lengths
     places = [head]
     tokens, squares = lengths[head], lengths[head] ** 2
     seconds = team.seconds(tokens, squares)
@@ -206,20 +206,30 @@ def _filled(
     joins = team.wire <= task.token_price * team.power / len(ranks)
     rank_room = max(task.costs.capacity)
     room = team.most if choice.full else team.even
-    spare, time = room - tokens, target - start - seconds
+    if team.resident < team.even:
+        room = max(tokens, team.resident)  # memory of the host is for sequences that are too long, not for more of them
+    spare, late = room - tokens, target - start
+    # what each line of the team's seconds leaves of the time
+    times = [late - line.at(tokens, squares) for line in team.lines]
+    if tokens > team.even:
+        times = [late - seconds] * len(times)
     place, full = head, FULL * room
-    while spare > full and time > 0 and len(places) < JOINED:
-        place = left.next(max(place + 1, bisect_left(task.negative, -min(spare, _reach(per_token, per_square, time)))))
+    while spare > full and min(times) > 0 and len(places) < JOINED:
+        reach = min(_reach(line, time) for line, time in zip(team.lines, times, strict=True))
+        place = left.next(max(place + 1, bisect_left(task.negative, -min(spare, reach))))
         if place >= len(lengths) or (lengths[place] <= rank_room and not joins):
             break
         n = lengths[place]
         if tokens + n > team.even:
-            later = target - start - team.seconds(tokens + n, squares + n * n)
+            later = late - team.seconds(tokens + n, squares + n * n)
             if later < 0:
                 continue
-            time = later
+            times = [later] * len(times)
         else:
-            time -= per_token * n + per_square * n * n
+            times = [
+                time - (line.per_token * n + line.per_square * n * n)
+                for line, time in zip(team.lines, times, strict=True)
+            ]
         places.append(place)
         tokens, squares, spare = tokens + n, squares + n * n, spare - n
         value += task.value(place, choice.price)
@@ -227,8 +237,9 @@ def _filled(
     return _Option((team.power * seconds + idle) / value, ranks, team, tuple(places), start + seconds)
 
 
-def _reach(per_token: float, per_square: float, seconds: float) -> float:
-    """The longest sequence that takes at most that long."""
+def _reach(line: Line, seconds: float) -> float:
+    """The longest sequence by which the line grows at most that much."""
+    per_token, per_square = line.per_token, line.per_square
     if per_square > 0:
         # The stable root of per_square * n^2 + per_token * n = seconds.
         return 2 * seconds / (per_token + math.sqrt(per_token * per_token + 4 * per_square * seconds))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 from heteromesh.planner.batch import checked
 from heteromesh.planner.bound import bound_seconds
-from heteromesh.planner.cost import LOCAL, Costs
+from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.shards import without_idle
+from heteromesh.planner.shards import costed, without_idle
 from heteromesh.planner.timeline import step_seconds, timed_step
 
 
@@ -59,7 +59,7 @@ def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
     for block in range(blocks):
         team = tuple(range(block * degree, (block + 1) * degree))
         own = range(block, len(batch), blocks)
-        room = degree * min(costs.capacity[r] for r in team)
+        room = _even_room(team, costs)
         for k in own:
             if batch[k] > room:
                 raise UserError(
@@ -73,14 +73,17 @@ def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
 def _even_pass(team: tuple[int, ...], sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
     lengths = [batch[k] for k in sequences]
     ranks, shards = without_idle(team, even_shards(lengths, len(team)))
-    name = LOCAL
-    if len(ranks) > 1:
-        method = costs.method_for(ranks, max(lengths))
-        if method is None:
-            raise UserError(f"no method splits a sequence over {len(ranks)} ranks: use fewer ranks or another method")
-        name = method.name
-    seconds = costs.pass_seconds(ranks, name, lengths, shards)
-    return Pass(ranks=ranks, method=name, sequences=tuple(sequences), shards=shards, seconds=seconds)
+    method = costs.best_method(ranks, lengths, shards) if len(ranks) > 1 else None
+    if method is None and len(ranks) > 1:
+        raise UserError(f"no method splits a sequence over {len(ranks)} ranks: use fewer ranks or another method")
+    return costed(ranks, method, tuple(sequences), shards, lengths, costs)
+
+
+def _even_room(team: Sequence[int], costs: Costs) -> int:
+    """Tokens that fit in even shards, with the method that takes least memory."""
+    degree, least = len(team), min(costs.capacity[r] for r in team)
+    held = min((m.held for m in costs.methods if m.fits(degree)), default=0.0) if degree > 1 else 0.0
+    return int(degree * least / (1 + held * (degree - 1)))
 
 
 def _ranks(team: Sequence[int]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from heteromesh.planner.batch import checked
+from heteromesh.planner.batch import checked, largest
 from heteromesh.planner.bound import bound_seconds
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.draft import Draft, Task
@@ -30,24 +31,33 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     """A step over sequences of these lengths (tokens) that is short under `costs`.
 
     Greedy first; where it stays more than 1 % above the bound, the step is small and at least half a second of
-    `time_limit` (seconds) is left, an integer program tries to beat it. Equal input gives an equal step unless the
-    time limit cuts a search short. Raises UserError for an empty batch, for a length that is no whole number above 0
-    and for a sequence that fits no set of ranks.
+    `time_limit` (seconds) is left, an integer program tries to beat it. Where devices have memory of their own, a
+    second search looks for a shorter step whose passes may keep activations in host memory. Equal input gives an equal
+    step unless the time limit cuts a search short. Raises UserError for an empty batch, for a length that is no whole
+    number above 0 and for a sequence that fits no set of ranks.
     """
     began = time.perf_counter()
-    batch = checked(lengths, costs)
-    task, bound = Task(batch, costs), bound_seconds(batch, costs)
-    least = bound - costs.seconds_per_step
+    wide = costs.offloading()
+    batch = checked(lengths, wide or costs)
+    found: list[Sequence[Pass]] = []
+    bound = math.inf
+    if wide is None or max(batch) <= largest(costs)[0]:
+        bound = bound_seconds(batch, costs)
+        found += _planned(batch, costs, bound, time_limit)
+    if wide is not None:
+        bound = min(bound, bound_seconds(batch, wide))
+        found += _planned(batch, wide, bound, time_limit - (time.perf_counter() - began))
+    return timed_step(min(found, key=lambda passes: step_seconds(passes, costs)), batch, costs, bound, began)
+
+
+def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
+    """The best draft, and the best static even layout where one is possible: a plan is never behind it."""
+    began = time.perf_counter()
+    task, least = Task(batch, costs), bound - costs.seconds_per_step
     draft = greedy(task, least, began + GREEDY_SHARE * time_limit)
     left = time_limit - (time.perf_counter() - began)
     if left > PROGRAM_SECONDS and draft.seconds > least * (1 + PROGRAM_GAP):
         draft = _shorter(draft, refine(task, draft.seconds, least, left), task)
-    passes = min(_candidates(draft, task), key=lambda candidate: step_seconds(candidate, costs))
-    return timed_step(passes, batch, costs, bound, began)
-
-
-def _candidates(draft: Draft, task: Task) -> list[Sequence[Pass]]:
-    """The draft, and the best static even layout where one is possible: a plan is never behind it."""
     found: list[Sequence[Pass]] = [draft.passes(task)]
     with suppress(UserError):
         found.append(best_even_passes(task.batch, task.costs))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.traffic import pass_bytes
 
 
 def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]]:
@@ -32,13 +34,21 @@ def timed_step(
     """These passes as a Step. began: time.perf_counter() when solving started."""
     seconds = step_seconds(passes, costs)
     return Step(
-        passes=in_order(passes, costs.ranks),
+        passes=tuple(with_bytes(p, batch, costs) for p in in_order(passes, costs.ranks)),
         seconds=seconds,
         bound_seconds=bound_seconds,
         gap=seconds / bound_seconds - 1 if bound_seconds else 0.0,
         solve_seconds=time.perf_counter() - began,
         batch=batch,
     )
+
+
+def with_bytes(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
+    """The pass with the bytes that its ranks send, where the model's attention is known."""
+    if costs.attention is None:
+        return p
+    lengths, speeds = [batch[k] for k in p.sequences], [costs.speeds[r] for r in p.ranks]
+    return replace(p, sent_bytes=pass_bytes(p.method, lengths, p.shards, speeds, costs.attention))
 
 
 def in_order(passes: Iterable[Pass], ranks: int) -> tuple[Pass, ...]:

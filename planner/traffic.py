@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from heteromesh.planner.attention import AttentionShape as AttentionShape
+from heteromesh.planner.attention import ModelAttention
 from heteromesh.planner.heads import head_shares
 from heteromesh.planner.layout import Layout, Segment, base_name, group_layout, inner_degree, method_layout
 from heteromesh.planner.routes import RINGS, Kind, schedule
@@ -16,22 +18,6 @@ from heteromesh.planner.states import state_routes
 
 AGREEMENT_BYTES = 64
 """Sent to each peer before the first call of a shape in a pass (parallel.agreement)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """One attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    itemsize: int
-    """Bytes of an element of q, k and v."""
-
-    @property
-    def wide(self) -> int:
-        """Bytes of an element of what is kept in float32 at least."""
-        return max(4, self.itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +63,24 @@ def traffic(
         return _circulate(layout, "direct", causal, (keys, 0), (0, keys))
     kind = next(k for k in RINGS if k == name)
     return _circulate(layout, kind, causal, (keys, 0), (keys, keys))
+
+
+def pass_bytes(
+    method: str,
+    lengths: Sequence[int],
+    shards: Sequence[Sequence[int]],
+    speeds: Sequence[float],
+    attention: ModelAttention,
+) -> tuple[int, ...]:
+    """What each rank of the pass sends in one forward and backward of the model, its agreement with its peers included.
+
+    Raises as `traffic`.
+    """
+    if len(shards) == 1:
+        return (0,)
+    layer = traffic(method, lengths, shards, attention.shape, speeds=speeds, causal=attention.causal)
+    agreement = AGREEMENT_BYTES * (len(shards) - 1)
+    return tuple(attention.calls * (attention.forwards * t.forward + t.backward) + agreement for t in layer)
 
 
 def linear_traffic(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from heteromesh.planner.cost import LOCAL, Costs
 from heteromesh.planner.plan import Pass, Step
@@ -31,6 +31,8 @@ class PassReason:
     sequences: int
     tokens: int
     longest: int
+    offload: float
+    """Share of its activations that waits in host memory."""
     seconds: float
     rank_seconds: float
     """seconds * degree: what the cluster pays."""
@@ -79,12 +81,9 @@ def explain_step(step: Step, costs: Costs) -> StepReason:
 
 
 def split_seconds(p: Pass, lengths: Sequence[int], costs: Costs) -> tuple[float, float, float]:
-    """(compute, exchange, fixed) of a pass: what is left without exchanges, what they add, and what no token causes."""
-    degree = len(p.ranks)
-    fixed = costs.seconds_per_pass + (costs.seconds_per_split_pass if degree > 1 else 0.0)
-    silent = replace(costs, methods=tuple(replace(m, bytes_per_token=0.0) for m in costs.methods))
-    compute = silent.pass_seconds(p.ranks, p.method, lengths, p.shards) - fixed
-    return compute, p.seconds - fixed - compute, fixed
+    """(compute, exchange, fixed) of a pass: what is left without transfers, what they add, and what no token causes."""
+    parts = costs.pass_parts(p.ranks, p.method, lengths, p.shards, p.offload)
+    return parts.compute, parts.exchange + parts.latency + parts.offload, parts.fixed
 
 
 def _explain_pass(position: int, p: Pass, step: Step, costs: Costs) -> PassReason:
@@ -104,6 +103,7 @@ def _explain_pass(position: int, p: Pass, step: Step, costs: Costs) -> PassReaso
         sequences=len(lengths),
         tokens=sum(lengths),
         longest=max(lengths),
+        offload=p.offload,
         seconds=p.seconds,
         rank_seconds=p.seconds * degree,
         compute=compute,
@@ -138,6 +138,8 @@ def _option(ranks: Sequence[int], p: Pass, step: Step, costs: Costs) -> Option:
 def _reason(p: Pass, step: Step, options: Sequence[Option], costs: Costs) -> str:
     degree, tokens = len(p.ranks), sum(step.batch[k] for k in p.sequences)
     room = [costs.capacity[r] for r in p.ranks]
+    if p.offload:
+        return f"{p.offload:.0%} of its activations wait in host memory: its ranks hold {sum(room)} tokens without"
     if degree > 1 and tokens > sum(room) - min(room):
         return "the fewest ranks that hold it"
     priced = [(o.degree * o.seconds, o) for o in options if o.seconds is not None]

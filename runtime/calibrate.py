@@ -1,7 +1,8 @@
 """Measures what passes cost on the devices at hand, all ranks at once, and fits the cost model to it.
 
-The constants of planner/cost.py: a, b, c from passes of one rank; the exchange's bytes, rate and latency from passes
-that are split over all ranks. Nothing of the model changes: gradients are dropped, no optimizer runs.
+The constants of planner/cost.py: a, b, c from passes of one rank; the exchange's rate and latency from messages, and
+the compute of the methods that matter here from passes that are split over all ranks. Nothing of the model changes:
+gradients are dropped, no optimizer runs.
 """
 
 from __future__ import annotations
@@ -21,16 +22,24 @@ import torch
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import PassContext, prepare_pass
+from heteromesh.parallel.linear import LinearAttention
+from heteromesh.planner.attention import AttentionShape as LayerShape
+from heteromesh.planner.attention import ModelAttention, split_methods
 from heteromesh.planner.cost import Costs, Method, RateByDegree
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.batch import PassInput
 from heteromesh.runtime.executor import StepExecutor
 
-REPEATS = 2
+REPEATS = 3
 SLOW_SECONDS = 0.5
 LONGEST = 6144
 """Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
 RATE_BYTES = (1 << 20, 16 << 20)
+HOST_BYTES = 64 << 20
+ROUNDS = 8
+"""Of messages, timed together."""
+SPLIT_SECONDS = 4.0
+"""Once methods have been measured for this long no further one is."""
 MEMINFO = "/proc/meminfo"
 
 
@@ -44,22 +53,26 @@ class AttentionShape:
     dim: int
     itemsize: int
     saved_bytes_per_token: float
+    alike: bool = True
+    """Whether all calls are of this shape, and none of linear attention."""
+    causal: bool = True
 
-    def methods(self, forwards: int) -> tuple[Method, ...]:
-        """The ways to split this model's sequences. forwards: 2 where layers are recomputed in the backward, else 1.
+    def attention(self, forwards: int) -> ModelAttention:
+        """As the planner has it. forwards: 2 where layers are recomputed in the backward, else 1."""
+        layer = LayerShape(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, itemsize=self.itemsize)
+        return ModelAttention(calls=self.calls, shape=layer, forwards=forwards, causal=self.causal)
 
-        Ulysses moves q, k, v and out, gather k and v, once a forward and once in the backward.
-        """
-        unit = self.calls * self.dim * self.itemsize * (forwards + 1)
-        return (
-            Method(
-                name="ulysses",
-                bytes_per_token=2.0 * (self.heads + self.kv_heads) * unit,
-                scaling="fraction",
-                heads=self.heads,
-            ),
-            Method(name="gather", bytes_per_token=2.0 * self.kv_heads * unit, scaling="peers"),
-        )
+    def methods(self, forwards: int, hosts: Sequence[int] = (0,)) -> tuple[Method, ...]:
+        """The ways to split this model's sequences. hosts: of every rank."""
+        return split_methods(self.attention(forwards), hosts, self.saved_bytes_per_token)
+
+
+class _LinearSpy(LinearAttention):
+    seen = False
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        self.seen = True
+        return super().__call__(*args)
 
 
 class Calibration:
@@ -70,65 +83,97 @@ class Calibration:
         self._executor, self._world, self._tokens = executor, executor.world, tokens
         self._longest = max(2, min(LONGEST, max_length))
 
-    def measure(self, tokens_per_device: int | None = None) -> Costs:
-        """The fitted costs, equal on every rank."""
+    def measure(
+        self, tokens_per_device: int | None = None, rate: Callable[[Sequence[int]], float] | None = None
+    ) -> Costs:
+        """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
         short = min(64, self._longest)
         packs = [(self._longest,), (-(-self._longest // 2),), (short,) * max(1, self._longest // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
         times = self._world.gather([self._local_seconds(pack) for pack in packs])
         fastest = min(times, key=sum)
+        speeds = tuple(_relative(fastest, seconds) for seconds in times)
+        # what ranks of the reference speed take as they are, not the luckiest of them
+        fastest = np.median([t for t, v in zip(times, speeds, strict=True) if v == 1.0], axis=0).tolist()
         a, b, c = fit_nonnegative(rows, np.array(fastest)).tolist()
         if not a and not b:
             b = fastest[0] / rows[0][1]  # too small a model to tell tokens from passes: an upper bound will do
+        hosts, forwards = _hosts(self._world), self._executor.forwards
         costs = Costs(
             seconds_per_token2=a,
             seconds_per_token=b,
             seconds_per_pass=c,
-            speeds=tuple(_relative(fastest, seconds) for seconds in times),
+            speeds=tuple(v if v == 1.0 else _relative(fastest, t) for t, v in zip(times, speeds, strict=True)),
             capacity=self._capacity(shape, tokens_per_device),
-            methods=shape.methods(self._executor.forwards) if shape else (),
+            methods=shape.methods(forwards, hosts) if shape else (),
             rate=RateByDegree({}),
-            hosts=_hosts(self._world),
+            hosts=hosts,
+            attention=shape.attention(forwards) if shape and shape.alike else None,
+            offload_seconds=self._offload_seconds(shape),
+            offload_share=max(0.0, 1 - 2 / shape.calls) if shape else 0.0,
         )
-        alone = statistics.median(seconds[0] for seconds in times)
-        return self._with_exchanges(costs, alone) if self._world.size > 1 else costs
+        return self._with_exchanges(costs, rate) if self._world.size > 1 else costs
 
-    def _with_exchanges(self, costs: Costs, alone: float) -> Costs:
-        """Adds rate, latency and the methods' compute, from passes that are split over all ranks.
-
-        alone: seconds of the longest sequence on one rank.
-        """
+    def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
+        """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
         size = self._world.size
-        costs = replace(costs, rate=RateByDegree({size: self._exchange_rate()}))
-        methods, latencies = [], [0.0]
-        for method in costs.methods:
-            if size > 1 and method.fits(size):
-                work, latency = self._split_work(method, costs, alone)
-                method = replace(method, work=work)
-                latencies.append(latency)
-            methods.append(method)
-        return replace(costs, methods=tuple(methods), seconds_per_split_pass=max(0.0, statistics.median(latencies)))
+        costs = replace(costs, rate=rate or RateByDegree({size: self._exchange_rate()}))
+        costs = replace(costs, seconds_per_round=self._round_seconds())
+        works: dict[str, float] = {}
+        rest, began = 0.0, time.perf_counter()
+        for method in self._candidates(costs):
+            works[method.name] = self._split_work(method, costs)
+            if len(works) == 1:
+                first = replace(costs, methods=(replace(method, work=works[method.name]),))
+                rest = self._beyond(first, method, max(size, self._longest // 8))
+            if max(self._world.gather(time.perf_counter() - began)) > SPLIT_SECONDS:
+                break
+        usual = statistics.median(works.values()) if works else 1.0
+        methods = tuple(replace(m, work=works.get(m.name, usual)) for m in costs.methods)
+        return replace(costs, methods=methods, seconds_per_split_pass=max(0.0, rest))
 
-    def _split_work(self, method: Method, costs: Costs, alone: float) -> tuple[float, float]:
-        """(compute relative to that on whole sequences, seconds of latency).
+    def _candidates(self, costs: Costs) -> list[Method]:
+        """The methods that may be the fastest here, at a few lengths: measuring all would take long."""
+        ranks = range(self._world.size)
+        found = [costs.method_for(ranks, float(n)) for n in (self._longest, 8 * self._longest, self._longest // 8 + 1)]
+        return list({m.name: m for m in found if m is not None}.values())
 
-        The first from the longest sequence, split and alone, measured and not fitted; the second from a short one.
-        """
-        size = self._world.size
+    def _split_work(self, method: Method, costs: Costs) -> float:
+        """Compute of the longest sequence split over all ranks, relative to what the constants have its slowest do."""
+        length = max(self._world.size, self._longest)
+        plan = even_pass(method.name, length, self._world.size)
+        compute = costs.pass_parts(plan.ranks, method.name, [length], plan.shards).compute
+        return min(1.25, max(0.8, 1 + self._beyond(costs, method, length) / max(1e-9, compute)))
 
-        def split(length: int) -> tuple[float, float]:
-            """Seconds of compute and latency: as the constants have it, and measured."""
-            plan = even_pass(method.name, length, size)
-            exchange = method.bytes_at(size) * plan.tokens(size - 1) / costs.rate(plan.ranks)
-            nominal = costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
-            measured = max(self._world.gather(self._seconds(plan, [length])))
-            return nominal - exchange - costs.seconds_per_pass, measured - exchange - costs.seconds_per_pass
+    def _beyond(self, costs: Costs, method: Method, length: int) -> float:
+        """Seconds that a pass over all ranks takes beyond what the constants have it take."""
+        plan = even_pass(method.name, length, self._world.size)
+        measured = max(self._world.gather(self._seconds(plan, [length])))
+        return measured - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
 
-        whole = max(1e-9, (alone - costs.seconds_per_pass) / size)
-        work = min(1.25, max(0.8, split(max(size, self._longest))[1] / whole))
-        nominal, measured = split(max(size, self._longest // 8))
-        return work, measured - work * nominal
+    def _round_seconds(self) -> float:
+        """Latency of a round of messages."""
+        exchange = Exchange(self._world, range(self._world.size))
+        sends = [torch.zeros(1, device=self._world.device) for _ in exchange.ranks]
+        receives = [torch.empty_like(t) for t in sends]
+
+        def act() -> None:
+            for _ in range(ROUNDS):
+                exchange.all_to_all(sends, receives, "measure the latency")
+
+        return max(self._world.gather(self._timed(act))) / ROUNDS
+
+    def _offload_seconds(self, shape: AttentionShape | None) -> tuple[float, ...]:
+        """Per rank, of a token's activations to pinned host memory or back; empty where no device has its own."""
+        device, seconds = self._world.device, 0.0
+        if device.type == "cuda" and shape is not None:
+            there = torch.zeros(HOST_BYTES, dtype=torch.uint8, device=device)
+            here = torch.empty(HOST_BYTES, dtype=torch.uint8, pin_memory=True)
+            slower = max(self._timed(partial(here.copy_, there)), self._timed(partial(there.copy_, here)))
+            seconds = slower * shape.saved_bytes_per_token / HOST_BYTES
+        everyone = tuple(self._world.gather(seconds))
+        return everyone if any(everyone) else ()
 
     def _exchange_rate(self) -> float:
         """Bytes per second each way of a rank that exchanges with all others at once."""
@@ -146,12 +191,15 @@ class Calibration:
         """One small pass with a look at attention; None when the model never calls it."""
         tokens = min(self._longest, 512)
         plain = prepare_pass(even_pass("local", tokens, 1), [tokens], self._world, (1.0,))
-        seen: list[tuple[torch.Size, torch.Size, int]] = []
+        linear = _LinearSpy(plain.layout, 0, None, None)
+        seen: list[tuple[torch.Size, torch.Size, int, bool]] = []
 
-        def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+        def spy(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        ) -> torch.Tensor:
             if torch.is_grad_enabled() or not seen:
-                seen.append((q.shape, k.shape, q.element_size()))
-            return plain.attend(q, k, v, scale)
+                seen.append((q.shape, k.shape, q.element_size(), causal))
+            return plain.attend(q, k, v, scale, causal)
 
         kept: dict[int, int] = {}
 
@@ -161,14 +209,14 @@ class Calibration:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            self._executor.forward_backward(PassContext(plain.layout, 0, spy), self._input(plain), 1)
+            self._executor.forward_backward(PassContext(plain.layout, 0, spy, linear), self._input(plain), 1)
         if not seen:
             return None
         parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
         saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
-        q, k, itemsize = seen[0]
-        calls = len(seen) // self._executor.forwards
-        return AttentionShape(calls, q[1], k[1], q[3], itemsize, saved / tokens)
+        q, k, itemsize, causal = seen[0]
+        calls, alike = len(seen) // self._executor.forwards, len(set(seen)) == 1 and not linear.seen
+        return AttentionShape(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal)
 
     def _local_seconds(self, lengths: Sequence[int]) -> float:
         plan = Pass(
@@ -187,14 +235,12 @@ class Calibration:
         return self._timed(lambda: self._executor.forward_backward(context, batch, max(1, batch.valid)))
 
     def _timed(self, act: Callable[[], object]) -> float:
-        """Seconds of a run that starts on every rank at once: the least of a few after one to warm up.
+        """Seconds of a run that starts on every rank at once: the median of a few after one to warm up.
 
-        A run that takes long is repeated once only.
+        Not the least: a step waits for ranks as they are on average. A run that takes long is repeated less.
         """
-        first = self._once(act)
-        if max(self._world.gather(first)) > SLOW_SECONDS:
-            return min(first, self._once(act))
-        return min(self._once(act) for _ in range(REPEATS))
+        slow = max(self._world.gather(self._once(act))) > SLOW_SECONDS
+        return statistics.median(self._once(act) for _ in range(REPEATS - slow))
 
     def _once(self, act: Callable[[], object]) -> float:
         self._world.barrier()

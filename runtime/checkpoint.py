@@ -18,13 +18,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from heteromesh.comm.world import World
+from heteromesh.parallel.sharded import ShardedOptimizer
+from heteromesh.parallel.sharded_check import has_value_per_element
+from heteromesh.parallel.sharded_fragments import Piece
 from heteromesh.planner.errors import UserError
+from heteromesh.runtime.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, stored_state
+
+Optimizer = torch.optim.Optimizer | ShardedOptimizer
 
 META = "meta.json"
 # one process without a process group is what this module asks for when it says no_dist
@@ -43,7 +55,7 @@ class Checkpoints:
                 shutil.rmtree(part)
         world.barrier()
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Mapping[str, Any]) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer, trainer: Mapping[str, Any]) -> None:
         """Starts writing the state after `step` updates; returns when it has been copied.
 
         Waits for an earlier checkpoint first, and raises UserError if that could not be written.
@@ -71,20 +83,24 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return max(self._whole(), default=None)
 
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restores model and optimizer; returns what `save` was given as `trainer`. Any number of ranks will do.
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Restores model and optimizer; returns what `save` was given as `trainer`.
+
+        Any number of ranks will do, whatever the number that saved it, and whether or not the optimizer was sharded.
 
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
         meta = _read_meta(path)
         _compare(meta["parameters"], _shapes(model), path)
-        state = _state(model, optimizer)
         try:
+            stored = stored_state(path)
+            _make_state_whole(optimizer)
+            state = _state(model, optimizer)
+            pieces = _room_for_pieces(state, optimizer, stored) if isinstance(optimizer, ShardedOptimizer) else {}
             load(
                 state,
                 checkpoint_id=path,
-                # optimizers make state as gradients come: a parameter that never had one has none to load
-                planner=DefaultLoadPlanner(allow_partial_load=True),
+                planner=PieceLoadPlanner(pieces),
                 process_group=self._world.checkpoint,
                 no_dist=self._world.size == 1,
             )
@@ -93,7 +109,7 @@ class Checkpoints:
                 f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
                 "remove it to resume from the one before, or start anew in another run directory"
             ) from error
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        _restore(model, optimizer, state, pieces, stored)
         trainer: dict[str, Any] = meta["trainer"]
         return trainer
 
@@ -105,7 +121,13 @@ class Checkpoints:
         part = final.with_name(final.name + ".part")
         try:
             with self._world.recorder.span("checkpoint write", "checkpoint"):
-                save(state, checkpoint_id=part, process_group=self._world.checkpoint, no_dist=self._world.size == 1)
+                save(
+                    state,
+                    checkpoint_id=part,
+                    planner=PieceSavePlanner(),
+                    process_group=self._world.checkpoint,
+                    no_dist=self._world.size == 1,
+                )
                 if self._world.rank == 0:
                     (part / META).write_text(json.dumps(meta))
                     shutil.rmtree(final, ignore_errors=True)
@@ -127,15 +149,73 @@ class Checkpoints:
             ) from error
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.wait()
+        sharded = {"state": optimizer.pieces(), "param_groups": optimizer.named_groups()}
+        return {"model": get_model_state_dict(model), "optimizer": sharded}
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _make_state_whole(optimizer: Optimizer) -> None:
+    """Torch makes room for what is to be loaded only in an optimizer without any state and gradients."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        if any(p not in optimizer.state for p in trained):
+            optimizer.state.clear()
+            optimizer.zero_grad()
+
+
+def _room_for_pieces(
+    state: dict[str, Any], optimizer: ShardedOptimizer, stored: Mapping[str, Mapping[str, tuple[str, Any]]]
+) -> dict[str, Piece]:
+    """Puts room for the stored state of this rank's fragments into `state`; the pieces of it by their flat keys."""
+    pieces: dict[str, Piece] = {}
+    room: dict[str, dict[str, Any]] = {}
+    for fragment in optimizer.fragments:
+        name = optimizer.names[fragment.parameter]
+        for key, (flat, entry) in stored.get(name, {}).items():
+            if not isinstance(entry, TensorStorageMetadata):
+                room.setdefault(name, {})[key] = None
+            elif has_value_per_element(key, entry.size, fragment.parameter):
+                empty = torch.empty(fragment.tensor.numel(), dtype=entry.properties.dtype)
+                pieces[flat] = Piece(empty, entry.size, fragment.start)
+            else:
+                room.setdefault(name, {})[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    state["optimizer"]["state"] = room
+    return pieces
+
+
+def _restore(
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    pieces: Mapping[str, Piece],
+    stored: Mapping[str, Mapping[str, tuple[str, Any]]],
+) -> None:
+    """What was loaded, into model and optimizer; a parameter that had no optimizer state gets none."""
+    set_model_state_dict(model, state["model"])
+    if isinstance(optimizer, ShardedOptimizer):
+        loaded: dict[str, dict[str, Any]] = state["optimizer"]["state"]
+        for name, entries in stored.items():
+            own = {key: pieces[flat] for key, (flat, _) in entries.items() if flat in pieces}
+            if own:
+                loaded[name] = loaded.get(name, {}) | own
+        optimizer.load_pieces(loaded, state["optimizer"]["param_groups"])
+        return
+    given = state["optimizer"]
+    given["state"] = {name: entries for name, entries in given["state"].items() if name in stored}
+    # not strict: a parameter that never had a gradient has no state
+    set_optimizer_state_dict(model, optimizer, given, options=StateDictOptions(strict=False))
 
 
 def _copied(value: Any) -> Any:
     """A deep copy in host memory: training goes on while it is written."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
+    if isinstance(value, Piece):
+        return value.copied()
     if isinstance(value, Mapping):
         return {k: _copied(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -13,6 +13,7 @@ from heteromesh.planner import tomlfile
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.method_reasons import PassKind, pass_kinds
 from heteromesh.planner.plan import Step, step_from_json
 from heteromesh.planner.show import busy_seconds, shape, table
 from heteromesh.planner.why import explain_step
@@ -20,6 +21,8 @@ from heteromesh.planner.why import explain_step
 SLOW = 1.1
 """A rank whose measured / predicted is this many times the median rank's is named."""
 STEPS_SHOWN = 20
+KINDS_SHOWN = 4
+"""Of split passes; --json has all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +34,8 @@ class MeasuredStep:
     seconds: float
     busy_seconds: tuple[float, ...]
     """Per rank, inside passes."""
-    passes: tuple[tuple[int, int, float], ...]
-    """(position in the step, rank, seconds)."""
+    passes: tuple[tuple[int, int, float, int | None], ...]
+    """(position in the step, rank, seconds, bytes that the rank sent; None where that was not counted)."""
     plan_wait_seconds: float
 
 
@@ -80,6 +83,20 @@ class DegreeComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodComparison:
+    """All passes of a method, summed over the ranks of each."""
+
+    method: str
+    passes: int
+    predicted: float
+    measured: float
+    ratio: float
+    predicted_bytes: int | None
+    """Sent; None where the plan does not say."""
+    counted_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """What the predicted seconds consist of, summed over the steps' critical ranks."""
 
@@ -97,6 +114,9 @@ class Comparison:
     steps: tuple[StepComparison, ...]
     ranks: tuple[RankComparison, ...]
     degrees: tuple[DegreeComparison, ...]
+    methods: tuple[MethodComparison, ...]
+    kinds: tuple[PassKind, ...]
+    """What each method would have taken for every kind of split pass."""
     parts: Parts
     predicted: float
     measured: float
@@ -148,7 +168,10 @@ def _measured_step(data: Mapping[str, Any], where: str) -> MeasuredStep:
             plan=step_from_json(data["plan"], f"{where}: plan"),
             seconds=float(measured["seconds"]),
             busy_seconds=tuple(float(s) for s in measured["busy_seconds"]),
-            passes=tuple((int(p["position"]), int(p["rank"]), float(p["seconds"])) for p in measured["passes"]),
+            passes=tuple(
+                (int(p["position"]), int(p["rank"]), float(p["seconds"]), p.get("sent_bytes"))
+                for p in measured["passes"]
+            ),
             plan_wait_seconds=float(measured["plan_wait_seconds"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -177,6 +200,8 @@ def compare_run(run: Run) -> Comparison:
         steps=compared,
         ranks=_ranks(steps),
         degrees=_degrees(steps),
+        methods=_methods(steps),
+        kinds=pass_kinds((s.plan for s in steps), run.costs),
         parts=_parts(run),
         predicted=sum(c.predicted for c in compared),
         measured=measured,
@@ -218,7 +243,7 @@ def _degrees(steps: Sequence[MeasuredStep]) -> tuple[DegreeComparison, ...]:
     sums: dict[int, list[float]] = {}
     counts: dict[int, set[tuple[int, int]]] = {}
     for s in steps:
-        for position, _, seconds in s.passes:
+        for position, _, seconds, _ in s.passes:
             planned = s.plan.passes[position]
             total = sums.setdefault(len(planned.ranks), [0.0, 0.0])
             total[0] += planned.seconds
@@ -227,6 +252,53 @@ def _degrees(steps: Sequence[MeasuredStep]) -> tuple[DegreeComparison, ...]:
     return tuple(
         DegreeComparison(degree=d, passes=len(counts[d]), predicted=p, measured=m, ratio=m / p)
         for d, (p, m) in sorted(sums.items())
+    )
+
+
+def _methods(steps: Sequence[MeasuredStep]) -> tuple[MethodComparison, ...]:
+    rows: dict[str, list[tuple[int, float, float, int | None, int | None]]] = {}
+    for s in steps:
+        for position, rank, seconds, counted in s.passes:
+            p = s.plan.passes[position]
+            member = p.ranks.index(rank)
+            said = p.sent_bytes[member] if p.sent_bytes else None
+            rows.setdefault(p.method, []).append((int(member == 0), p.seconds, seconds, said, counted))
+    compared = []
+    for method, entries in sorted(rows.items()):
+        passes, predicted, measured, said, counted = zip(*entries, strict=True)
+        compared.append(
+            MethodComparison(
+                method=method,
+                passes=sum(passes),
+                predicted=sum(predicted),
+                measured=sum(measured),
+                ratio=sum(measured) / sum(predicted),
+                predicted_bytes=None if None in said else sum(n or 0 for n in said),
+                counted_bytes=None if None in counted else sum(n or 0 for n in counted),
+            )
+        )
+    return tuple(compared)
+
+
+def methods_text(kinds: Sequence[PassKind]) -> str:
+    """The seconds of every method for the costliest kinds of split passes; empty where no pass is split."""
+    rows = []
+    for kind in kinds[:KINDS_SHOWN]:
+        for option in kind.options:
+            chosen = "*" if option.method == kind.method else ""
+            head = (str(kind.degree), str(kind.longest), str(kind.passes)) if chosen else ("", "", "")
+            if option.seconds is None:
+                rows.append((*head, chosen, option.method, "-", "-", "-", "-", "-", option.obstacle or ""))
+                continue
+            sent = "-" if option.sent_bytes is None else f"{option.sent_bytes / 1e6:.4g}"
+            parts = (option.seconds, option.compute, option.exchange, option.latency)
+            rows.append((*head, chosen, option.method, *(f"{x:.4g}" for x in parts), sent, ""))
+    if not rows:
+        return ""
+    heads = ("degree", "longest", "passes", "<", "<method", "seconds", "compute", "exchange", "latency", "MB sent", "<")
+    return (
+        "Methods of split passes (* chosen): seconds of the costliest pass of each kind; exchange and latency are what "
+        "compute does not hide\n" + table(heads, rows)
     )
 
 
@@ -253,13 +325,32 @@ def comparison_text(run: Comparison) -> str:
     degrees = [
         (str(d.degree), str(d.passes), f"{d.predicted:.4g}", f"{d.measured:.4g}", f"{d.ratio:.3f}") for d in run.degrees
     ]
+    methods = [
+        (
+            *(m.method, str(m.passes), f"{m.predicted:.4g}", f"{m.measured:.4g}", f"{m.ratio:.3f}"),
+            *("-" if n is None else str(n) for n in (m.predicted_bytes, m.counted_bytes)),
+        )
+        for m in run.methods
+    ]
+    method_heads = (
+        "<method",
+        "passes",
+        "predicted rank-s",
+        "measured rank-s",
+        "ratio",
+        "predicted bytes",
+        "counted bytes",
+    )
     p = run.parts
     slow = [str(r.rank) for r in run.ranks if r.slow]
     return "\n\n".join(
-        (
+        section
+        for section in (
             title + "\n" + table(heads, rows),
             table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
             table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
+            table(method_heads, methods),
+            methods_text(run.kinds),
             f"Predicted {run.predicted:.4g} s of the critical ranks = compute {p.compute:.4g} + "
             f"exchange {p.exchange:.4g} + fixed {p.fixed:.4g} + idle {p.idle:.4g} + end of step {p.step_fixed:.4g}",
             f"Total: predicted {run.predicted:.4g} s, measured {run.measured:.4g} s "
@@ -267,4 +358,5 @@ def comparison_text(run: Comparison) -> str:
             f"p90 {run.p90_error:.1%}; waited for plans {run.plan_wait_share:.2%}; "
             f"slow ranks: {', '.join(slow) or 'none'}",
         )
+        if section
     )

@@ -30,6 +30,10 @@ class TrainerConfig:
     """Of the AdamW that is made when no optimizer is given."""
     clip_norm: float | None = 1.0
     """Largest norm of all gradients together."""
+    shard_optimizer: bool = False
+    """Each rank updates its own part of the parameters and has the optimizer's state of no more than that."""
+    gradient_compression: Literal["none", "int8", "auto"] = "none"
+    """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward under torch.autocast."""
     checkpoint_activations: bool = False
@@ -71,6 +75,9 @@ class TrainerConfig:
             self._require(name, math.isfinite(value) and value > 0, "a finite number > 0")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0 or None")
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        self._require(
+            "gradient_compression", self.gradient_compression in ("none", "int8", "auto"), "'none', 'int8' or 'auto'"
+        )
         tokens = self.tokens_per_device
         self._require("tokens_per_device", tokens is None or tokens >= 1, "a whole number >= 1 or None")
 

@@ -81,8 +81,9 @@ def _costs(trainer: Trainer, cluster: Cluster) -> tuple[Costs, str]:
         alone,
         speeds=cluster.speeds(),
         capacity=alone.capacity * cluster.ranks,
-        methods=shape.methods(executor.forwards) if shape else (),
+        methods=shape.methods(executor.forwards, cluster.rank_hosts) if shape else (),
         rate=cluster_links(cluster),
         hosts=cluster.rank_hosts,
+        offload_seconds=alone.offload_seconds * cluster.ranks,
     )
     return costs, "measured in one process here, scaled by the cluster's speeds and links"

@@ -16,10 +16,12 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from heteromesh.comm.native import FlatCollectives
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import PassContext, active_pass, prepare_pass
 from heteromesh.parallel.layout import layout_of
+from heteromesh.parallel.offload import offload
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.batch import IGNORED, PassInput
@@ -37,7 +39,7 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What happened in a step, equal on every rank. The gradients are in the parameters."""
+    """What happened in a step, equal on every rank. The gradients are in the parameters or their owners' shards."""
 
     loss: float
     """Sum over the valid tokens of the step, divided by their number."""
@@ -46,8 +48,13 @@ class StepResult:
     """Per rank, in passes without waiting for peers."""
     pass_seconds: dict[tuple[int, int], float]
     """By (rank, position in the step)."""
+    pass_bytes: dict[tuple[int, int], int]
+    """The same: what the rank sent in the pass's exchanges."""
     votes: tuple[float, ...]
     """The votes summed over the ranks."""
+    exposed_comm_seconds: float
+    """Of the gradient sum, what the rank that was last through its passes waited (the others waited for it too); and
+    the longest that a rank's passes waited for parameters from a sharded optimizer's owners."""
     non_finite: tuple[NonFinite, ...]
     """The sequences to blame when the loss is not finite."""
 
@@ -61,7 +68,8 @@ class StepExecutor:
 
     `model(input_ids, position_ids)` returns logits (1, n, vocab), as a tensor or in `.logits`; or, if it takes
     `targets`, per-token losses (1, n). `autocast`: a dtype for torch.autocast. `speeds`: of every world rank, as the
-    planner had them (they decide which rank works on how many heads).
+    planner had them (they decide which rank works on how many heads). `collectives`: what gradients are summed with;
+    without it torch's own. A `ShardedOptimizer` takes over `gradients`.
     """
 
     def __init__(
@@ -72,20 +80,21 @@ class StepExecutor:
         speeds: Sequence[float] = (),
         autocast: torch.dtype | None = None,
         checkpoint_activations: bool = False,
+        collectives: FlatCollectives | None = None,
     ) -> None:
         self.model, self.world = model, world
         self.speeds = tuple(speeds) or (1.0,) * world.size
         self._autocast = autocast
         self._losses = _loss_function(model)
-        self._gradients = GradientSum(world)
-        self._gradients.attach(model.parameters())
+        self.gradients = GradientSum(world, collectives)
+        self.gradients.attach(model.parameters())
         self.forwards = 2 if checkpoint_activations else 1
         """How often a layer's forward runs in a pass."""
         self._recomputed = _checkpoint_layers(model) if checkpoint_activations else []
 
     def close(self) -> None:
         """Takes the executor's hooks off the model."""
-        self._gradients.detach()
+        self.gradients.detach()
         for layer in self._recomputed:
             del layer.forward  # what hid the class's own
 
@@ -105,7 +114,7 @@ class StepExecutor:
         """
         if valid_tokens is None:
             valid_tokens = int(self.world.sum(torch.tensor([float(sum(p.valid for p in inputs.values()))]))[0])
-        self._gradients.clear(self.model.parameters())
+        self.gradients.clear(self.model.parameters())
         mine = step.passes_of(self.world.rank)
         timer = _PassTimer(self.world)
         losses: dict[int, torch.Tensor] = {}
@@ -114,23 +123,28 @@ class StepExecutor:
             with timer.time(position, f"pass {position} {plan.method} x{len(plan.ranks)}"):
                 context = prepare_pass(plan, lengths, self.world, self.speeds)
                 if position == mine[-1][0]:
-                    self._gradients.arm()
-                losses[position] = self.forward_backward(context, inputs[position], max(1, valid_tokens))
+                    self.gradients.arm()
+                losses[position] = self.forward_backward(context, inputs[position], max(1, valid_tokens), plan.offload)
         with self.world.recorder.span("gradient sum, exposed", "wait"):
             self._finish_gradients(bool(mine))
         return self._result(step, losses, timer, valid_tokens, votes)
 
-    def forward_backward(self, context: PassContext, batch: PassInput, valid: int) -> torch.Tensor:
+    def forward_backward(
+        self, context: PassContext, batch: PassInput, valid: int, offload_ratio: float = 0.0
+    ) -> torch.Tensor:
         """Runs one pass without summing gradients; per-token losses (n,), detached, 0 where ignored.
 
+        offload_ratio: share of the activations that waits for backward in host memory.
         The gradient added to the parameters is that of the losses' sum divided by `valid`.
         """
         device = self.world.device
         tokens, positions, labels = (
             t.to(device, non_blocking=True) for t in (batch.tokens, batch.positions, batch.labels)
         )
+        weights = tuple(self.model.parameters())
         with context.active():
-            with torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
+            moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
+            with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
                 losses = _wide(self._losses(tokens, positions, labels).view(-1))
             losses = losses.masked_fill(labels.view(-1) == IGNORED, 0.0)
             (losses.sum() / valid).backward()
@@ -140,30 +154,36 @@ class StepExecutor:
         if self.world.size == 1:
             return
         if not armed:
-            self._gradients.arm()
-        self._gradients.finish()
+            self.gradients.arm()
+        self.gradients.finish()
 
     def _result(
         self, step: Step, losses: Mapping[int, torch.Tensor], timer: _PassTimer, valid: int, votes: Sequence[float]
     ) -> StepResult:
-        """One vector summed over the world: loss, busy seconds of each rank, seconds of each rank's passes, votes."""
+        """One vector summed over the world: loss, numbers of each rank, seconds of each rank's passes, votes."""
         total = float(torch.stack([t.double().sum() for t in losses.values()]).sum()) if losses else 0.0
         slots = {(rank, position): i for i, (rank, position) in enumerate(_slots(step))}
-        size = self.world.size
-        vector = torch.zeros(1 + size + len(slots) + len(votes), dtype=torch.float64)
-        vector[0] = total
-        seconds, vector[1 + self.world.rank] = timer.read()
+        rank, size = self.world.rank, self.world.size
+        seconds, busy = timer.read()
+        ranks = torch.zeros(3, size, dtype=torch.float64)
+        ranks[:, rank] = torch.tensor([busy, *self.gradients.take_exposed_seconds()])
+        passes = torch.zeros(2, len(slots), dtype=torch.float64)
         for position, value in seconds.items():
-            vector[1 + size + slots[self.world.rank, position]] = value
-        vector[1 + size + len(slots) :] = torch.tensor(votes, dtype=torch.float64)
-        numbers = self.world.sum(vector).tolist()
-        loss = numbers[0] / max(1, valid)
+            passes[:, slots[rank, position]] = torch.tensor([value, timer.sent[position]], dtype=torch.float64)
+        parts = [torch.tensor([total], dtype=torch.float64), ranks.flatten(), passes.flatten()]
+        parts.append(torch.tensor(votes, dtype=torch.float64))
+        sums = self.world.sum(torch.cat(parts)).split([len(part) for part in parts])
+        loss = float(sums[0]) / max(1, valid)
+        busy_seconds, gradients, parameters = sums[1].view(3, size).tolist()
+        took, sent = sums[2].view(2, len(slots)).tolist()
         return StepResult(
             loss=loss,
             valid_tokens=valid,
-            busy_seconds=tuple(numbers[1 : 1 + size]),
-            pass_seconds={slot: numbers[1 + size + i] for slot, i in slots.items()},
-            votes=tuple(numbers[1 + size + len(slots) :]),
+            busy_seconds=tuple(busy_seconds),
+            pass_seconds=dict(zip(slots, took, strict=True)),
+            pass_bytes=dict(zip(slots, map(int, sent), strict=True)),
+            votes=tuple(sums[3].tolist()),
+            exposed_comm_seconds=min(gradients) + max(parameters),
             non_finite=() if math.isfinite(loss) else self._find_non_finite(step, losses),
         )
 
@@ -187,6 +207,8 @@ class _PassTimer:
         self._seconds: dict[int, float] = {}
         self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
         self._waited = 0.0
+        self.sent: dict[int, int] = {}
+        """Bytes that this rank sent in a pass's exchanges, by position."""
 
     @contextmanager
     def time(self, position: int, name: str) -> Iterator[None]:
@@ -196,10 +218,11 @@ class _PassTimer:
         if cuda:
             self._events[position] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             self._events[position][0].record()
-        start = time.perf_counter()
+        start, sent = time.perf_counter(), self._world.recorder.exchanged_bytes
         with self._world.recorder.span(name, "pass"):
             yield
         self._seconds[position] = time.perf_counter() - start
+        self.sent[position] = self._world.recorder.exchanged_bytes - sent
         if cuda:
             self._events[position][1].record()
         self._waited += self._world.recorder.take_comm_seconds()

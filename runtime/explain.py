@@ -9,13 +9,15 @@ from pathlib import Path
 
 from heteromesh.planner import plan as plans
 from heteromesh.planner.check import check_step
+from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.method_reasons import PassKind, pass_kinds
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.show import imbalance, rank_list, shape, table
 from heteromesh.planner.why import PassReason, StepReason, explain_step
 from heteromesh.runtime.arguments import Parser
-from heteromesh.runtime.compare import compare_run, comparison_text, read_run
+from heteromesh.runtime.compare import compare_run, comparison_text, methods_text, read_run
 from heteromesh.runtime.terminal import say
 
 PASSES_SHOWN = 8
@@ -36,9 +38,11 @@ def main(argv: Sequence[str]) -> int:
     reasons = explain_plan(plan, str(args.path))
     if args.json:
         rejected = [asdict(r) for r in plan.rejected]
-        print(json.dumps({"model": plan.model, "steps": [asdict(r) for r in reasons], "rejected": rejected}))
+        methods = [asdict(kind) for kind in pass_kinds(plan.steps, _costs(plan, str(args.path)))]
+        steps = [asdict(r) for r in reasons]
+        print(json.dumps({"model": plan.model, "steps": steps, "methods": methods, "rejected": rejected}))
     else:
-        say(plan_reasons_text(plan, reasons))
+        say(plan_reasons_text(plan, reasons, pass_kinds(plan.steps, _costs(plan, str(args.path)))))
     return 0
 
 
@@ -46,9 +50,7 @@ def explain_plan(plan: Plan, where: str) -> list[StepReason]:
     """The reasons of every step; raises UserError where the plan carries no cost model."""
     if not plan.steps:
         raise UserError(f"plan {where} has no step: make it again with `heteromesh plan --steps 1`")
-    if not isinstance(plan.layout.get("costs"), dict):
-        raise UserError(f"plan {where} carries no cost model (layout.costs): make it again with `heteromesh plan`")
-    costs = costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
+    costs = _costs(plan, where)
     if costs.ranks != plan.cluster.ranks:
         raise UserError(
             f"plan {where} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
@@ -58,7 +60,13 @@ def explain_plan(plan: Plan, where: str) -> list[StepReason]:
     return [explain_step(step, costs) for step in plan.steps]
 
 
-def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason]) -> str:
+def _costs(plan: Plan, where: str) -> Costs:
+    if not isinstance(plan.layout.get("costs"), dict):
+        raise UserError(f"plan {where} carries no cost model (layout.costs): make it again with `heteromesh plan`")
+    return costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
+
+
+def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason], kinds: Sequence[PassKind]) -> str:
     """What `heteromesh explain plan.json` prints."""
     rows = []
     for index, (step, why) in enumerate(zip(plan.steps, reasons, strict=True)):
@@ -82,6 +90,7 @@ def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason]) -> str:
         table((*heads, "<passes"), rows),
         f"Step 0: the {len(costly)} costliest of {len(first.passes)} passes, and what other degrees would cost",
         "\n\n".join(_pass_text(p) for p in costly),
+        methods_text(kinds),
         "\n".join(f"Rejected  {r.what}: {r.why}" for r in plan.rejected),
     ]
     return "\n\n".join(section for section in sections if section)

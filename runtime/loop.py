@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from heteromesh.comm.world import World
+from heteromesh.parallel.sharded import ShardedOptimizer
 from heteromesh.planner.cost_json import costs_to_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.planner.show import first_passes
-from heteromesh.runtime.checkpoint import Checkpoints
+from heteromesh.runtime.checkpoint import Checkpoints, Optimizer
 from heteromesh.runtime.even_split import EvenSplit, compare
 from heteromesh.runtime.executor import StepExecutor, StepResult
 from heteromesh.runtime.feed import PlanFeed, Planned, PlanningFailed, Prepared
@@ -28,7 +29,7 @@ from heteromesh.runtime.metrics import HEADER, ProgressBar, StepMetrics
 from heteromesh.runtime.plan_service import PlanService
 from heteromesh.runtime.rundir import CHECKPOINTS, RunDirectory
 from heteromesh.runtime.sampler import Batch
-from heteromesh.runtime.setup import find_cluster, find_costs, find_plan
+from heteromesh.runtime.setup import find_cluster, find_collectives, find_compression, find_costs, find_plan
 
 if TYPE_CHECKING:
     from heteromesh.runtime.trainer import Trainer
@@ -86,12 +87,17 @@ class TrainingLoop:
             world,
             autocast=self.config.autocast,
             checkpoint_activations=self.config.checkpoint_activations,
+            collectives=stack.enter_context(find_collectives(self.config, self.cluster, trainer.optimizer, world)),
         )
         stack.callback(self.executor.close)
+        self.optimizer: Optimizer = trainer.optimizer
+        if self.config.shard_optimizer and world.size > 1:
+            self.optimizer = ShardedOptimizer(trainer.optimizer, trainer.model, self.executor.gradients)
+            stack.callback(self.optimizer.close)
         self.checkpoints = Checkpoints(self.path / CHECKPOINTS, world, self.config.keep_checkpoints)
         stack.callback(self.checkpoints.close)
         self.done = self._resume() if self.config.resume else 0
-        self._plan()
+        self._plan(stack)
         self.losses: list[float] = []
         self.overheads: deque[float] = deque(maxlen=9)
         self.recent: deque[tuple[Batch, Step]] = deque(maxlen=max(1, self.config.compare_batches))
@@ -155,24 +161,27 @@ class TrainingLoop:
         path = self.world.once(self.checkpoints.latest)
         if path is None:
             raise UserError(f"run directory {self.path} has no whole checkpoint to resume: start anew in another one")
-        state = self.checkpoints.load(path, self.trainer.model, self.trainer.optimizer)
+        state = self.checkpoints.load(path, self.trainer.model, self.optimizer)
         self.trainer.sampler.load_state_dict(state["sampler"])
         if self.trainer.schedule is not None:
             self.trainer.schedule.load_state_dict(state["schedule"])
         self._say(f"resumed from {path} at step {state['step']}")
         return int(state["step"])
 
-    def _plan(self) -> None:
-        """Costs, planner and feed; config.json."""
+    def _plan(self, stack: ExitStack) -> None:
+        """Costs, compression, planner and feed; config.json."""
         cluster = self.cluster
         self.costs = find_costs(self.config, cluster, self.executor, self.trainer.reader)
         self.executor.speeds = self.costs.speeds
+        compression = stack.enter_context(find_compression(self.config, self.executor, self.costs))
+        self.executor.gradients.compression = compression
         self.world.recorder.spans.clear()
         resolved = {
             "trainer": asdict(self.config),
             "ranks": self.world.size,
             "cluster": {"name": cluster.name, "fingerprint": cluster.fingerprint},
             "costs": costs_to_json(self.costs),
+            "gradient_compression": "int8" if compression else "none",
         }
         if self.directory:
             self.directory.start(resolved, self.done)
@@ -225,6 +234,7 @@ class TrainingLoop:
                 imbalance=max(busy) * len(busy) / max(1e-9, sum(busy)),
                 plan_wait_seconds=max(result.votes[1::2]),
                 data_wait_seconds=max(result.votes[2::2]),
+                exposed_comm_seconds=result.exposed_comm_seconds,
                 solve_seconds=step.solve_seconds,
                 passes=len(step.passes),
             ),
@@ -233,10 +243,13 @@ class TrainingLoop:
 
     def _update(self, number: int) -> tuple[float, float]:
         """Clips and steps the optimizer; (gradient norm, learning rate)."""
-        optimizer = self.trainer.optimizer
-        parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        optimizer = self.optimizer
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if isinstance(optimizer, ShardedOptimizer):
+            norm = optimizer.clip_gradients(limit)
+        else:
+            parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
             raise UserError(
                 f"the gradient norm is {norm} at step {number} although the loss is finite: "
@@ -254,6 +267,8 @@ class TrainingLoop:
         self.state = self._trainer_state(prepared.batch)
         if self.config.compare_batches:
             self.recent.append((prepared.batch, step))
+        if len(self.losses) == 1:
+            self._report_shards()
         if self.directory:
             self._progress.clear()
             if metrics.step <= self.config.print_plans:
@@ -263,7 +278,13 @@ class TrainingLoop:
             self._progress.show(self.done, eta)
             self.directory.record(metrics, step, _measured(metrics, result))
         if self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0:
-            self.checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, self.state)
+            self.checkpoints.save(self.done, self.trainer.model, self.optimizer, self.state)
+
+    def _report_shards(self) -> None:
+        """After the first update, when the optimizer has its state."""
+        if isinstance(self.optimizer, ShardedOptimizer):
+            sizes = self.world.gather(self.optimizer.state_bytes)
+            self._say("optimizer state per rank, MB: " + " ".join(f"{size / 1e6:.1f}" for size in sizes))
 
     def _learn_overhead(self, seconds: float, result: StepResult) -> None:
         """What a step takes beyond its passes: the exposed gradient sum and the optimizer. The median of late steps."""
@@ -286,7 +307,7 @@ class TrainingLoop:
         """The last checkpoint."""
         self._progress.clear()
         if self.losses and not (self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0):
-            self.checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, self.state)
+            self.checkpoints.save(self.done, self.trainer.model, self.optimizer, self.state)
         self.checkpoints.wait()
         if self.stopped is not None:
             self._say(
@@ -336,7 +357,7 @@ def _measured(metrics: StepMetrics, result: StepResult) -> dict[str, Any]:
         "seconds": metrics.measured_seconds,
         "busy_seconds": list(result.busy_seconds),
         "passes": [
-            {"position": position, "rank": rank, "seconds": seconds}
+            {"position": position, "rank": rank, "seconds": seconds, "sent_bytes": result.pass_bytes[rank, position]}
             for (rank, position), seconds in result.pass_seconds.items()
         ],
         "plan_wait_seconds": metrics.plan_wait_seconds,

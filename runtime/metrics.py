@@ -35,6 +35,8 @@ class StepMetrics:
     plan_wait_seconds: float
     """Waited for a plan that was late, slowest rank."""
     data_wait_seconds: float
+    exposed_comm_seconds: float
+    """Of gradient sum and parameter gather, what backward and forward did not hide (see StepResult)."""
     solve_seconds: float
     passes: int
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from heteromesh.comm.collectives import Collectives, open_collectives
+from heteromesh.comm.gloo import GlooTransport
+from heteromesh.comm.native import FlatCollectives, NativeCollectives
+from heteromesh.comm.quantise import QuantisedSum, seconds_per_value
+from heteromesh.comm.world import World
+from heteromesh.parallel.sharded_check import check_elementwise
 from heteromesh.planner.cluster import Cluster, load_cluster, local_cluster
+from heteromesh.planner.compression import seconds_saved
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_file import bind, load_constants
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.links import cluster_links
 from heteromesh.planner.plan import Plan, load
+from heteromesh.planner.reduction import Reduction, reduction_for
+from heteromesh.planner.shard_memory import largest_fractions
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.calibrate import Calibration
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.executor import StepExecutor
+from heteromesh.runtime.probe.known import known_costs
 
 CLUSTER_VARIABLE, PLAN_VARIABLE = "HETEROMESH_CLUSTER", "HETEROMESH_PLAN"
 DRY_RUN_VARIABLE = "HETEROMESH_DRY_RUN"
@@ -60,14 +73,96 @@ def find_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
 
 
 def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, reader: Reader) -> Costs:
-    """The cost file's constants, else what the model is measured to need on these devices. Equal on every rank."""
+    """The cost file's constants, else the cluster file's for this model, else what the model is measured to need.
+
+    Equal on every rank.
+    """
     if config.cost is not None:
         costs = bind(load_constants(Path(config.cost)), cluster)
     else:
         sample = torch.from_numpy(reader.sample_tokens(4096))
-        measured = Calibration(executor, sample, max(reader.lengths)).measure(config.tokens_per_device)
+        calibration = Calibration(executor, sample, max(reader.lengths))
+        known = known_costs(cluster, executor, calibration.attention_shape(), config.autocast)
+        links = cluster_links(cluster) if cluster.measured.nic_gbit or cluster.measured.link_gbps else None
+        measured = known or calibration.measure(config.tokens_per_device, links)
         described = config.cluster or os.environ.get(CLUSTER_VARIABLE)
         costs = replace(measured, hosts=cluster.rank_hosts) if described else measured
     if config.tokens_per_device is not None:
         costs = replace(costs, capacity=(config.tokens_per_device,) * cluster.ranks)
     return costs
+
+
+@contextmanager
+def find_collectives(
+    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, world: World
+) -> Iterator[FlatCollectives | None]:
+    """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
+
+    None in a world of one rank. Raises UserError when the optimizer is to be sharded and can't be, or its state fits
+    nowhere.
+    """
+    if world.size == 1:
+        yield None
+        return
+    reduction = world.once(lambda: _reduction(config, cluster, optimizer))
+    if world.device.type != "cpu":
+        yield NativeCollectives(world, reduction.fractions)
+        return
+    assert world.gradients
+    collectives = open_collectives(world.gradients, reduction)
+    try:
+        yield collectives
+    finally:
+        collectives.close()
+
+
+def _reduction(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> Reduction:
+    # without a cluster file the devices' memory is a guess, which must not refuse what would fit
+    if not config.shard_optimizer or not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+        return reduction_for(cluster)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
+    limits = largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+    return reduction_for(cluster, max_fraction=limits)
+
+
+@contextmanager
+def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs) -> Iterator[QuantisedSum | None]:
+    """What gradients are compressed with, if anything. Every rank must call it.
+
+    Raises UserError where int8 is asked for and does not work.
+    """
+    world, collectives = executor.world, executor.gradients.collectives
+    if world.size == 1 or config.gradient_compression == "none":
+        yield None
+        return
+    if not isinstance(collectives, Collectives):
+        if config.gradient_compression == "int8":
+            raise UserError(
+                f"gradient_compression is 'int8' and the ranks are on {world.device.type} devices: "
+                "it works on CPU ranks only, so set it to 'none'"
+            )
+        yield None
+        return
+    if config.gradient_compression == "auto" and _int8_saves(config, executor, collectives.reduction, costs) <= 0:
+        yield None
+        return
+    assert world.gradients
+    compression = QuantisedSum(GlooTransport(world.gradients), collectives)
+    try:
+        yield compression
+    finally:
+        compression.close()
+
+
+def _int8_saves(config: TrainerConfig, executor: StepExecutor, reduction: Reduction, costs: Costs) -> float:
+    """Seconds of a step, equal on every rank."""
+    buckets = executor.gradients.buckets
+    # of the last pass at most; two thirds of a pass are its backward
+    tokens = min(config.batch_tokens / len(costs.speeds), *costs.capacity)
+    return seconds_saved(
+        reduction,
+        values=sum(bucket.numel for bucket in buckets),
+        seconds_per_value=max(executor.world.gather(seconds_per_value())),
+        hidden_seconds=2 / 3 * costs.seconds_per_token * tokens,
+    )

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from heteromesh.planner.cost import Costs, Method, RateByDegree
+from heteromesh.planner.layout import METHODS
 from heteromesh.planner.plan import Pass, Step
 
 HEADS = 4
@@ -47,7 +48,7 @@ def random_step(rng: random.Random, lengths: Sequence[int], ranks: int, heads: i
             members, rows = members[:1], [[lengths[j]] for j in chosen]  # a member without any token is no member
         method = "local"
         if len(members) > 1:
-            method = rng.choice(["ulysses", "gather"]) if len(members) <= heads else "gather"
+            method = rng.choice(METHODS[1:] if len(members) <= heads else [m for m in METHODS[1:] if m != "ulysses"])
         shards = tuple(tuple(row[i] for row in rows) for i in range(len(members)))
         passes.append(Pass(ranks=members, method=method, sequences=chosen, shards=shards, seconds=0.0))
     return Step(passes=tuple(passes), seconds=0, bound_seconds=0, gap=0, solve_seconds=0, batch=tuple(lengths))

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heteromesh.planner.attention import AttentionShape, ModelAttention, split_methods
+from heteromesh.planner.batch import largest
 from heteromesh.planner.bound import bound_seconds
 from heteromesh.planner.cost import LOCAL, Costs, Method, RateByDegree
 from heteromesh.planner.links import Links
@@ -23,6 +25,9 @@ METHODS = (
     (
         Method(name="ulysses", bytes_per_token=2.0, scaling="fraction", heads=2),
         Method(name="ring", bytes_per_token=5.0),
+    ),
+    split_methods(
+        ModelAttention(calls=1, shape=AttentionShape(heads=4, kv_heads=2, head_dim=1, itemsize=1)), (0, 0, 1, 1), 50.0
     ),
 )
 
@@ -42,6 +47,8 @@ def random_costs(rng: random.Random, ranks: int) -> Costs:
         seconds_per_token=rng.choice([0.05, 0.2]),
         seconds_per_pass=rng.choice([0.0, 0.3, 2.0]),
         seconds_per_split_pass=rng.choice([0.0, 0.4]),
+        seconds_per_round=rng.choice([0.0, 0.02]),
+        seconds_per_tile=rng.choice([0.0, 0.02]),
         seconds_per_step=rng.choice([0.0, 1.0]),
         speeds=tuple(1.0 if equal else rng.choice([1.0, 0.5, 0.3]) for _ in range(ranks)),
         capacity=tuple(20 if equal else rng.choice([9, 20, 31]) for _ in range(ranks)),
@@ -69,7 +76,10 @@ def possible_passes(sequences: list[int], batch: list[int], costs: Costs) -> lis
         for ranks in itertools.combinations(range(costs.ranks), degree):
             if sum(costs.capacity[r] for r in ranks) < tokens:
                 continue
-            names = [LOCAL] if degree == 1 else [m.name for m in costs.methods if m.fits(degree)]
+            names = [LOCAL]
+            if degree > 1:
+                fitting = [m for m in costs.methods if m.fits(degree)]
+                names = [m.name for m in fitting if sum(costs.room(ranks, m, tokens)) >= tokens]
             made += [make_pass(ranks, name, sequences, batch, costs) for name in names]
     return made
 
@@ -87,8 +97,7 @@ def optimum(batch: list[int], costs: Costs) -> float:
 
 
 def fitting_batch(rng: random.Random, costs: Costs, count: int) -> list[int]:
-    degree = max([1, *(d for d in range(2, costs.ranks + 1) if any(m.fits(d) for m in costs.methods))])
-    most = sum(sorted(costs.capacity)[-degree:])
+    most, _ = largest(costs)
     return [rng.randint(1, most) for _ in range(count)]
 
 

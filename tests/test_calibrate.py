@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from heteromesh.parallel.attention import prepare_pass
+from heteromesh.planner.traffic import AGREEMENT_BYTES, pass_bytes
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.calibrate import Calibration, even_pass, fit_nonnegative
 from heteromesh.runtime.executor import StepExecutor
@@ -28,8 +29,8 @@ def test_fit_is_never_negative() -> None:
     assert falling[0] == 0
 
 
-def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, float, float]]:
-    """Bytes of a pass over all ranks, for each method; no more ranks than key heads, so that none is sent twice."""
+def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, float, float, float]]:
+    """Bytes of a pass over all ranks, for each method, beside what the exact and the linear prediction say."""
     config = replace(TINY, kv_heads=max(2, world.size))
     executor = StepExecutor(Llama(config), world, checkpoint_activations=recompute)
     calibration = Calibration(executor, torch.arange(61), 48)
@@ -37,26 +38,33 @@ def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, floa
     assert shape is not None
     assert (shape.calls, shape.heads, shape.kv_heads, shape.dim, shape.itemsize) == (2, 4, config.kv_heads, 8, 4)
     rows = []
-    for method in shape.methods(executor.forwards):
+    hosts = tuple(r // 2 for r in range(world.size))
+    for method in shape.methods(executor.forwards, hosts):
         length = 12 * world.size
         plan = even_pass(method.name, length, world.size)
         context = prepare_pass(plan, [length], world, (1.0,) * world.size)
         batch = Reader([torch.arange(length) % 61]).pass_input(context.layout, [0], world.rank)
         executor.forward_backward(context, batch, 1)  # the first one also compares what the ranks hold
-        before = world.recorder.sent_bytes
+        before = world.recorder.exchanged_bytes
         executor.forward_backward(context, batch, 1)
-        sent = world.recorder.sent_bytes - before
-        rows.append((method.name, sent, method.bytes_at(world.size) * plan.tokens(world.rank)))
+        sent = world.recorder.exchanged_bytes - before
+        attention = shape.attention(executor.forwards)
+        exact = pass_bytes(method.name, [length], plan.shards, (1.0,) * world.size, attention)[world.rank]
+        agreement = AGREEMENT_BYTES * (world.size - 1)
+        rows.append((method.name, sent, exact - agreement, method.bytes_at(world.size) * plan.tokens(world.rank)))
     return rows
 
 
 @pytest.mark.parametrize(("ranks", "recompute"), [(2, False), (2, True), (4, False)])
-def test_predicted_bytes_bound_sent_bytes(ranks: int, recompute: bool) -> None:
-    for rows in run_ranks(ranks, counted_and_predicted, recompute):
-        assert {name for name, _, _ in rows} == {"ulysses", "gather"}
-        for name, sent, predicted in rows:
-            # exact for ulysses; gather leaves out what causal peers don't need (planner.traffic has it exactly)
-            assert sent == pytest.approx(predicted) if name == "ulysses" else 0.5 * predicted <= sent <= predicted
+def test_predicted_bytes_are_the_sent_ones(ranks: int, recompute: bool) -> None:
+    everyone = run_ranks(ranks, counted_and_predicted, recompute)
+    for method in zip(*everyone, strict=True):
+        assert all(sent == exact for _, sent, exact, _ in method), method
+        # the linear prediction is that of the average rank
+        assert sum(sent for _, sent, _, _ in method) == pytest.approx(sum(mean for _, _, _, mean in method)), method
+    names = {name for name, _, _, _ in everyone[0]}
+    assert names >= {"ulysses", "gather", "ring", "trimmed_ring", "bidirectional_ring", "token_ring"}
+    assert ("ulysses_ring:2" in names) == (ranks == 4)
 
 
 def measured(world: World) -> tuple[float, tuple[float, ...], tuple[int, ...]]:

@@ -156,9 +156,63 @@ def test_bad_files_name_value_rule_and_way_out(tmp_path, old, new, words):
 
 def test_measured_speeds_must_be_one_a_rank(tmp_path):
     message = refused(tmp_path, GOOD + "[measured]\nspeeds = [1, 2]\n")
-    assert "speeds has 2 numbers and the cluster has 5 ranks" in message
+    assert "speeds has 2 entries and the cluster has 5 ranks: give one a rank" in message
     assert "unknown key 'speed' (did you mean 'speeds'?)" in refused(tmp_path, GOOD + "[measured]\nspeed = [1]\n")
     assert "above zero" in refused(tmp_path, GOOD + "[measured]\nspeeds = [1, 1, 1, 1, 0]\n")
+
+
+NETWORK = """[measured]
+latency_seconds = 1e-4
+nic_gbit = [[9.4, 9.2], [9.4, 9.4], [0.9, 0.8]]
+link_gbps = [12, 12, 5]
+"""
+
+
+def test_measured_links_are_preferred(tmp_path):
+    cluster = load(tmp_path, GOOD + NETWORK)
+    assert cluster.measured.latency_seconds == 1e-4
+    links = cluster_links(cluster)
+    assert links((0, 1)) == pytest.approx(12e9)
+    # b0 is on no fabric, so that the one communicator uses sockets; the slower way counts
+    assert links((2, 4)) == pytest.approx(0.8e9 / 8)
+    assert links.ring_rate() == pytest.approx(0.8e9 / 8)
+    # inside the fabric nothing was measured
+    assert links((0, 2)) == pytest.approx(2 * 200e9 / 8 * NIC_UTILISATION)
+    assert cluster.fingerprint == load(tmp_path, GOOD).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[0.9, 0.8]]", "[0.9]]", "nic_gbit[2] has 1 numbers: give two, out of the host and into it"),
+        (", [0.9, 0.8]]", "]", "nic_gbit has 2 entries and the cluster has 3 hosts: give one a host"),
+        ("[12, 12, 5]", "[12]", "link_gbps has 1 entries and the cluster has 3 hosts"),
+        ("[12, 12, 5]", "[12, 12, -5]", "link_gbps[2] is -5: it must be above zero"),
+        ("latency_seconds", "latency", "unknown key 'latency' (did you mean 'latency_seconds'?)"),
+        ("latency_seconds = 1e-4", 'methods = [{ name = "gather", bytes_per_token = 8 }]', "methods and no costs"),
+    ],
+)
+def test_bad_measured_links_name_value_rule_and_way_out(tmp_path, old, new, words):
+    assert words in refused(tmp_path, GOOD + NETWORK.replace(old, new))
+
+
+def test_measured_methods_are_read(tmp_path):
+    costs = """[measured]
+seconds_per_token2 = 0.0
+seconds_per_token = 1e-4
+seconds_per_pass = 0.1
+bytes_per_token = 0.0
+tokens_per_device = 500
+model = { name = "m", parameters = 9, layers = 1, heads = 2, kv_heads = 1, head_dim = 8, dtype = "bf16" }
+methods = [{ name = "gather", bytes_per_token = 8, scaling = "peers", heads = 0 }, { name = "r", bytes_per_token = 0 }]
+"""
+    measured = load(tmp_path, GOOD + costs).measured
+    assert (measured.methods[0].name, measured.methods[0].scaling) == ("gather", "peers")
+    assert (measured.methods[1].name, measured.methods[1].bytes_per_token) == ("r", 0)
+    assert measured.model is not None
+    assert (measured.model.kv_heads, measured.model.dtype) == (1, "bf16")
+    assert "scaling is 'square'" in refused(tmp_path, GOOD + costs.replace('"peers"', '"square"'))
+    assert "lacks the key 'heads'" in refused(tmp_path, GOOD + costs.replace("heads = 2, kv_", "kv_"))
 
 
 def test_a_fabric_is_of_one_kind(tmp_path):

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from heteromesh.comm.collectives import open_collectives
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import pick_device
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.reduction import Reduction
 from ranks import World, run_ranks
 
 
@@ -64,11 +66,27 @@ class Branches(torch.nn.Module):
         return (self.b(hidden) * self.low.float()).sum() if both else hidden.sum()
 
 
-def sums(world: World, bucket_bytes: int) -> None:
+def sums(world: World, bucket_bytes: int, owners: bool) -> None:
+    if not owners:
+        check_sums(GradientSum(world, bucket_bytes=bucket_bytes), world)
+        return
+    shares = [float(rank) for rank in range(world.size)]
+    reduction = Reduction(
+        hosts=tuple(range(world.size)),
+        fractions=tuple(share / sum(shares) for share in shares),
+        seconds_per_byte=0.0,
+        bound_seconds_per_byte=0.0,
+        ring_seconds_per_byte=1.0,
+    )
+    collectives = open_collectives(world.gradients, reduction)
+    check_sums(GradientSum(world, collectives, bucket_bytes=bucket_bytes), world)
+    collectives.close()
+
+
+def check_sums(gradients: GradientSum, world: World) -> None:
     """Rank r runs r passes (rank 0 none), every other one through half of the model; twice, after poison."""
     torch.manual_seed(3)
     model = Branches()
-    gradients = GradientSum(world, bucket_bytes=bucket_bytes)
     gradients.attach(model.parameters())
     for _ in range(2):
         for parameter in model.parameters():
@@ -96,10 +114,12 @@ def sums(world: World, bucket_bytes: int) -> None:
     gradients.detach()
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_gradient_sum_with_unequal_passes(ranks: int, bucket_bytes: int) -> None:
-    run_ranks(ranks, sums, bucket_bytes)
+@pytest.mark.parametrize(
+    ("ranks", "bucket_bytes", "owners"),
+    [(2, 1, False), (2, 64, True), (4, 1, True), (4, 64, False), (4, 1 << 20, False), (4, 1 << 20, True)],
+)
+def test_gradient_sum_with_unequal_passes(ranks: int, bucket_bytes: int, owners: bool) -> None:
+    run_ranks(ranks, sums, bucket_bytes, owners)
 
 
 class Slow(torch.autograd.Function):

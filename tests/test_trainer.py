@@ -115,6 +115,66 @@ def test_trace_has_a_span_for_everything(four: tuple[Path, tuple[float, ...]]) -
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in spans)
 
 
+def test_a_sharded_optimizer_continues_a_plain_one_and_the_other_way_round(
+    four: tuple[Path, tuple[float, ...]], tmp_path: Path
+) -> None:
+    losses: tuple[float, ...] = ()
+    for ranks, sharded, until in ((4, True, 7), (3, False, 11), (3, True, 15), (2, True, 20)):
+        changes = {"max_steps": until, "resume": bool(losses), "shard_optimizer": sharded}
+        losses += run_ranks(ranks, train, tmp_path / "run", changes, seconds=120)[0]
+    assert losses == pytest.approx(four[1], abs=1e-3)
+    trace = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    gathered = {(e["pid"], e["args"]["step"]) for e in trace if e["name"] == "parameter gather 0"}
+    assert gathered >= {(rank, step) for rank in (0, 1) for step in range(17, 21)}, "one a step, in the step after"
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["exposed_comm_seconds"] < row["measured_seconds"] for row in rows)
+
+
+def test_compressed_gradients_train(four: tuple[Path, tuple[float, ...]], tmp_path: Path) -> None:
+    changes = {"gradient_compression": "int8", "shard_optimizer": True}
+    losses = run_ranks(3, train, tmp_path / "run", changes, seconds=120)[0]
+    assert losses == pytest.approx(four[1], abs=0.03)
+    assert losses != pytest.approx(four[1], abs=1e-6), "they were compressed"
+    assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == "int8"
+
+
+def test_an_optimizer_that_cant_be_sharded_is_told_before_training(tmp_path: Path) -> None:
+    messages = run_ranks(2, muon_run, tmp_path / "run")
+    assert all("Muon can't be sharded" in m for m in messages)
+
+
+def muon_run(world: World, folder: Path) -> str:
+    trainer = make_trainer(folder, shard_optimizer=True)
+    trainer.optimizer = torch.optim.Muon([p for p in trainer.model.parameters() if p.ndim == 2])
+    try:
+        trainer.fit()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def write_cluster(folder: Path, gigabytes: float = 4, gbit: float = 1) -> Path:
+    """Two hosts of one device."""
+    (folder / "cluster.toml").write_text(
+        f"[devices.small]\ntflops = 1\nmemory_gb = {gigabytes}\nmemory_gbps = 10\nlink_gbps = 1\n"
+        f'[[hosts]]\nnames = ["a", "b"]\ndevice = "small"\ncount = 1\nnics = [{{ kind = "ethernet", gbit = {gbit} }}]\n'
+    )
+    return folder / "cluster.toml"
+
+
+def test_state_that_fits_nowhere_is_told(tmp_path: Path) -> None:
+    changes = {"shard_optimizer": True, "cluster": write_cluster(tmp_path, gigabytes=0.0003), "max_steps": 2}
+    messages = run_ranks(2, train_and_error, tmp_path / "run", changes)
+    assert all("the ranks have memory for 0" in m for m in messages), messages
+
+
+@pytest.mark.parametrize(("gbit", "chosen"), [(100, "none"), (1e-5, "int8")])
+def test_compression_is_chosen_where_links_are_slow(gbit: float, chosen: str, tmp_path: Path) -> None:
+    changes = {"gradient_compression": "auto", "cluster": write_cluster(tmp_path, gbit=gbit), "max_steps": 2}
+    run_ranks(2, train, tmp_path / "run", changes)
+    assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == chosen
+
+
 def test_old_checkpoints_are_removed(tmp_path: Path) -> None:
     run_ranks(1, train, tmp_path / "run", {"max_steps": 5, "checkpoint_every": 1, "keep_checkpoints": 3})
     kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
@@ -124,6 +184,7 @@ def test_old_checkpoints_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bf16_and_checkpointing_train(precision: str, tmp_path: Path) -> None:
     changes = {"precision": precision, "checkpoint_activations": True, "max_steps": 6}
+    changes["shard_optimizer"] = precision == "bf16"
     plain = run_ranks(2, train, tmp_path / "a", {"max_steps": 6})[0]
     assert run_ranks(2, train, tmp_path / "b", changes)[0] == pytest.approx(
         plain, abs=0.05 if precision == "bf16" else 1e-4
@@ -142,12 +203,12 @@ class Poisoned(torch.nn.Module):
         return logits.masked_fill((input_ids == self.token).unsqueeze(-1), math.nan)
 
 
-def poisoned_run(world: World, folder: Path) -> str:
+def poisoned_run(world: World, folder: Path, sharded: bool) -> str:
     data = [torch.tensor([1 + x % 50 for x in s]) for s in DATA]
     batches = Sampler([len(s) for s in DATA], batch_tokens=500, seed=0)
     poisoned = [batches.next_batch() for _ in range(3)][2].sequences[0]
     data[poisoned][1] = 60
-    trainer = make_trainer(folder, Poisoned(60), data, checkpoint_every=1, batch_tokens=500)
+    trainer = make_trainer(folder, Poisoned(60), data, checkpoint_every=1, batch_tokens=500, shard_optimizer=sharded)
     try:
         trainer.fit()
     except UserError as error:
@@ -155,9 +216,9 @@ def poisoned_run(world: World, folder: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_loss_that_is_not_finite_names_step_rank_and_sequence(ranks: int, tmp_path: Path) -> None:
-    messages = run_ranks(ranks, poisoned_run, tmp_path / "run", seconds=90)
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (3, False), (2, True)])
+def test_a_loss_that_is_not_finite_names_step_rank_and_sequence(ranks: int, sharded: bool, tmp_path: Path) -> None:
+    messages = run_ranks(ranks, poisoned_run, tmp_path / "run", sharded, seconds=90)
     assert len(set(messages)) == 1
     assert "the loss is nan at step 3: rank " in messages[0]
     assert "sequence POISONED of the data" in messages[0]
@@ -268,6 +329,7 @@ def test_sigterm_on_one_rank_saves_and_stops_all(ranks: int, tmp_path: Path) -> 
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"gradient_compression": "fp4"}, "gradient_compression is 'fp4'"),
         ({"tokens_per_device": 0}, "tokens_per_device is 0"),
     ],
 )

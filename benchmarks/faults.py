@@ -1,0 +1,221 @@
+"""Faults in all-reduces: how long until every survivor has the next committed sum, and whether any sum was wrong.
+
+    python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,ballast,stop,gloo,healthy]
+
+Our side runs checked steps (faults/lab.py): a sum counts when all survivors have committed it. Plain gloo runs the same
+all-reduce in a loop; a survivor counts as done when its all-reduce has ended, which is an error after the group's time
+limit. Prints Markdown. Exit code 1 when a sum was wrong, a commit disagreed or a survivor hung.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from heteromesh.comm.tcp_abort import Abort
+from heteromesh.comm.tcp_build import Place, build
+from heteromesh.comm.tcp_collectives import all_reduce
+from heteromesh.comm.tcp_listen import Listener
+from heteromesh.faults import inject
+from heteromesh.faults.deadlines import Timing
+from heteromesh.faults.lab import Lab, Work
+
+_GLOO_LIMIT = 5.0
+_context = multiprocessing.get_context("forkserver")
+
+
+def main() -> int:
+    options = _options()
+    _context.set_forkserver_preload(["heteromesh.faults.lab", "torch.distributed"])
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at start, torch {torch.__version__}\n")
+    wrong: list[str] = []
+    parts = options.parts.split(",")
+    if "healthy" in parts:
+        _healthy(options)
+    if "kill" in parts:
+        print("| processes | MB | kills | step, ms | SIGKILL to all survivors committed, ms: median / p90 / max |")
+        print("|---|---|---|---|---|")
+        for megabytes in options.megabytes:
+            wrong += _kills(options, megabytes, options.kills, 0)
+    if "ballast" in parts:
+        print(f"\nVictims with {options.ballast} GB resident:\n")
+        wrong += _kills(options, options.megabytes[0], 3, options.ballast << 30)
+    if "stop" in parts:
+        wrong += _stops(options)
+    if "gloo" in parts:
+        _gloo(options)
+    for fault in wrong:
+        print(f"FAULT: {fault}")
+    return 1 if wrong else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="for each size (default 100)")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 64])
+    parser.add_argument("--ballast", type=int, default=4, help="GB resident in the victims of the ballast part")
+    parser.add_argument(
+        "--silence", type=float, default=0.4, help="deadline on signs of life in the stop part, seconds"
+    )
+    parser.add_argument("--collectives", action="store_true", help="every collective in each step, not the sum alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", default="healthy,kill,ballast,stop,gloo")
+    return parser.parse_args()
+
+
+def _kills(options: argparse.Namespace, megabytes: float, count: int, ballast: int) -> list[str]:
+    work = Work(bytes=int(megabytes * (1 << 20)), collectives=options.collectives)
+    size = options.processes
+    with Lab(work, size=size, timing=Timing(silence=2.0)) as lab:
+        lab.pump(1.0)
+        step = _step_seconds(lab)
+        took = []
+        for fault in inject.schedule(options.seed, count, slots=size):
+            if ballast:
+                lab.retire(lab.workers[fault.slot])
+                lab.add(fault.slot, ballast=ballast)
+                lab.settle(120.0)
+                lab.pump(0.5)
+            lab.pump(fault.delay)
+            victim = next(w for w in lab.workers if w.slot == fault.slot) if ballast else lab.workers[fault.slot]
+            seconds = lab.recovery(victim, inject.kill(victim.process.pid))
+            if seconds is None:
+                return [f"a survivor hung after a kill: {lab.describe()}"]
+            took.append(seconds * 1e3)
+            lab.add(victim.slot)
+            lab.settle()
+        faults = lab.history().faults()
+        stall = lab.history().longest_stall()
+    print(f"| {size} | {megabytes:g} | {count} | {step * 1e3:.1f} | {_spread(took)} |", flush=True)
+    print(
+        f"\nLongest stall with joins: {stall * 1e3:.0f} ms; wrong or disagreeing commits: {len(faults)}\n", flush=True
+    )
+    return faults
+
+
+def _step_seconds(lab: Lab) -> float:
+    times = [event.time for event in lab.workers[0].events]
+    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+
+
+def _spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):.0f} / {ordered[int(0.9 * (len(ordered) - 1))]:.0f} / {ordered[-1]:.0f}"
+
+
+def _stops(options: argparse.Namespace) -> list[str]:
+    took, fenced = [], 0
+    with Lab(Work(), size=options.processes, timing=Timing(silence=options.silence)) as lab:
+        for fault in inject.schedule(options.seed, 5, kinds=("stop",), slots=options.processes):
+            lab.pump(0.5 + fault.delay)
+            victim = lab.workers[fault.slot]
+            seconds = lab.recovery(victim, inject.stop(victim.process.pid))
+            if seconds is None:
+                return [f"a survivor hung after a stop: {lab.describe()}"]
+            took.append(seconds * 1e3)
+            inject.resume(victim.process.pid)
+            fenced += lab.until(lambda victim=victim: victim.ended.startswith("Fenced"), 5.0)
+            lab.add(victim.slot)
+            lab.settle()
+        faults = lab.history().faults()
+    print(f"\nSIGSTOP, deadline {options.silence * 1e3:.0f} ms: {_spread(took)} ms; {fenced} of 5 resumed were fenced")
+    return faults
+
+
+def _healthy(options: argparse.Namespace) -> None:
+    print("All-reduce of 16 MB without faults, alternating in the same processes:\n")
+    rows = _ranks(options.processes, _healthy_rank)
+    ours, gloo = rows[0]
+    print(f"ours (checksums on) {ours * 1e3:.1f} ms, gloo {gloo * 1e3:.1f} ms: ratio {ours / gloo:.2f}\n", flush=True)
+
+
+def _healthy_rank(rank: int, size: int) -> tuple[float, float]:
+    secret, listener = b"benchmark", Listener(b"benchmark")
+    addresses: list[Any] = [None] * size
+    dist.all_gather_object(addresses, listener.addresses)
+    transport = build(listener, Place(addresses=addresses, rank=rank, epoch=1), secret, Abort())
+    source = torch.full((4 << 20,), float(rank))
+    target = torch.empty_like(source)
+    ours, gloo = [], []
+    for _ in range(40):
+        dist.barrier()
+        start = time.perf_counter()
+        all_reduce(transport, source, target, checked=True)
+        ours.append(time.perf_counter() - start)
+        target.copy_(source)
+        dist.barrier()
+        start = time.perf_counter()
+        dist.all_reduce(target)
+        gloo.append(time.perf_counter() - start)
+    dist.barrier()
+    transport.close()
+    listener.close()
+    return statistics.median(ours[5:]), statistics.median(gloo[5:])
+
+
+def _gloo(options: argparse.Namespace) -> None:
+    seconds = _ranks(options.processes, _gloo_rank, lost=1)
+    worst = max(s for s in seconds if s is not None)
+    print(
+        f"\nPlain gloo, 1 MB, time limit {_GLOO_LIMIT:g} s: SIGKILL to the last survivor's error {worst * 1e3:.0f} ms"
+    )
+
+
+def _gloo_rank(rank: int, size: int) -> float:
+    values = torch.ones(1 << 18)
+    died = torch.zeros(1, dtype=torch.float64)
+    for step in range(50):
+        if rank == 1 and step == 20:
+            os.kill(os.getpid(), 9)
+        died[0] = time.monotonic()
+        try:
+            dist.all_reduce(values)
+        except RuntimeError:
+            break
+    return time.monotonic() - float(died)
+
+
+def _ranks(size: int, act: Any, lost: int = 0) -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+        processes = [_context.Process(target=_rank, args=(r, size, folder, pipes[r][1], act)) for r in range(size)]
+        for process, (_, sink) in zip(processes, pipes, strict=True):
+            process.start()
+            sink.close()
+        results = []
+        for source, _ in pipes:
+            try:
+                results.append(source.recv())
+            except EOFError:
+                results.append(None)
+        for process in processes:
+            process.kill()
+            process.join()
+    if results.count(None) > lost:
+        raise RuntimeError(f"{results.count(None)} ranks of the comparison failed")
+    return results
+
+
+def _rank(rank: int, size: int, folder: str, sink: Connection, act: Any) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_GLOO_LIMIT))
+    sink.send(act(rank, size))
+    time.sleep(1.0)  # gloo aborts when a peer's process has ended before its own last operation
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""One training run of `cluster_training.py` in one process per rank: Heteromesh, or a peer under its own static layout.
+
+Every system trains the same model from the same weights on the same batches, computes attention with the same kernels
+(sequences of a rank concatenated, never attending to each other) and divides by the global number of valid tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import heteromesh as hm
+from heteromesh.comm.world import World
+from heteromesh.parallel.attention import prepare_pass
+from heteromesh.planner.plan import Pass, Step
+from heteromesh.runtime.batch import IGNORED, Reader
+from heteromesh.runtime.documents import open_corpus
+from heteromesh.runtime.sampler import Sampler
+from heteromesh.runtime.tokenizer import load_tokenizer
+from heteromesh.runtime.tokens import TokenStore, open_tokens
+from llama import Llama, LlamaConfig
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"
+LEARNING_RATE, CLIP = 1e-3, 1.0
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--system", choices=("heteromesh", "heteromesh-sharded", *PEERS), required=True)
+    parser.add_argument("--speeds", default="", help="peers: share of each rank, comma-separated (default: equal)")
+    parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-tokens", type=int, default=16384)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--output", type=Path, required=True)
+    return parser.parse_args()
+
+
+def open_data(chosen: argparse.Namespace) -> TokenStore:
+    return open_tokens(open_corpus(), load_tokenizer(), max_length=chosen.max_length, cache_dir=CACHE)
+
+
+def make_model(chosen: argparse.Namespace, vocab: int) -> Llama:
+    torch.manual_seed(0)
+    sizes = {"heads": 8, "kv_heads": 2, "intermediate": -(-chosen.hidden * 8 // 3 // 16) * 16}
+    return Llama(LlamaConfig(vocab=vocab, layers=chosen.layers, hidden=chosen.hidden, **sizes))
+
+
+def deal(lengths: Sequence[int], speeds: Sequence[float], hidden: int) -> list[list[int]]:
+    """Sequences to ranks: the longest first, each to where it ends soonest (static shares in proportion to speed)."""
+    load, shares = [0.0] * len(speeds), [[] for _ in speeds]
+    cost = [n * (12 * hidden + n) for n in lengths]
+    for i in sorted(range(len(lengths)), key=lambda i: -cost[i]):
+        target = min(range(len(speeds)), key=lambda r: (load[r] + cost[i]) / speeds[r])
+        load[target] += cost[i]
+        shares[target].append(i)
+    assert all(shares), "a rank of a peer got no sequence: take larger batches"
+    return shares
+
+
+def backward_of(model: nn.Module, world: World, step: Step, reader: Reader, sequences: Sequence[int]) -> torch.Tensor:
+    """This rank's part of the loss, times the ranks (peers average gradients); differentiable."""
+    position, plan = step.passes_of(world.rank)[0]
+    item = reader.step_inputs(step, sequences, world.rank)[position]
+    valid = world_sum(item.valid)
+    with prepare_pass(plan, [step.batch[i] for i in plan.sequences], world, [1.0] * world.size).active():
+        logits = model(item.tokens, item.positions)
+        parts = functional.cross_entropy(
+            logits.flatten(0, 1), item.labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return parts / valid * world.size
+
+
+def world_sum(value: float) -> float:
+    total = torch.tensor([float(value)], dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)
+
+
+class Peer:
+    """A model wrapped by another framework: how it steps."""
+
+    def __init__(self, model: nn.Module, update: Callable[[torch.Tensor], None]) -> None:
+        self.model, self.update = model, update
+
+
+def ddp(model: nn.Module, chosen: argparse.Namespace) -> Peer:
+    wrapped = nn.parallel.DistributedDataParallel(
+        model, bucket_cap_mb=chosen.bucket_mb, gradient_as_bucket_view=True, static_graph=True
+    )
+    return Peer(wrapped, _torch_update(wrapped))
+
+
+def fsdp2(model: nn.Module, chosen: argparse.Namespace) -> Peer:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return Peer(model, _torch_update(model))
+
+
+def zero1(model: nn.Module, chosen: argparse.Namespace) -> Peer:
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": int(chosen.bucket_mb * 2**20 / 4)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+
+    def update(loss: torch.Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    return Peer(engine, update)
+
+
+def _torch_update(model: nn.Module) -> Callable[[torch.Tensor], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return update
+
+
+PEERS = {"ddp": ddp, "fsdp2": fsdp2, "zero1": zero1}
+
+
+def run_peer(chosen: argparse.Namespace) -> tuple[list[float], list[float], list[int]]:
+    """(seconds, losses, tokens), one a step."""
+    if chosen.system == "zero1":
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    store = open_data(chosen)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size())
+    speeds = [float(x) for x in chosen.speeds.split(",")] if chosen.speeds else [1.0] * world.size
+    peer = PEERS[chosen.system](make_model(chosen, store.vocab_size), chosen)
+    reader, sampler = Reader(store), Sampler(store.lengths.tolist(), batch_tokens=chosen.batch_tokens, seed=0)
+    seconds, losses, tokens = [], [], []
+    dist.barrier()
+    mark = time.perf_counter()
+    for _ in range(chosen.steps):
+        batch = sampler.next_batch()
+        step = even_step(batch.lengths, speeds, chosen.hidden)
+        loss = backward_of(peer.model, world, step, reader, batch.sequences)
+        peer.update(loss)
+        losses.append(world_sum(float(loss.detach())) / world.size)
+        now = time.perf_counter()
+        seconds.append(now - mark)
+        mark = now
+        tokens.append(sum(batch.lengths))
+    dist.destroy_process_group()
+    return seconds, losses, tokens
+
+
+def even_step(lengths: Sequence[int], speeds: Sequence[float], hidden: int) -> Step:
+    passes = tuple(
+        Pass(
+            ranks=(rank,),
+            method="local",
+            sequences=tuple(share),
+            shards=(tuple(lengths[i] for i in share),),
+            seconds=0.0,
+        )
+        for rank, share in enumerate(deal(lengths, speeds, hidden))
+    )
+    return Step(passes=passes, seconds=0.0, bound_seconds=0.0, gap=0.0, solve_seconds=0.0, batch=tuple(lengths))
+
+
+def run_ours(chosen: argparse.Namespace) -> tuple[list[float], list[float], list[int]]:
+    store = open_data(chosen)
+    model = make_model(chosen, store.vocab_size)
+    folder = chosen.output.with_suffix(".run")
+    sharding = {"shard_optimizer": True} if chosen.system == "heteromesh-sharded" else {}
+    config = hm.TrainerConfig(
+        batch_tokens=chosen.batch_tokens,
+        max_steps=chosen.steps,
+        run_dir=folder,
+        learning_rate=LEARNING_RATE,
+        clip_norm=CLIP,
+        print_plans=0,
+        **sharding,
+    )
+    hm.Trainer(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), store, config).fit()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return tuple([row[key] for row in rows] for key in ("measured_seconds", "loss", "tokens"))
+
+
+def main() -> None:
+    chosen = options()
+    torch.set_num_threads(1)
+    run = run_peer if chosen.system in PEERS else run_ours
+    seconds, losses, tokens = run(chosen)
+    if int(os.environ.get("RANK", "0")) == 0:
+        chosen.output.write_text(json.dumps({"seconds": seconds, "losses": losses, "tokens": tokens}))
+
+
+if __name__ == "__main__":
+    main()

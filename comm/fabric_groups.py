@@ -1,0 +1,28 @@
+"""What a process group needs to use a given network: options for its backend, never the environment."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.fabric import Network
+
+NCCL_NAMES: dict[Network, str] = {"rdma": "IB", "socket": "Socket"}
+"""NCCL's names of its networks; RoCE is "IB" to it."""
+
+
+def group_options(network: Network, backend: str) -> object | None:
+    """The `pg_options` of `torch.distributed.new_group` for a group on this network.
+
+    With NCCL `ncclConfig_t.netName`, which holds for this group alone; None with gloo, which only has sockets. Raises
+    UserError for another backend, and for NCCL where this torch was built without it.
+    """
+    if backend == "gloo":
+        return None
+    if backend != "nccl":
+        raise UserError(f"backend {backend!r} has no choice of network: use nccl or gloo")
+    if not dist.is_nccl_available():
+        raise UserError("this torch was built without NCCL: use the gloo backend or a CUDA build of torch")
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.net_name = NCCL_NAMES[network]
+    return options

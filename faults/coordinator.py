@@ -1,0 +1,248 @@
+"""The coordinator: one small asyncio server that decides epochs and commits for a job.
+
+It moves no tensors. It can run in a thread of the launcher or of a member (`Coordinator.start`), or stand-alone on any
+host: `python -m heteromesh.faults.coordinator --port 29400 --secret-file FILE --members 4:8`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from heteromesh.comm.tcp_auth import ANSWER_HEAD, Acceptor
+from heteromesh.faults.deadlines import Timing
+from heteromesh.faults.membership import Applicant, Bounds, Membership, Order, Why
+from heteromesh.faults.watch import Pulse, silent, stalled, stuck
+from heteromesh.faults.wire import Message, Wire
+from heteromesh.planner.errors import UserError
+
+_READ = 1 << 16
+
+
+class _Line:
+    """One member's control connection."""
+
+    def __init__(self, wire: Wire, writer: asyncio.StreamWriter, pulse: Pulse) -> None:
+        self.wire, self.writer, self.pulse = wire, writer, pulse
+        self.member: int | None = None
+
+    def send(self, message: Message) -> None:
+        if not self.writer.is_closing():
+            self.writer.write(self.wire.pack(message))
+
+
+class Coordinator:
+    """Serves one job until `stop`. Its `membership` tells what happened (counts), read from any thread."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        bounds: Bounds | None = None,
+        timing: Timing | None = None,
+        membership: Membership | None = None,
+    ) -> None:
+        self._secret, self._host, self._port = secret, host, port
+        self.timing = timing or Timing()
+        self.membership = membership or Membership(bounds or Bounds())
+        self.address = (host, port)
+        self._lines: dict[int, _Line] = {}
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+        self._short = 0.0
+
+    def start(self) -> Coordinator:
+        """Serves in a thread of its own; `address` is valid then. Raises UserError when the port is taken."""
+        try:
+            server = self._loop.run_until_complete(self._listen())
+        except OSError as error:
+            self._loop.close()
+            raise UserError(
+                f"the coordinator cannot listen on {self._host}:{self._port} ({error.strerror or error}): "
+                "give each job a port of its own, or 0 for any free one"
+            ) from None
+        self._thread = threading.Thread(target=self._run, args=(server,), name="heteromesh-coordinator", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ends the job's coordination: members lose their connections."""
+        if self._thread is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Returns when the thread has ended."""
+        assert self._thread is not None
+        self._thread.join()
+
+    async def _listen(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, self._host, self._port, limit=_READ, backlog=256)
+        self.address = server.sockets[0].getsockname()[:2]
+        return server
+
+    def _run(self, server: asyncio.Server) -> None:
+        try:
+            self._loop.run_until_complete(self._until_stopped(server))
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _until_stopped(self, server: asyncio.Server) -> None:
+        self._began = self._loop.time()
+        watching = asyncio.ensure_future(self._watch())
+        await self._stopping.wait()
+        server.close()
+        watching.cancel()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        mine = asyncio.current_task()
+        # the readers see the end of their connections; cancelling them would be reported as an error
+        await asyncio.gather(*(t for t in asyncio.all_tasks() if t is not mine), return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        line: _Line | None = None
+        try:
+            async with asyncio.timeout(self.timing.leave):
+                line = await self._prove(reader, writer)
+            while data := await reader.read(_READ):
+                for message in line.wire.feed(data):
+                    self._heard(line, message)
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            # a dead member's reset is no foreign traffic; an unproved connection and a broken seal are
+            if line is None or line.member is None:
+                self.membership.counts["foreign"] += 1
+        finally:
+            self._writers.discard(writer)
+            if line is not None and line.member is not None:
+                self._gone(line.member, "died")
+            writer.transport.abort()
+
+    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Line:
+        acceptor = Acceptor(self._secret)
+        writer.write(acceptor.hello)
+        head = await reader.readexactly(ANSWER_HEAD)
+        _, proof = acceptor.check(head, await reader.readexactly(acceptor.rest(head)))
+        writer.write(proof)
+        return _Line(Wire(acceptor.session, "coordinator"), writer, Pulse(self.timing, time.monotonic()))
+
+    def _heard(self, line: _Line, message: Message) -> None:
+        kind, now = message["kind"], time.monotonic()
+        if kind == "join" and line.member is None:
+            self._join(line, message)
+        elif line.member is None or line.member not in self._lines:
+            self.membership.counts["fenced"] += 1  # what a member says after its eviction
+        elif kind == "hb":
+            line.pulse.beat(message, now)
+        elif kind == "fin":
+            self._act(self.membership.finish(line.member, message))
+        elif kind == "healed":
+            self._act(self.membership.healed(line.member, message))
+        elif kind == "fail":
+            self._loop.call_later(self.timing.verdict, self._failed, line.member, message)
+        elif kind == "group":
+            self._act(self.membership.declare(line.member, message))
+        elif kind == "dead" and isinstance(message.get("member"), int):
+            self._gone(message["member"], "died")
+        elif kind == "leave":
+            self._gone(line.member, "left")
+        else:
+            self.membership.counts["malformed"] += 1
+
+    def _join(self, line: _Line, message: Message) -> None:
+        applicant = Applicant.read(message)
+        answer = "a join message that is malformed" if applicant is None else self.membership.join(applicant)
+        if isinstance(answer, str):
+            line.send({"kind": "refused", "reason": answer})
+            return
+        line.member = answer
+        self._lines[answer] = line
+        line.send({"kind": "welcome", "member": answer, "heartbeat": self.timing.heartbeat})
+        if not self.membership.started and self.timing.gather:
+            self._loop.call_later(self.timing.gather, lambda: self._act(self.membership.admit()))
+        else:
+            self._act(self.membership.admit())
+
+    def _failed(self, member: int, message: Message) -> None:
+        self._act(self.membership.failed(member, message))
+
+    def _gone(self, member: int, why: Why) -> None:
+        if member in self.membership.people:
+            self._act(self.membership.lose(member, why))
+
+    def _act(self, orders: Iterable[Order]) -> None:
+        gone = []
+        for member, message in orders:
+            line = self._lines.get(member)
+            if line is not None:
+                line.send(message)
+                if message["kind"] == "fenced":
+                    gone.append(member)
+        for member in [*gone, *(m for m in self._lines if m not in self.membership.people)]:
+            line = self._lines.pop(member, None)
+            if line is not None:
+                line.writer.close()
+        reason = self.membership.lost_state()
+        if reason is not None:
+            self._end(reason)
+
+    def _end(self, reason: str) -> None:
+        for member, line in list(self._lines.items()):
+            line.send({"kind": "stop", "reason": reason})
+            del self.membership.people[member]
+            line.writer.close()
+        self._lines.clear()
+        self.membership.world.members = []
+
+    async def _watch(self) -> None:
+        period = min(self.timing.heartbeat, self.timing.silence / 10)
+        due = time.monotonic() + period
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            late = now - due
+            if late > period:
+                # this process did not run: what the others sent meanwhile is still unread
+                for line in self._lines.values():
+                    line.pulse.forgive(late)
+            due = now + period
+            with suppress(ConnectionError):
+                self._inspect(now)
+
+    def _inspect(self, now: float) -> None:
+        pulses = {m: line.pulse for m, line in self._lines.items()}
+        for member in silent(pulses, now):
+            self._gone(member, "silent")
+        for member in stuck(pulses, self.membership.groups, now):
+            self._gone(member, "stuck")
+        for group in list(self.membership.groups.values()):
+            pairs = stalled({m: line.pulse for m, line in self._lines.items()}, group, now)
+            if pairs:
+                self.membership.counts["stalled links"] += len(pairs)
+                group.blamed.update(m for pair in pairs for m in pair)
+                self._act(self.membership.suspect_links(group))
+                for member in group.members:
+                    if member in self._lines:
+                        self._lines[member].pulse.ticked = now
+        self._count_down(now)
+
+    def _count_down(self, now: float) -> None:
+        world = self.membership.world
+        if not world.members or len(world.members) >= self.membership.bounds.least:
+            self._short = 0.0
+            return
+        self._short = self._short or now
+        if now - self._short > self.timing.patience:
+            self._end(
+                f"{len(world.members)} members are left and the job needs {self.membership.bounds.least}: "
+                f"nobody joined within {self.timing.patience:g} s"
+            )

@@ -1,0 +1,263 @@
+"""One process's membership in a job: joins, beats, hears of epochs and commits, aborts its groups when they change."""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from heteromesh.comm.tcp_abort import Abort, GroupAborted
+from heteromesh.comm.tcp_listen import Listener
+from heteromesh.faults.control import Address, Control, connect
+from heteromesh.faults.group import Group
+from heteromesh.faults.kin import Kin
+from heteromesh.faults.membership import WORLD
+from heteromesh.faults.view import Fenced, Stopped, View, view_of
+from heteromesh.faults.wire import Message
+from heteromesh.planner.errors import UserError
+
+
+@dataclass(slots=True)
+class Seat:
+    """A member's place in one group, as the control thread keeps it."""
+
+    view: View | None = None
+    committed: int = 0
+    chain: str = ""
+    abort: Abort | None = None
+    """The state of the epoch that the group's owner works in."""
+    group: Group | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Terms:
+    """How to join a job."""
+
+    coordinators: Sequence[Address]
+    """Tried in this order; more than one lets the job survive the loss of its coordinator."""
+    secret: bytes
+    name: str
+    facts: dict[str, str] = field(default_factory=dict)
+    """Must be equal in the whole job: version, model, plan, ..."""
+    hosts: Sequence[str] = ("127.0.0.1",)
+    """Addresses of this machine for the data plane, one for each NIC to be used."""
+    links: int = 1
+    """Connections between each two members: several for long fat links, at least one for each NIC."""
+    step: int = 0
+    """Steps that this process's state has behind it."""
+    state: str = ""
+    """A digest of that state: members that start with the same one need no copy of it."""
+    silence: float = 2.0
+    """Seconds without acknowledgement after which the coordinator counts as lost."""
+    connect_seconds: float = 10.0
+
+
+class Member:
+    """Made by `Member(terms)`, which blocks until the job has answered; `close` when done.
+
+    Raises UserError when the job refuses this process, and ConnectionError when there is no coordinator.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self.terms = terms
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._seats: dict[str, Seat] = {WORLD: Seat()}
+        self._over: Exception | None = None
+        self._ticks = 0
+        self.listener = Listener(terms.secret, terms.hosts)
+        self._kin = Kin(self._report_death)
+        self._closing = Abort()
+        try:
+            self._control = connect(
+                terms.coordinators, terms.secret, seconds=terms.connect_seconds, silence=terms.silence
+            )
+            self.id, self._heartbeat = self._introduce()
+        except BaseException:
+            self._kin.close()
+            self.listener.close()
+            self._closing.close()
+            raise
+        self._thread = threading.Thread(target=self._run, name="heteromesh-control", daemon=True)
+        self._thread.start()
+
+    def _introduce(self) -> tuple[int, float]:
+        terms = self.terms
+        self._early: list[Message] = []
+        self._control.send(
+            {
+                "kind": "join",
+                "name": terms.name,
+                "addresses": self.listener.addresses,
+                "facts": terms.facts,
+                "step": terms.step,
+                "state": terms.state,
+                "notice": self._kin.path,
+                "host": self._kin.host,
+            }
+        )
+        while not self._early:
+            self._early += self._control.receive()
+        answer = self._early.pop(0)
+        if answer["kind"] != "welcome":
+            self._control.close()
+            raise UserError(str(answer.get("reason", "the coordinator did not welcome this process")))
+        return int(answer["member"]), float(answer["heartbeat"])
+
+    def group(self, name: str = WORLD, members: Sequence[int] = ()) -> Group:
+        """A group of these members (ids), or the world group, which is everyone. Each call makes a new object: one
+        owner for each group. All members of a named group must ask for it with the same list."""
+        if name != WORLD:
+            with self._lock:
+                self._seats.setdefault(name, Seat())
+            self.send({"kind": "group", "group": name, "members": list(members)})
+        group = Group(self, name)
+        with self._lock:
+            self._seats[name].group = group
+        return group
+
+    def tick(self) -> None:
+        """The main thread is alive: call it now and then in long computations."""
+        self._ticks += 1
+
+    def send(self, message: Message) -> None:
+        """To the coordinator; a lost connection shows in the next wait, not here."""
+        with suppress(OSError):
+            self._control.send(message)
+
+    def await_view(self, name: str, after: int) -> tuple[View, Abort]:
+        """The newest epoch of a group, when it is newer than `after`, and a fresh abort state for it. Blocks.
+
+        Raises Fenced and Stopped.
+        """
+        with self._lock:
+            seat = self._seats[name]
+            while seat.view is None or seat.view.epoch <= after:
+                self._check()
+                self._changed.wait()
+            self._check()
+            seat.abort = Abort()
+            return seat.view, seat.abort
+
+    def is_newest(self, name: str, epoch: int) -> bool:
+        """Whether nothing newer than this epoch is known. Raises Fenced and Stopped."""
+        with self._lock:
+            self._check()
+            view = self._seats[name].view
+            return view is not None and view.epoch == epoch
+
+    def await_verdict(self, name: str, epoch: int, step: int) -> bool:
+        """True when the step is committed; False when the epoch has ended without that. Blocks.
+
+        Raises Fenced and Stopped.
+        """
+        with self._lock:
+            seat = self._seats[name]
+            while seat.committed <= step:
+                self._check()
+                if seat.view is None or seat.view.epoch != epoch:
+                    return False
+                self._changed.wait()
+            return True
+
+    def committed(self, name: str) -> tuple[int, str]:
+        """(steps committed, hash chain) as far as this member knows."""
+        with self._lock:
+            seat = self._seats[name]
+            return seat.committed, seat.chain
+
+    def close(self) -> None:
+        """Leaves the job in order."""
+        self.send({"kind": "leave"})
+        self._closing.set(GroupAborted("the member left"))
+        self._thread.join()
+        self._kin.close()
+        self.listener.close()
+        self._closing.close()
+
+    def _check(self) -> None:
+        if self._over is not None:
+            raise type(self._over)(*self._over.args)
+
+    def _report_death(self, member: int) -> None:
+        self.send({"kind": "dead", "member": member})
+
+    def _run(self) -> None:
+        poll = select.epoll()
+        poll.register(self._control.fileno(), select.EPOLLIN)
+        poll.register(self._closing.fileno(), select.EPOLLIN)
+        try:
+            for message in self._early:
+                self._heard(message)
+            self._listen(poll)
+        except (OSError, ValueError, KeyError) as error:
+            self._end(Fenced(f"member {self.id} lost the coordinator: {error}"))
+        finally:
+            poll.close()
+            self._control.close()
+
+    def _listen(self, poll: select.epoll) -> None:
+        due = time.monotonic()
+        while self._closing.error is None and self._over is None:
+            now = time.monotonic()
+            if now >= due:
+                self._control.send({"kind": "hb", **self._pulse()})
+                due = now + self._heartbeat
+            for fd, _ in poll.poll(max(0.0, due - now)):
+                if fd == self._control.fileno():
+                    for message in self._control.receive():
+                        self._heard(message)
+        self._end(Fenced(f"member {self.id} has left the job"))
+
+    def _pulse(self) -> Message:
+        blocked, moved = {}, 0
+        for name, seat in list(self._seats.items()):
+            if seat.group is not None:
+                moved += seat.group.moved
+                waits = seat.group.blocked()
+                if waits is not None:
+                    blocked[name] = waits
+        return {"tick": self._ticks + moved, "blocked": blocked}
+
+    def _heard(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "config":
+            self._configure(view_of(message, self.id))
+            if message["group"] == WORLD:
+                self._kin.watch(self.id, message["members"], message["people"])
+        elif kind == "commit":
+            with self._lock:
+                seat = self._seats[message["group"]]
+                seat.committed, seat.chain = message["committed"], message["chain"]
+                self._changed.notify_all()
+        elif kind == "short":
+            self._abort(message["group"], f"only {message['have']} of at least {message['need']} members are left")
+        elif kind == "fenced":
+            self._end(Fenced(f"member {self.id} was put out of the job: {message['reason']}"))
+        elif kind == "stop":
+            self._end(Stopped(message["reason"]))
+
+    def _configure(self, view: View) -> None:
+        with self._lock:
+            seat = self._seats.setdefault(view.group, Seat())
+            seat.view, seat.committed, seat.chain = view, view.committed, view.chain
+        self._abort(view.group, f"epoch {view.epoch} of {view.group} begins")
+
+    def _abort(self, name: str, reason: str) -> None:
+        with self._lock:
+            abort, self._seats[name].abort = self._seats[name].abort, None
+            self._changed.notify_all()
+        if abort is not None:
+            abort.set(GroupAborted(reason))
+
+    def _end(self, error: Exception) -> None:
+        with self._lock:
+            if self._over is None:
+                self._over = error
+            aborts = [seat.abort for seat in self._seats.values() if seat.abort is not None]
+            self._changed.notify_all()
+        for abort in aborts:
+            abort.set(GroupAborted(str(error)))

@@ -1,0 +1,81 @@
+"""Fragments: which elements of which parameters a rank owns when buckets of parameters are cut between ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes), one each a dimension."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fragment:
+    """Elements [start, start + numel) of a parameter, counted in row-major order."""
+
+    parameter: torch.nn.Parameter
+    """The whole, as the model has it."""
+    start: int
+    tensor: torch.nn.Parameter
+    """(n,): the same memory; what the inner optimizer updates."""
+
+    def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """(n,): the fragment's elements of a tensor of the parameter's shape."""
+        return whole.reshape(-1)[self.start : self.start + self.tensor.numel()]
+
+
+class Piece:
+    """A fragment of a tensor in a checkpoint: a range of its elements, stored and read as boxes of the whole tensor.
+
+    With boxes a checkpoint looks the same whoever wrote it: whole tensors, or fragments of any number of ranks.
+    """
+
+    def __init__(self, tensor: torch.Tensor, shape: Sequence[int], start: int) -> None:
+        """tensor (n,): elements [start, start + n) of a tensor of this shape, row-major."""
+        self.tensor, self.shape, self.start = tensor, torch.Size(shape), start
+
+    def size(self) -> torch.Size:
+        """Of the whole tensor."""
+        return self.shape
+
+    def copied(self) -> Piece:
+        """With a copy of its elements in host memory."""
+        return Piece(self.tensor.detach().to("cpu", copy=True), self.shape, self.start)
+
+    def boxes(self) -> list[Box]:
+        """What the fragment covers; at most 2 * dimensions - 1 of them."""
+        return boxes(self.shape, self.start, self.start + self.tensor.numel())
+
+    def box(self, offsets: Sequence[int]) -> torch.Tensor:
+        """The elements of the box that begins there, as a view in the box's shape."""
+        sizes = next(s for o, s in self.boxes() if o == tuple(offsets))
+        first = sum(o * math.prod(self.shape[i + 1 :]) for i, o in enumerate(offsets)) - self.start
+        return self.tensor[first : first + math.prod(sizes)].view(sizes)
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Rectangular boxes, each contiguous in memory, that make up elements [start, stop) of a row-major tensor."""
+    if stop <= start:
+        return []
+    if not shape:
+        return [((), ())]
+    row = math.prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    if len(shape) == 1 or (start == first * row and stop == (last + 1) * row):
+        return [((first, *(0,) * (len(shape) - 1)), (last - first + 1, *shape[1:]))]
+    if first == last:
+        return _inside(shape, first, start, stop)
+    head = [] if start == first * row else _inside(shape, first, start, (first + 1) * row)
+    tail = [] if stop == (last + 1) * row else _inside(shape, last, last * row, stop)
+    middle = boxes(shape, (first + bool(head)) * row, (last + 1 - bool(tail)) * row)
+    return [*head, *middle, *tail]
+
+
+def _inside(shape: Sequence[int], row: int, start: int, stop: int) -> list[Box]:
+    """Part of one row of the first dimension."""
+    length = math.prod(shape[1:])
+    inner = boxes(shape[1:], start - row * length, stop - row * length)
+    return [((row, *offsets), (1, *sizes)) for offsets, sizes in inner]

@@ -1,0 +1,82 @@
+"""How fast a rank's device multiplies matrices and copies memory, all ranks at work at once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from heteromesh.comm.world import World
+
+TRIALS = 3
+SECONDS = 0.5
+"""Of a trial: several periods of a CPU quota (0.1 s each), or it would not show."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """Sustained rates of one rank."""
+
+    tflops: dict[str, float]
+    """TFLOP/s of matrix products by dtype: `bf16`, `fp32`."""
+    memory_gbps: float
+    """GB/s read plus written by a copy."""
+    busy_cores: float
+    """CPU cores that this rank really had while it multiplied: a quota or other programs show here."""
+
+    @property
+    def best_tflops(self) -> float:
+        """Of the faster dtype."""
+        return max(self.tflops.values())
+
+
+def measure_compute(world: World) -> Compute:
+    """This rank's rates; every rank of the world must call it."""
+    cuda = world.device.type == "cuda"
+    side = 8192 if cuda else 512
+    tflops, busy = {}, []
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(side, side, device=world.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds, cores = sustained(world, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+        tflops[name] = 2 * side**3 / seconds / 1e12
+        busy.append(cores)
+        del a, b, out
+    # larger than any cache
+    source = torch.zeros((1 << 30) if cuda else (1 << 26), dtype=torch.uint8, device=world.device)
+    target = torch.empty_like(source)
+    seconds, _ = sustained(world, lambda: target.copy_(source))
+    return Compute(tflops=tflops, memory_gbps=2 * source.numel() / seconds / 1e9, busy_cores=max(busy))
+
+
+def sustained(world: World, act: Callable[[], object]) -> tuple[float, float]:
+    """(seconds of one `act` in a row of them, CPU cores used): medians of trials that begin on all ranks together."""
+    _timed(world, act, 1)
+    once = _timed(world, act, 1)[0]
+    trials = []
+    for _ in range(TRIALS):
+        world.barrier()
+        count = max(1, round(SECONDS / max(once, 1e-6)))
+        seconds, cores = _timed(world, act, count)
+        once = seconds / count  # the first may have run ahead of a quota
+        trials.append((once, cores))
+    return statistics.median(t for t, _ in trials), statistics.median(c for _, c in trials)
+
+
+def _timed(world: World, act: Callable[[], object], count: int) -> tuple[float, float]:
+    synchronise(world)
+    start, used = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        act()
+    synchronise(world)
+    seconds = max(1e-9, time.perf_counter() - start)
+    return seconds, (time.process_time() - used) / seconds
+
+
+def synchronise(world: World) -> None:
+    """Returns when the device has done what it was given."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)

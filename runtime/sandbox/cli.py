@@ -1,0 +1,104 @@
+"""`heteromesh sandbox`: a command on every host of a cluster file, on this one machine."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.errors import UserError
+from heteromesh.runtime.arguments import Parser
+from heteromesh.runtime.sandbox.faults import SYNTAX, parse_fault
+from heteromesh.runtime.sandbox.machine import check_machine
+from heteromesh.runtime.sandbox.sandbox import Sandbox
+from heteromesh.runtime.sandbox.supervise import Job, Sink
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its first exit status that is not 0."""
+    words = list(argv)
+    split = words.index("--") if "--" in words else len(words)
+    options, command = _parser().parse(words[:split]), words[split + 1 :]
+    if not command:
+        raise UserError("there is no COMMAND to run on the hosts: write heteromesh sandbox cluster.toml -- COMMAND")
+    cluster = load_cluster(options.cluster)
+    faults = [parse_fault(spec, cluster) for spec in options.fault]
+    check_machine()
+    if command[0] != "heteromesh" and not shutil.which(command[0]):
+        raise UserError(f"COMMAND {command[0]!r} is not found: give a program in PATH or a path of one")
+    with (
+        _signals_raise(),
+        Sandbox(
+            cluster,
+            cluster_file=options.cluster,
+            cores=options.cores,
+            quota=not options.no_quota,
+            latency_ms=options.latency_ms,
+        ) as sandbox,
+    ):
+        sink = None if options.raw or len(cluster.hosts) == 1 else _prefix([host.name for host in cluster.hosts])
+        job = Job(sandbox, command, faults=faults, sink=sink, tell=_tell)
+        status = job.wait()
+        if job.failed:
+            _tell(f"host {job.failed} ended with exit status {status}")
+        return status
+
+
+def _parser() -> Parser:
+    parser = Parser("sandbox", "Runs COMMAND on every host of a cluster file, as network namespaces on this machine.")
+    parser.usage = "heteromesh sandbox [options] CLUSTER -- COMMAND ..."
+    parser.add_argument("cluster", type=Path, metavar="CLUSTER", help="cluster.toml (docs/cluster-file.md)")
+    parser.add_argument("--cores", type=float, help="cores that the hosts share (default: 90 %% of this machine's)")
+    parser.add_argument("--no-quota", action="store_true", help="don't limit what a host may compute")
+    parser.add_argument("--latency-ms", type=_milliseconds, default=0.0, help="one way between hosts; needs netem")
+    parser.add_argument("--fault", action="append", default=[], metavar="SPEC", help=f"at a time: {SYNTAX}")
+    parser.add_argument("--raw", action="store_true", help="no host names before the lines of output")
+    return parser
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be milliseconds from 0 to 10000")
+    return value
+
+
+def _tell(text: str) -> None:
+    print(f"sandbox: {text}", file=sys.stderr, flush=True)
+
+
+def _prefix(names: list[str]) -> Sink:
+    width = max(map(len, names))
+
+    def write(host: str, error: bool, line: bytes) -> None:
+        stream = (sys.stderr if error else sys.stdout).buffer
+        stream.write(f"{host:<{width}} | ".encode() + line.rstrip(b"\n") + b"\n")
+        stream.flush()
+
+    return write
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the block as Ctrl-C does, with the signal's exit status."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
+        number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

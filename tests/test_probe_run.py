@@ -1,0 +1,183 @@
+"""`heteromesh probe` as a user types it, on processes of this machine; and the same measurements without a launcher."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from slow_link import slow_link
+
+from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.errors import UserError
+from heteromesh.planner.links import cluster_links
+from heteromesh.planner.measured import measured_costs
+from heteromesh.planner.model import ModelSpec
+from heteromesh.runtime.batch import Reader
+from heteromesh.runtime.calibrate import Calibration
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.executor import StepExecutor
+from heteromesh.runtime.probe import network, pairs
+from heteromesh.runtime.probe.assemble import with_costs
+from heteromesh.runtime.probe.cli import main
+from heteromesh.runtime.probe.decoder import Decoder
+from heteromesh.runtime.probe.interfaces import Interface
+from heteromesh.runtime.probe.known import known_costs
+from heteromesh.runtime.probe.modelcosts import measure_model
+from heteromesh.runtime.probe.network import Network, measure_network
+from heteromesh.runtime.probe.sockets import CardRate, measure_cards
+from heteromesh.runtime.setup import find_costs
+from ranks import World, run_ranks
+
+MODEL = "num_hidden_layers = 1\nhidden_size = 32\nnum_attention_heads = 4\nintermediate_size = 48\nvocab_size = 61\n"
+SPEC = ModelSpec(name="m", layers=1, hidden=32, heads=4, kv_heads=4, head_dim=8, intermediate=48, vocab=61)
+
+
+def probe(*words: object, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "heteromesh", "probe", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+
+
+def refused(*words: object) -> str:
+    """The sentence of a mistake that is found before any process starts."""
+    with pytest.raises(UserError) as caught:
+        main([str(word) for word in words])
+    return str(caught.value)
+
+
+def test_two_processes_are_probed_and_planned_for(tmp_path: Path) -> None:
+    model, file = tmp_path / "small.toml", tmp_path / "c.toml"
+    model.write_text(MODEL)
+    result = probe("--nproc-per-node", 2, "-o", file, "--model", model, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [r["rank"] for r in report["ranks"]] == [0, 1]
+    assert all(r["tflops"]["fp32"] > 0 and r["memory_gbps"] > 0 and r["busy_cores"] > 0 for r in report["ranks"])
+    (pair,) = report["network"]["local"]
+    assert (pair["ranks"], pair["both"] > 0, pair["latency"] > 0) == ([0, 1], True, True)
+    assert report["seconds"] < 60
+    cluster = load_cluster(file)
+    assert cluster.ranks == 2
+    assert cluster.measured.link_gbps[0] == pytest.approx(pair["both"] / 1e9, rel=0.01)
+    assert not list(tmp_path.glob("*.part"))
+    costs = measured_costs(cluster)
+    assert costs is not None
+    assert costs.seconds_per_token > 0 or costs.seconds_per_token2 > 0
+    words = ["plan", "--cluster", file, "--model", model, "--lengths", "lognormal:4,1,500", "--batch-sequences", "9"]
+    command = [sys.executable, "-m", "heteromesh", *map(str, words), "--json"]
+    planned = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(planned.stdout)["layout"]["cost_source"] == "measured", planned.stderr
+
+
+def test_bad_input_is_told_in_one_sentence_before_anything_starts(tmp_path: Path) -> None:
+    there = tmp_path / "there.toml"
+    there.write_text("mine")
+    assert "--force to replace it" in refused("-o", there)
+    assert there.read_text() == "mine"
+    assert "create" in refused("-o", tmp_path / "none/c.toml")
+    assert "is a directory" in refused("-o", tmp_path)
+    out = tmp_path / "c.toml"
+    assert "'gpt-8b' is not built in" in refused("-o", out, "--model", "gpt-8b")
+    assert "old.toml does not exist" in refused("-o", out, "--cluster", tmp_path / "old.toml")
+    assert "probe starts no script" in refused("-o", out, "train.py")
+    assert "unrecognized arguments: --plan" in refused("-o", out, "--plan=x")
+    assert "required: -o" in refused("--nproc-per-node", "2")
+    assert not out.exists()
+
+
+def test_a_file_for_other_hosts_is_refused_by_the_ranks(tmp_path: Path) -> None:
+    old, out = tmp_path / "old.toml", tmp_path / "c.toml"
+    old.write_text('[[hosts]]\nnames = ["a"]\ndevice = "cpu"\ncount = 3\n')
+    result = probe("-o", out, "--cluster", old, "--nproc-per-node", 2)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "start one process per device of the file" in line
+    assert not out.exists()
+
+
+def test_an_interrupted_probe_leaves_nothing(tmp_path: Path) -> None:
+    words = ["-m", "heteromesh", "probe", "--nproc-per-node", "2", "-o", str(tmp_path / "c.toml")]
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(3.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_torchruns_flags_and_ours_and_no_script(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("--nproc-per-node", "--rdzv-endpoint", "--output", "--model", "--cluster", "--force", "--json"):
+        assert flag in text
+    assert "training_script" not in text
+
+
+def network_of(world: World, hosts: tuple[tuple[int, ...], ...]) -> Network:
+    pairs.LARGEST_SECONDS, network.FAN_SECONDS = 0.03, 0.06
+    with slow_link(2e7 if world.rank < 3 else 5e6):
+        return measure_network(world, hosts)
+
+
+def test_links_of_four_hosts_have_the_rates_that_were_set() -> None:
+    found = run_ranks(4, network_of, ((0,), (1,), (2,), (3,)))
+    assert all(other == found[0] for other in found)
+    one = found[0]
+    assert [p.hosts for p in one.between] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    for p in one.between:
+        assert p.forward == pytest.approx(2e7, rel=0.3)
+        assert p.backward == pytest.approx(5e6 if 3 in p.hosts else 2e7, rel=0.3)
+        assert 0 < p.latency < 0.05
+    assert one.out == pytest.approx((2e7, 2e7, 2e7, 5e6), rel=0.3)
+    assert one.together == pytest.approx(1, abs=0.3)
+
+
+def test_two_ranks_of_a_host_share_its_link_to_another() -> None:
+    found = run_ranks(3, network_of, ((0, 1), (2,)))[0]
+    assert [p.ranks for p in found.local] == [(0, 1)]
+    assert found.local[0].both == pytest.approx(2e7, rel=0.3)
+    assert len(found.between) == 1
+
+
+def cards_of(world: World) -> list[CardRate]:
+    names = [(h, f"e{n}", f"127.0.{n}.{h + 1}") for h in range(2) for n in range(2)]
+    cards = [
+        [Interface(name=name, address=address, prefix=24, mbit=None) for at, name, address in names if at == h]
+        for h in range(2)
+    ]
+    return measure_cards(world, ((0,), (1,)), cards)
+
+
+def test_cards_are_measured_each_by_its_own_address() -> None:
+    rows = run_ranks(2, cards_of)
+    assert rows[0] == rows[1]
+    assert [(c.host, c.interface) for c in rows[0]] == [(0, "e0"), (0, "e1"), (1, "e0"), (1, "e1")]
+    assert all(c.out > 1e6 and c.into > 1e6 for c in rows[0])
+
+
+def costs_used(world: World, folder: str) -> list[bool]:
+    """Whether the Trainer takes the file's costs for its model, whether for another; and the file's links then."""
+    base = load_cluster(Path(folder) / "base.toml")
+    cluster = with_costs(base, measure_model(world, SPEC, 1.0, cluster_links(base)))
+    config = TrainerConfig(batch_tokens=100, max_steps=1, run_dir="unused")
+    answers = []
+    for layers in (1, 2):
+        executor = StepExecutor(Decoder(SPEC, layers), world)
+        reader = Reader([torch.arange(50) % 61] * 3)
+        shape = Calibration(executor, torch.arange(61), 50).attention_shape()
+        known = known_costs(cluster, executor, shape, None)
+        costs = find_costs(config, cluster, executor, reader)
+        answers += [known is not None, costs == measured_costs(cluster)]
+        executor.close()
+    return [*answers, costs.rate((0, 1)) == 1.5e9]
+
+
+def test_the_trainer_takes_measured_costs_for_the_same_model_only(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(
+        '[[hosts]]\nnames = ["a"]\ndevice = "cpu"\ncount = 2\n[measured]\nlink_gbps = [1.5]\n'
+    )
+    for answers in run_ranks(2, costs_used, str(tmp_path)):
+        assert answers == [True, True, False, False, True]
