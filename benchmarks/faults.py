@@ -1,6 +1,6 @@
 """Faults in all-reduces: how long until every survivor has the next committed sum, and whether any sum was wrong.
 
-    python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,ballast,stop,gloo,healthy]
+    python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,stop]
 
 Our side runs checked steps (faults/lab.py): a sum counts when all survivors have committed it. Plain gloo runs the same
 all-reduce in a loop; a survivor counts as done when its all-reduce has ended, which is an error after the group's time
@@ -10,6 +10,7 @@ limit. Prints Markdown. Exit code 1 when a sum was wrong, a commit disagreed or 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -17,21 +18,23 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from heteromesh.comm.tcp_abort import Abort
-from heteromesh.comm.tcp_build import Place, build
-from heteromesh.comm.tcp_collectives import all_reduce
-from heteromesh.comm.tcp_listen import Listener
 from heteromesh.faults import inject
+from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.deadlines import Timing
-from heteromesh.faults.lab import Lab, Work
+from heteromesh.faults.lab import Lab, Work, Worker
+from heteromesh.faults.member import Member, Terms
+from heteromesh.faults.membership import Bounds
+from heteromesh.faults.steps import Steps
 
 _GLOO_LIMIT = 5.0
+_SECRET = b"benchmark"
 _context = multiprocessing.get_context("forkserver")
 
 
@@ -107,7 +110,7 @@ def _kills(options: argparse.Namespace, megabytes: float, count: int, ballast: i
 
 def _step_seconds(lab: Lab) -> float:
     times = [event.time for event in lab.workers[0].events]
-    return statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def _spread(values: list[float]) -> str:
@@ -126,7 +129,7 @@ def _stops(options: argparse.Namespace) -> list[str]:
                 return [f"a survivor hung after a stop: {lab.describe()}"]
             took.append(seconds * 1e3)
             inject.resume(victim.process.pid)
-            fenced += lab.until(lambda victim=victim: victim.ended.startswith("Fenced"), 5.0)
+            fenced += lab.until(partial(_is_fenced, victim), 5.0)
             lab.add(victim.slot)
             lab.settle()
         faults = lab.history().faults()
@@ -134,46 +137,58 @@ def _stops(options: argparse.Namespace) -> list[str]:
     return faults
 
 
+def _is_fenced(worker: Worker) -> bool:
+    return worker.ended.startswith("Fenced")
+
+
 def _healthy(options: argparse.Namespace) -> None:
     print("All-reduce of 16 MB without faults, alternating in the same processes:\n")
-    rows = _ranks(options.processes, _healthy_rank)
-    ours, gloo = rows[0]
-    print(f"ours (checksums on) {ours * 1e3:.1f} ms, gloo {gloo * 1e3:.1f} ms: ratio {ours / gloo:.2f}\n", flush=True)
+    server = Coordinator(_SECRET, bounds=Bounds(least=options.processes)).start()
+    ours, committed, gloo = _ranks(options.processes, _healthy_rank, server.address)[0]
+    server.stop()
+    print(
+        f"gloo {gloo * 1e3:.1f} ms; ours, checksums on, {ours * 1e3:.1f} ms (ratio {ours / gloo:.2f}); "
+        f"ours to the commit {committed * 1e3:.1f} ms (ratio {committed / gloo:.2f})\n",
+        flush=True,
+    )
 
 
-def _healthy_rank(rank: int, size: int) -> tuple[float, float]:
-    secret, listener = b"benchmark", Listener(b"benchmark")
-    addresses: list[Any] = [None] * size
-    dist.all_gather_object(addresses, listener.addresses)
-    transport = build(listener, Place(addresses=addresses, rank=rank, epoch=1), secret, Abort())
+def _healthy_rank(rank: int, size: int, address: tuple[str, int]) -> tuple[float, float, float]:
+    member = Member(Terms(coordinators=[address], secret=_SECRET, name=str(rank)))
+    group = member.group()
+    steps = Steps(group)
+    steps.start()
     source = torch.full((4 << 20,), float(rank))
     target = torch.empty_like(source)
-    ours, gloo = [], []
+    ours, committed, gloo = [], [], []
     for _ in range(40):
         dist.barrier()
         start = time.perf_counter()
-        all_reduce(transport, source, target, checked=True)
+        group.all_reduce(source, target)
         ours.append(time.perf_counter() - start)
+        dist.barrier()
+        start = time.perf_counter()
+        steps.reduce([source])
+        committed.append(time.perf_counter() - start)
         target.copy_(source)
         dist.barrier()
         start = time.perf_counter()
         dist.all_reduce(target)
         gloo.append(time.perf_counter() - start)
     dist.barrier()
-    transport.close()
-    listener.close()
-    return statistics.median(ours[5:]), statistics.median(gloo[5:])
+    member.close()
+    return statistics.median(ours[5:]), statistics.median(committed[5:]), statistics.median(gloo[5:])
 
 
 def _gloo(options: argparse.Namespace) -> None:
-    seconds = _ranks(options.processes, _gloo_rank, lost=1)
+    seconds = _ranks(options.processes, _gloo_rank, None, lost=1)
     worst = max(s for s in seconds if s is not None)
     print(
         f"\nPlain gloo, 1 MB, time limit {_GLOO_LIMIT:g} s: SIGKILL to the last survivor's error {worst * 1e3:.0f} ms"
     )
 
 
-def _gloo_rank(rank: int, size: int) -> float:
+def _gloo_rank(rank: int, size: int, _: None) -> float:
     values = torch.ones(1 << 18)
     died = torch.zeros(1, dtype=torch.float64)
     for step in range(50):
@@ -187,10 +202,12 @@ def _gloo_rank(rank: int, size: int) -> float:
     return time.monotonic() - float(died)
 
 
-def _ranks(size: int, act: Any, lost: int = 0) -> list[Any]:
+def _ranks(size: int, act: Any, argument: Any, *, lost: int = 0) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(size)]
-        processes = [_context.Process(target=_rank, args=(r, size, folder, pipes[r][1], act)) for r in range(size)]
+        processes = [
+            _context.Process(target=_rank, args=(r, size, folder, pipes[r][1], act, argument)) for r in range(size)
+        ]
         for process, (_, sink) in zip(processes, pipes, strict=True):
             process.start()
             sink.close()
@@ -208,13 +225,12 @@ def _ranks(size: int, act: Any, lost: int = 0) -> list[Any]:
     return results
 
 
-def _rank(rank: int, size: int, folder: str, sink: Connection, act: Any) -> None:
+def _rank(rank: int, size: int, folder: str, sink: Connection, act: Any, argument: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), size)
+    store = torch._C._distributed_c10d.FileStore(os.path.join(folder, "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_GLOO_LIMIT))
-    sink.send(act(rank, size))
-    time.sleep(1.0)  # gloo aborts when a peer's process has ended before its own last operation
-    os._exit(0)
+    sink.send(act(rank, size, argument))
+    time.sleep(600)  # until it is killed: a rank that ends would tell the others of the failure
 
 
 if __name__ == "__main__":

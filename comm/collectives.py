@@ -55,7 +55,7 @@ class Collectives:
         self.reduction = reduction
         self.rank, self.size = transport.rank, transport.size
         self.sent_bytes = 0
-        """By collectives that were waited for, but for those of gloo's ring."""
+        """By collectives that were waited for; of gloo's ring, what a ring sends."""
         self._transport, self._ring = transport, ring
         self._count = 0
         self._progress = Progress(window(reduction.seconds_per_byte))
@@ -69,7 +69,7 @@ class Collectives:
         if self._ring is not None and self.reduction.ring and flat.dtype not in (torch.bfloat16, torch.float16):
             self._check(flat)
             work: Any = dist.all_reduce(flat, group=self._ring, async_op=True)
-            return Handle(lambda: _discard(work.wait()))
+            return Handle(lambda: self._finish_ring(work, flat.nbytes))
         return self._flow(flat, frozenset(range(self.size)), spread=True)
 
     def reduce_scatter(self, flat: torch.Tensor) -> Handle:
@@ -122,6 +122,10 @@ class Collectives:
 
         return Handle(finish)
 
+    def _finish_ring(self, work: Any, size: int) -> None:
+        work.wait()
+        self.sent_bytes += 2 * size * (self.size - 1) // self.size
+
     def _next_tag(self) -> int:
         self._count += 1
         return self._count % _TAGS * 4
@@ -136,7 +140,3 @@ class Collectives:
 def open_collectives(group: dist.ProcessGroup, reduction: Reduction) -> Collectives:
     """Collectives inside a gloo group, which stays the caller's and must see nothing else at the same time."""
     return Collectives(GlooTransport(group), reduction, ring=group)
-
-
-def _discard(_: object) -> None:
-    pass

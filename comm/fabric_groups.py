@@ -24,5 +24,5 @@ def group_options(network: Network, backend: str) -> object | None:
     if not dist.is_nccl_available():
         raise UserError("this torch was built without NCCL: use the gloo backend or a CUDA build of torch")
     options = dist.ProcessGroupNCCL.Options()
-    options.config.net_name = NCCL_NAMES[network]
+    options.config.net_name = NCCL_NAMES[network]  # type: ignore[attr-defined]  # torch's stub leaves it out
     return options

@@ -89,7 +89,7 @@ class Flow:
         if me != speaker:
             stage = RESULT if speaker == piece.owner else HAND_OUT
             arrival = self._recv(speaker, mine, stage) if self.spread else None
-            self._step(mine, [(speaker, mine, GATHER)] if me in sources else [], arrival and arrival.wait)
+            self._step(mine, [(speaker, mine, GATHER)] if me in sources else [], arrival.wait if arrival else None)
             return
         parts, waits = [], []
         for rank in members[host]:

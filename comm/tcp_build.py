@@ -73,7 +73,9 @@ def build(
 ) -> TcpTransport:
     """Connects this rank with every other; each rank dials the lower ones. Blocks until all are there.
 
-    `missing` is kept up to date with the ranks that are waited for, for other threads to read. Raises GroupAborted when the state is set meanwhile, or a peer refuses the connection or cannot prove itself (its
+    `missing` is kept up to date with the ranks that are waited for, for other threads to read.
+
+    Raises GroupAborted when the state is set meanwhile, or a peer refuses the connection or cannot prove itself (its
     rank is in the exception); the state is set then.
     """
     poll = select.epoll()

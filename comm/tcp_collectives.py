@@ -1,9 +1,9 @@
 """Collectives over the TCP data plane; sums in rank order, so that every run and every member gets the same bits.
 
 Sums are direct: every rank sends its part of shard j to rank j, which adds what it has in rank order and sends the sum
-to all, chunk by chunk (reduce-scatter and all-gather, each (size - 1)/size of the bytes out and in, as a ring's, but two
-messages deep instead of 2 (size - 1)). Every message of a sum carries the set of contributing ranks: a contribution that
-is missing or there twice ends in GroupAborted, not in a wrong sum.
+to all, chunk by chunk (reduce-scatter and all-gather, each (size - 1)/size of the bytes out and in, as in a ring, but
+two messages deep instead of 2 (size - 1)). Every message of a sum carries the set of contributing ranks: a contribution
+that is missing or there twice ends in GroupAborted, not in a wrong sum.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def all_reduce(
 ) -> Summed:
     """Sums `source` of all ranks into `target` (same shape and dtype, contiguous, not overlapping).
 
-    A rank that doesn't contribute takes part with zeros. `checked`: a checksum travels with every message. `source` is only read. Raises GroupAborted; then `target` is
-    undefined and `source` as it was.
+    A rank that doesn't contribute takes part with zeros. `checked`: a checksum travels with every message. `source` is
+    only read. Raises GroupAborted; then `target` is undefined and `source` as it was.
     """
     flat, out = source.reshape(-1), target.view(-1)
     if not contributes:

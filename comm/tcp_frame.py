@@ -85,4 +85,4 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"a tensor must be contiguous to be sent or received, got strides {tensor.stride()}")
     if tensor.device.type != "cpu":
         raise ValueError(f"the TCP data plane moves CPU tensors, got one on {tensor.device}")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -190,7 +190,8 @@ class Link:
 
     def _fill_body(self, inbox: Inbox) -> int:
         frame, message = self._frame, self._incoming
-        assert frame is not None and message is not None
+        assert frame is not None
+        assert message is not None
         got = self.sock.recv_into(self._body[self._filled :])
         if not got:
             raise FrameError("the connection ended within a message")

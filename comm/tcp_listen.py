@@ -105,7 +105,7 @@ class Listener:
         self._thread.start()
 
     def expect(self, group: str, epoch: int, heard: Callable[[], None]) -> None:
-        """Calls `heard` (in the listener's thread, must not block) for each connection of this epoch; drops older ones."""
+        """Calls `heard` (in the listener's thread; must not block) for each connection of an epoch; drops old ones."""
         with self._lock:
             self._floor[group] = max(epoch, self._floor.get(group, 0))
             for key in [k for k in self._ready if k[0] == group and k[1] < epoch]:

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 
 from heteromesh.comm.tcp_auth import ANSWER_HEAD, Acceptor
 from heteromesh.faults.deadlines import Timing
+from heteromesh.faults.election import Election
 from heteromesh.faults.membership import Applicant, Bounds, Membership, Order, Why
 from heteromesh.faults.watch import Pulse, silent, stalled, stuck
 from heteromesh.faults.wire import Message, Wire
@@ -45,11 +47,13 @@ class Coordinator:
         port: int = 0,
         bounds: Bounds | None = None,
         timing: Timing | None = None,
-        membership: Membership | None = None,
+        election: Election | None = None,
     ) -> None:
+        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it."""
         self._secret, self._host, self._port = secret, host, port
         self.timing = timing or Timing()
-        self.membership = membership or Membership(bounds or Bounds())
+        self.membership = Membership(bounds or Bounds(), electing=election is not None)
+        self._election = election
         self.address = (host, port)
         self._lines: dict[int, _Line] = {}
         self._writers: set[asyncio.StreamWriter] = set()
@@ -139,6 +143,8 @@ class Coordinator:
         kind, now = message["kind"], time.monotonic()
         if kind == "join" and line.member is None:
             self._join(line, message)
+        elif kind == "rejoin" and line.member is None:
+            self._rejoin(line, message)
         elif line.member is None or line.member not in self._lines:
             self.membership.counts["fenced"] += 1  # what a member says after its eviction
         elif kind == "hb":
@@ -166,16 +172,49 @@ class Coordinator:
             return
         line.member = answer
         self._lines[answer] = line
-        line.send({"kind": "welcome", "member": answer, "heartbeat": self.timing.heartbeat})
+        line.send(self._welcome(answer))
         if not self.membership.started and self.timing.gather:
             self._loop.call_later(self.timing.gather, lambda: self._act(self.membership.admit()))
         else:
             self._act(self.membership.admit())
 
+    def _rejoin(self, line: _Line, message: Message) -> None:
+        if self._election is None or not self.membership.electing:
+            line.send({"kind": "refused", "reason": f"member {message.get('member')} was put out of the job"})
+            return
+        answer = self._election.add(message)
+        if isinstance(answer, str):
+            line.send({"kind": "refused", "reason": answer})
+            return
+        line.member, person = answer
+        self.membership.facts = self.membership.facts or dict(person.facts)
+        self.membership.people[line.member] = person
+        self._lines[line.member] = line
+        line.send(self._welcome(line.member))
+        if self._election.complete():
+            self._conclude()
+        elif self._election.quorum():
+            self._loop.call_later(self.timing.verdict * 10, self._conclude)
+
+    def _conclude(self) -> None:
+        # some may have died while the others were waited for
+        if self._election is not None and self.membership.electing and self._election.quorum():
+            self._act(self._election.conclude(self.membership))
+
+    def _welcome(self, member: int) -> Message:
+        return {
+            "kind": "welcome",
+            "member": member,
+            "bounds": asdict(self.membership.bounds),
+            "timing": asdict(self.timing),
+        }
+
     def _failed(self, member: int, message: Message) -> None:
         self._act(self.membership.failed(member, message))
 
     def _gone(self, member: int, why: Why) -> None:
+        if self._election is not None:
+            self._election.reports.pop(member, None)
         if member in self.membership.people:
             self._act(self.membership.lose(member, why))
 

@@ -62,9 +62,9 @@ class Group:
     def ready(self) -> View:
         """Returns in an epoch that is current and connected. Blocks until there is one."""
         while True:
-            if self._transport is not None and self._transport.abort.error is None:
-                if self._member.is_newest(self.name, self.view.epoch):
-                    return self.view
+            live = self._transport is not None and self._transport.abort.error is None
+            if live and self._member.is_newest(self.name, self.view.epoch):
+                return self.view
             self._leave(None)
             view, abort = self._member.await_view(self.name, self._spent)
             self._view = view

@@ -77,9 +77,13 @@ class Lab:
         sink.close()
         self._told = source
         self.address = source.recv()
-        for slot in range(self._size):
-            self.add(slot)
-        self.settle()
+        try:
+            for slot in range(self._size):
+                self.add(slot)
+            self.settle()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

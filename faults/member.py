@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 from heteromesh.comm.tcp_abort import Abort, GroupAborted
 from heteromesh.comm.tcp_listen import Listener
-from heteromesh.faults.control import Address, Control, connect
+from heteromesh.faults.control import Address, connect
+from heteromesh.faults.coordinator import Coordinator
+from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.group import Group
 from heteromesh.faults.kin import Kin
-from heteromesh.faults.membership import WORLD
+from heteromesh.faults.membership import WORLD, Bounds
+from heteromesh.faults.rejoin import candidate, rejoin
 from heteromesh.faults.view import Fenced, Stopped, View, view_of
 from heteromesh.faults.wire import Message
 from heteromesh.planner.errors import UserError
@@ -27,6 +30,8 @@ class Seat:
     view: View | None = None
     committed: int = 0
     chain: str = ""
+    stale: bool = False
+    """Whether this member still lacks the state of that view."""
     abort: Abort | None = None
     """The state of the epoch that the group's owner works in."""
     group: Group | None = None
@@ -75,7 +80,8 @@ class Member:
             self._control = connect(
                 terms.coordinators, terms.secret, seconds=terms.connect_seconds, silence=terms.silence
             )
-            self.id, self._heartbeat = self._introduce()
+            self._candidate: Coordinator | None = None
+            self.id = self._introduce()
         except BaseException:
             self._kin.close()
             self.listener.close()
@@ -84,40 +90,41 @@ class Member:
         self._thread = threading.Thread(target=self._run, name="heteromesh-control", daemon=True)
         self._thread.start()
 
-    def _introduce(self) -> tuple[int, float]:
+    def _card(self) -> Message:
         terms = self.terms
+        return {
+            "name": terms.name,
+            "addresses": self.listener.addresses,
+            "facts": terms.facts,
+            "step": terms.step,
+            "state": terms.state,
+            "notice": self._kin.path,
+            "host": self._kin.host,
+        }
+
+    def _introduce(self) -> int:
         self._early: list[Message] = []
-        self._control.send(
-            {
-                "kind": "join",
-                "name": terms.name,
-                "addresses": self.listener.addresses,
-                "facts": terms.facts,
-                "step": terms.step,
-                "state": terms.state,
-                "notice": self._kin.path,
-                "host": self._kin.host,
-            }
-        )
+        self._control.send({"kind": "join", **self._card()})
         while not self._early:
             self._early += self._control.receive()
         answer = self._early.pop(0)
         if answer["kind"] != "welcome":
             self._control.close()
             raise UserError(str(answer.get("reason", "the coordinator did not welcome this process")))
-        return int(answer["member"]), float(answer["heartbeat"])
+        self._bounds, self._timing = Bounds(**answer["bounds"]), Timing(**answer["timing"])
+        return int(answer["member"])
 
     def group(self, name: str = WORLD, members: Sequence[int] = ()) -> Group:
-        """A group of these members (ids), or the world group, which is everyone. Each call makes a new object: one
-        owner for each group. All members of a named group must ask for it with the same list."""
-        if name != WORLD:
-            with self._lock:
-                self._seats.setdefault(name, Seat())
-            self.send({"kind": "group", "group": name, "members": list(members)})
-        group = Group(self, name)
+        """The group of these members (ids), or the world group, which is everyone. All members of a named group must
+        ask for it with the same list; it has no epoch before they have."""
         with self._lock:
-            self._seats[name].group = group
-        return group
+            seat = self._seats.setdefault(name, Seat())
+            if seat.group is not None:
+                return seat.group
+            seat.group = Group(self, name)
+        if name != WORLD:
+            self.send({"kind": "group", "group": name, "members": list(members)})
+        return seat.group
 
     def tick(self) -> None:
         """The main thread is alive: call it now and then in long computations."""
@@ -125,6 +132,9 @@ class Member:
 
     def send(self, message: Message) -> None:
         """To the coordinator; a lost connection shows in the next wait, not here."""
+        if message["kind"] == "healed":
+            with self._lock:
+                self._seats[message["group"]].stale = False
         with suppress(OSError):
             self._control.send(message)
 
@@ -170,10 +180,15 @@ class Member:
             return seat.committed, seat.chain
 
     def close(self) -> None:
-        """Leaves the job in order."""
+        """Leaves the job in order and closes its groups; no thread may use them any more."""
         self.send({"kind": "leave"})
         self._closing.set(GroupAborted("the member left"))
         self._thread.join()
+        for seat in self._seats.values():
+            if seat.group is not None:
+                seat.group.close()
+        if self._candidate is not None:
+            self._candidate.stop()
         self._kin.close()
         self.listener.close()
         self._closing.close()
@@ -186,31 +201,82 @@ class Member:
         self.send({"kind": "dead", "member": member})
 
     def _run(self) -> None:
+        lost = ""
+        while self._closing.error is None and self._over is None:
+            if lost:
+                lost = self._reelect(lost)
+                if lost:
+                    self._end(Fenced(f"member {self.id} lost the coordinator: {lost}"))
+                    break
+            try:
+                self._listen()
+            except (OSError, ValueError, KeyError) as error:
+                lost = str(error)
+            self._control.close()
+        self._end(Fenced(f"member {self.id} has left the job"))
+
+    def _reelect(self, lost: str) -> str:
+        """Empty when there is a coordinator again, else the reason why not."""
+        terms, view = self.terms, self._seats[WORLD].view
+        if len(terms.coordinators) < 2 or view is None:
+            return lost
+        if self._candidate is not None:
+            self._candidate.stop()
+            self._candidate = None
+        answer = rejoin(
+            terms.coordinators,
+            terms.secret,
+            {"kind": "rejoin", "member": self.id, "groups": self._reports(), **self._card()},
+            rank=view.rank,
+            silence=terms.silence,
+            stand=lambda: self._stand(view.members),
+            wanted=lambda: self._closing.error is None,
+        )
+        if isinstance(answer, str):
+            return answer
+        self._control, self._early = answer[0], answer[1][1:]
+        return ""
+
+    def _stand(self, electorate: Sequence[int]) -> Coordinator | None:
+        self._candidate = candidate(self.terms.coordinators, self.terms.secret, self._bounds, self._timing, electorate)
+        return self._candidate
+
+    def _reports(self) -> dict[str, Message]:
+        with self._lock:
+            return {
+                name: {
+                    "epoch": seat.view.epoch,
+                    "committed": seat.committed,
+                    "chain": seat.chain,
+                    "stale": seat.stale,
+                    "members": seat.view.members,
+                }
+                for name, seat in self._seats.items()
+                if seat.view is not None
+            }
+
+    def _listen(self) -> None:
         poll = select.epoll()
-        poll.register(self._control.fileno(), select.EPOLLIN)
-        poll.register(self._closing.fileno(), select.EPOLLIN)
         try:
+            poll.register(self._control.fileno(), select.EPOLLIN)
+            poll.register(self._closing.fileno(), select.EPOLLIN)
             for message in self._early:
                 self._heard(message)
-            self._listen(poll)
-        except (OSError, ValueError, KeyError) as error:
-            self._end(Fenced(f"member {self.id} lost the coordinator: {error}"))
+            self._attend(poll)
         finally:
             poll.close()
-            self._control.close()
 
-    def _listen(self, poll: select.epoll) -> None:
+    def _attend(self, poll: select.epoll) -> None:
         due = time.monotonic()
         while self._closing.error is None and self._over is None:
             now = time.monotonic()
             if now >= due:
                 self._control.send({"kind": "hb", **self._pulse()})
-                due = now + self._heartbeat
+                due = now + self._timing.heartbeat
             for fd, _ in poll.poll(max(0.0, due - now)):
                 if fd == self._control.fileno():
                     for message in self._control.receive():
                         self._heard(message)
-        self._end(Fenced(f"member {self.id} has left the job"))
 
     def _pulse(self) -> Message:
         blocked, moved = {}, 0
@@ -244,6 +310,7 @@ class Member:
         with self._lock:
             seat = self._seats.setdefault(view.group, Seat())
             seat.view, seat.committed, seat.chain = view, view.committed, view.chain
+            seat.stale = self.id in view.stale
         self._abort(view.group, f"epoch {view.epoch} of {view.group} begins")
 
     def _abort(self, name: str, reason: str) -> None:

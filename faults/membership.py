@@ -1,4 +1,4 @@
-"""Who is in the job: joins and refusals, deaths, groups and their epochs. A state machine: messages in, messages out."""
+"""Who is in the job: joins and refusals, deaths, groups and their epochs. Messages in, messages out; no network."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class Membership:
     last: int = 0
     """The highest id given so far; ids are never used again."""
     started: bool = False
+    electing: bool = False
+    """No epoch begins before a majority of the last one's members has reported (faults/election.py)."""
     _declared: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
@@ -106,7 +108,7 @@ class Membership:
         """Starts the job, or an epoch with the waiting members when nobody is in the middle of a step."""
         room = self.bounds.most - len(self.world.members)
         ready = self.waiting[: max(room, 0)]
-        if not ready:
+        if not ready or self.electing:
             return []
         if not self.world.members:
             return self._start(ready) if len(ready) >= self.bounds.least else []
@@ -122,6 +124,7 @@ class Membership:
         self.world.committed = newest
         self.world.current = {m for m in ready if (self.people[m].step, self.people[m].state) == like}
         self.world.change(ready)
+        self.world.losses = 0
         return self._announce(self.world)
 
     def _grow(self, ready: list[int]) -> list[Order]:
@@ -147,7 +150,7 @@ class Membership:
         return orders
 
     def _diverged(self, group: Epochs) -> list[Order]:
-        self.counts["diverged"] += 1
+        self.counts["divergences"] += 1
         minority = group.minority()
         if group.losses >= _REBUILDS:
             return [order for m in minority for order in self.lose(m, "diverged")]
@@ -172,6 +175,7 @@ class Membership:
         del self._declared[name]
         self.groups[name] = group
         group.change([m for m in members if m in self.people])
+        group.losses = 0
         return self._announce(group)
 
     def lose(self, member: int, why: Why) -> list[Order]:
@@ -209,6 +213,12 @@ class Membership:
             group.blamed.clear()
             return self.lose(worst, "unreachable")
         return self._rebuild(group)
+
+    def begin(self, group: Epochs) -> list[Order]:
+        """The next epoch of a group as it is."""
+        orders = self._rebuild(group)
+        group.losses = 0
+        return orders
 
     def lost_state(self) -> str | None:
         """A sentence when members wait for a state that nobody holds any more."""

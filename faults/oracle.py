@@ -1,4 +1,4 @@
-"""Checkers for runs under faults: what was summed, what was committed, whether anything stood still or was left over."""
+"""Checkers for runs under faults: what was summed, what was committed, what stood still, what was left over."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -21,12 +22,12 @@ def contribution(slot: int, step: int, count: int, dtype: torch.dtype = torch.in
 
     In a sum each decimal digit counts how often a slot was added; the factor shows elements of another step or place.
     """
-    return _pattern(step, count, dtype) * 10**slot
+    return torch.mul(_pattern(step, count, dtype), 10**slot)
 
 
 def expected(slots: Iterable[int], step: int, count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """The sum of these slots' contributions."""
-    return _pattern(step, count, dtype) * sum(10**slot for slot in slots)
+    return torch.mul(_pattern(step, count, dtype), sum(10**slot for slot in slots))
 
 
 def _pattern(step: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -84,7 +85,7 @@ class History:
         for event in self.events:
             first[event.step] = min(first.get(event.step, event.time), event.time)
         times = [first[step] for step in sorted(first)]
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in pairwise(times)), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,6 +255,7 @@ def _measured(table: Mapping[str, Any], hosts: int, ranks: int, where: str) -> M
 def _method(table: Mapping[str, Any], where: str) -> Method:
     # "no heads" and "no bytes" are written as 0, which the strict reader takes for a mistake
     names = {f.name for f in fields(Method)}
-    zeros = {k: v for k, v in table.items() if k in names and isinstance(v, (int, float)) and v == 0}
+    zeros: dict[str, Any] = {k: v for k, v in table.items() if k in names and isinstance(v, (int, float)) and v == 0}
     needed = {"bytes_per_token": 1.0} if "bytes_per_token" in zeros else {}
-    return replace(tomlfile.build(Method, {k: v for k, v in table.items() if k not in zeros} | needed, where), **zeros)
+    rest = {k: v for k, v in table.items() if k not in zeros}
+    return replace(tomlfile.build(Method, rest | needed, where), **zeros)

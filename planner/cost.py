@@ -267,7 +267,7 @@ def load_of(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Load:
     )
 
 
-def dealt_pairs(method: Method, load: Load, speeds: Sequence[float]) -> list[float]:
+def dealt_pairs(method: Method, load: Load, speeds: Sequence[float]) -> Sequence[float]:
     """Pairs of query and key that each rank works on under this method; in a ring those of every round's slowest."""
     degree, pairs = len(speeds), load.pairs
     size = method.dealt(degree)

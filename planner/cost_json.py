@@ -64,8 +64,9 @@ def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
     try:
         constants = data["constants"]
         speeds = tuple(float(v) for v in data["speeds"])
+        seconds: dict[str, Any] = {name: float(constants.get(name, 0.0)) for name in _SECONDS}
         return Costs(
-            **{name: float(constants.get(name, 0.0)) for name in _SECONDS},
+            **seconds,
             speeds=speeds,
             capacity=tuple(int(c) for c in data["capacity"]),
             methods=tuple(_method(m, constants) for m in data["methods"]),

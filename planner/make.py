@@ -93,7 +93,7 @@ def make_plan(
         check_step(step, problem.costs)
         steps.append(step)
         on_step(step)
-    peaks = peak_tokens(steps, problem.cluster.ranks)
+    peaks = peak_activations(steps, problem.costs)
     compared = compare(steps, problem.costs)
     placement, lost = _placement(problem, steps[0].batch) if uneven_network(problem.cluster) else ({}, ())
     return Plan(
@@ -101,7 +101,7 @@ def make_plan(
         model=problem.model.name,
         layout=_layout(problem, compared) | placement,
         steps=tuple(steps),
-        memory_bytes=tuple(problem.state_bytes + tokens * problem.activation_bytes for tokens in peaks),
+        memory_bytes=tuple(problem.state_bytes + round(tokens * problem.activation_bytes) for tokens in peaks),
         rejected=(*(Rejected(what=c.what, why=c.why) for c in compared), *lost),
     )
 
@@ -128,12 +128,26 @@ def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object
 
 
 def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:
-    """Per rank, the most tokens that it holds in one pass of any step."""
+    """Per rank, the most tokens that it works on in one pass of any step."""
     peaks = [0] * ranks
     for step in steps:
         for p in step.passes:
             for member, rank in enumerate(p.ranks):
                 peaks[rank] = max(peaks[rank], p.tokens(member))
+    return peaks
+
+
+def peak_activations(steps: Sequence[Step], costs: Costs) -> list[float]:
+    """Per rank, the most that its device holds in one pass of any step, in tokens of activations.
+
+    Others' keys that a method holds until backward count; activations that the pass moves to host memory don't.
+    """
+    peaks = [0.0] * costs.ranks
+    for step in steps:
+        for p in step.passes:
+            held = costs.memory(costs.method(p.method), [p.tokens(member) for member in range(len(p.ranks))])
+            for rank, tokens in zip(p.ranks, held, strict=True):
+                peaks[rank] = max(peaks[rank], tokens * (1 - p.offload * costs.offload_share))
     return peaks
 
 

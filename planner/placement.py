@@ -195,7 +195,7 @@ class _Search:
 
     def _cases(self) -> list[_Case]:
         ranks = sum(len(host.speeds) for host in self.sites.hosts)
-        cases = []
+        cases: list[_Case] = []
         grouped = [kinds_of(self.sites, tolerance) for tolerance in TOLERANCES]
         for work in self.works:
             for pipelines in range(1, min(ranks, work.micro_batches) + 1):

@@ -149,7 +149,7 @@ class Calibration:
     def _beyond(self, costs: Costs, method: Method, length: int) -> float:
         """Seconds that a pass over all ranks takes beyond what the constants have it take."""
         plan = even_pass(method.name, length, self._world.size)
-        measured = max(self._world.gather(self._seconds(plan, [length])))
+        measured: float = max(self._world.gather(self._seconds(plan, [length])))
         return measured - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
 
     def _round_seconds(self) -> float:
@@ -162,7 +162,8 @@ class Calibration:
             for _ in range(ROUNDS):
                 exchange.all_to_all(sends, receives, "measure the latency")
 
-        return max(self._world.gather(self._timed(act))) / ROUNDS
+        slowest: float = max(self._world.gather(self._timed(act)))
+        return slowest / ROUNDS
 
     def _offload_seconds(self, shape: AttentionShape | None) -> tuple[float, ...]:
         """Per rank, of a token's activations to pinned host memory or back; empty where no device has its own."""

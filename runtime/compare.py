@@ -265,16 +265,16 @@ def _methods(steps: Sequence[MeasuredStep]) -> tuple[MethodComparison, ...]:
             rows.setdefault(p.method, []).append((int(member == 0), p.seconds, seconds, said, counted))
     compared = []
     for method, entries in sorted(rows.items()):
-        passes, predicted, measured, said, counted = zip(*entries, strict=True)
+        firsts, predicted, measured, planned, sent = zip(*entries, strict=True)
         compared.append(
             MethodComparison(
                 method=method,
-                passes=sum(passes),
+                passes=sum(firsts),
                 predicted=sum(predicted),
                 measured=sum(measured),
                 ratio=sum(measured) / sum(predicted),
-                predicted_bytes=None if None in said else sum(n or 0 for n in said),
-                counted_bytes=None if None in counted else sum(n or 0 for n in counted),
+                predicted_bytes=None if None in planned else sum(n or 0 for n in planned),
+                counted_bytes=None if None in sent else sum(n or 0 for n in sent),
             )
         )
     return tuple(compared)
@@ -282,7 +282,7 @@ def _methods(steps: Sequence[MeasuredStep]) -> tuple[MethodComparison, ...]:
 
 def methods_text(kinds: Sequence[PassKind]) -> str:
     """The seconds of every method for the costliest kinds of split passes; empty where no pass is split."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for kind in kinds[:KINDS_SHOWN]:
         for option in kind.options:
             chosen = "*" if option.method == kind.method else ""

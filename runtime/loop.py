@@ -20,6 +20,7 @@ from heteromesh.planner.cost_json import costs_to_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.planner.show import first_passes
+from heteromesh.runtime.agree import agree, job_facts
 from heteromesh.runtime.checkpoint import Checkpoints, Optimizer
 from heteromesh.runtime.even_split import EvenSplit, compare
 from heteromesh.runtime.executor import StepExecutor, StepResult
@@ -68,7 +69,7 @@ class TrainingLoop:
     def __init__(self, trainer: Trainer, world: World, stack: ExitStack) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, world
         self.interrupt = stack.enter_context(Interrupt())
-        self._check_data()
+        agree(world, lambda: job_facts(trainer, world.size))
         self.cluster = find_cluster(self.config, world.size)
         self.given_plan = world.once(lambda: find_plan(self.config, self.cluster))
         self.path = Path(self.config.run_dir)
@@ -142,17 +143,6 @@ class TrainingLoop:
     def _asked(self) -> int | None:
         """The signal that any rank was sent; equal on every rank."""
         return max(self.world.gather(self.interrupt.signal or 0)) or None
-
-    def _check_data(self) -> None:
-        """Raises UserError where the ranks don't have the same data."""
-        data = self.trainer.sampler.state_dict() | {"content": getattr(self.trainer.data, "fingerprint", "")}
-        everyone = self.world.gather(data)
-        for rank, other in enumerate(everyone):
-            if other != everyone[0]:
-                raise UserError(
-                    f"rank {rank} has other data than rank 0: give every host the same documents, tokenizer and "
-                    "max_length (Python's own sources differ between Python versions)"
-                )
 
     def _open_directory(self) -> None:
         self.directory = RunDirectory(self.path, resume=self.config.resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,9 +73,9 @@ class RunDirectory:
     def _prepare(self) -> None:
         with _named(self.path):
             (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".writable-{os.getpid()}"
-            probe.write_bytes(b"\0" * 4096)
-            probe.unlink()
+            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".writable-") as probe:
+                probe.write(b"\0" * 4096)
+                probe.flush()
 
 
 class _named:

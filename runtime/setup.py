@@ -53,10 +53,15 @@ def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:
     return cluster
 
 
+def plan_path(config: TrainerConfig) -> str | Path | None:
+    """The plan file of the configuration or of `heteromesh run`, if any."""
+    return config.plan or os.environ.get(PLAN_VARIABLE) or None
+
+
 def find_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
-    """The plan file of the configuration or of `heteromesh run`, if any; raises UserError if it is for another job."""
-    path = config.plan or os.environ.get(PLAN_VARIABLE)
-    if not path:
+    """What `plan_path` names; raises UserError if it is for another job."""
+    path = plan_path(config)
+    if path is None:
         return None
     plan = load(Path(path))
     if plan.cluster.ranks != cluster.ranks:

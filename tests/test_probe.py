@@ -1,6 +1,7 @@
 """Probe without a network: fits, schedules, outliers, names, cgroups, and the file that it writes."""
 
 import random
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -159,7 +160,7 @@ def test_nvidia_facts_survive_what_a_device_does_not_know(monkeypatch: pytest.Mo
         nvmlDeviceGetMaxClockInfo=lambda handle, kind: 1590,
         nvmlDeviceGetNvLinkState=unknown,
     )
-    monkeypatch.setattr(nvidia.importlib, "import_module", lambda name: library)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
     facts = nvidia.nvidia_facts(torch.device("cuda", 0))
     assert facts is not None
@@ -167,7 +168,7 @@ def test_nvidia_facts_survive_what_a_device_does_not_know(monkeypatch: pytest.Mo
     assert facts.held_back_by == ("heat", "its power limit")
     library.nvmlDeviceGetHandleByUUID = unknown
     assert nvidia.nvidia_facts(torch.device("cuda", 0)) is None
-    monkeypatch.setattr(nvidia.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError()))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert nvidia.nvidia_facts(torch.device("cuda", 0)) is None
 
 

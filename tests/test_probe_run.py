@@ -161,7 +161,7 @@ def test_cards_are_measured_each_by_its_own_address() -> None:
 def costs_used(world: World, folder: str) -> list[bool]:
     """Whether the Trainer takes the file's costs for its model, whether for another; and the file's links then."""
     base = load_cluster(Path(folder) / "base.toml")
-    cluster = with_costs(base, measure_model(world, SPEC, 1.0, cluster_links(base)))
+    cluster = with_costs(base, measure_model(world, SPEC, {"fp32": 1.0}, cluster_links(base)))
     config = TrainerConfig(batch_tokens=100, max_steps=1, run_dir="unused")
     answers = []
     for layers in (1, 2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.probe.decoder import Decoder
 
 Rate = Callable[[Sequence[int]], float]
-SECONDS = 15.0
+SECONDS = 25.0
 """For the passes of a calibration."""
 LONGEST_PASSES = 9
 """A calibration takes about as long as so many passes of its longest sequence."""
@@ -46,14 +46,14 @@ class ModelCosts:
     """Of the longest sequence that was timed."""
 
 
-def measure_model(world: World, spec: ModelSpec, tflops: float, rate: Rate | None) -> ModelCosts:
-    """Every rank of the world must call it. tflops: this rank's matrix rate. rate: of exchanges, where measured.
+def measure_model(world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: Rate | None) -> ModelCosts:
+    """Every rank of the world must call it. tflops: this rank's matrix rates. rate: of exchanges, where measured.
 
     A model that does not fit the memory or the time is timed with fewer layers, twice; everything is linear in
     their number. Raises UserError where even that does not fit.
     """
     dtype = "bf16" if world.device.type == "cuda" else "fp32"
-    limits = list(zip(world.gather(tflops), world.gather(free_bytes(world)), strict=True))
+    limits = list(zip(world.gather(tflops[dtype]), world.gather(free_bytes(world)), strict=True))
     tokens = _longest(spec, spec.layers, limits)
     layers: tuple[int, ...] = (spec.layers,)
     if tokens < LONGEST // 4 and spec.layers > MORE:

@@ -91,7 +91,7 @@ def _probe(
     costs = None
     if spec:
         rate = cluster_links(cluster) if world.size > 1 else None
-        costs = measure_model(world, spec, findings.compute[world.rank].best_tflops, rate)
+        costs = measure_model(world, spec, findings.compute[world.rank].tflops, rate)
         cluster = with_costs(cluster, costs)
     sentences, seconds = find_outliers(findings), time.perf_counter() - start
     made = time.strftime("%Y-%m-%d %H:%M", time.gmtime())

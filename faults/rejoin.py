@@ -1,0 +1,80 @@
+"""A member's part in an election: finds the new coordinator, or becomes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from heteromesh.faults.control import Address, Control, connect
+from heteromesh.faults.coordinator import Coordinator
+from heteromesh.faults.deadlines import Timing
+from heteromesh.faults.election import Election
+from heteromesh.faults.membership import Bounds
+from heteromesh.faults.wire import Message
+from heteromesh.planner.errors import UserError
+
+STAGGER = 0.2
+"""Seconds that the member of the next rank waits longer before it becomes a candidate."""
+LIMIT = 5.0
+"""Seconds after which a member gives up: it is cut off from the majority."""
+_TRY = 0.5
+
+
+def rejoin(
+    addresses: Sequence[Address],
+    secret: bytes,
+    report: Message,
+    *,
+    rank: int,
+    silence: float,
+    stand: Callable[[], Coordinator | None],
+    wanted: Callable[[], bool],
+) -> tuple[Control, list[Message]] | str:
+    """A control connection to the elected coordinator and what it has said so far, or the reason why there is none.
+
+    Blocks up to LIMIT seconds, or until not `wanted`. `stand` starts a candidate here, once.
+    """
+    began, standing = time.monotonic(), False
+    reason = "no coordinator was elected: this member is cut off from the majority"
+    while wanted() and time.monotonic() - began < LIMIT:
+        try:
+            control = connect(addresses, secret, seconds=_TRY, silence=silence)
+            answers = _introduce(control, report)
+            if answers[0]["kind"] == "welcome":
+                return control, answers
+            control.close()
+            return str(answers[0].get("reason"))
+        except OSError:
+            pass
+        if not standing and time.monotonic() - began >= rank * STAGGER:
+            standing = stand() is not None
+        else:
+            time.sleep(0.02)
+    return reason
+
+
+def _introduce(control: Control, report: Message) -> list[Message]:
+    try:
+        control.send(report)
+        answers: list[Message] = []
+        while not answers:
+            answers = control.receive()
+        return answers
+    except OSError:
+        control.close()
+        raise
+
+
+def candidate(
+    addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing, electorate: Sequence[int]
+) -> Coordinator | None:
+    """A coordinator on the first of these addresses that is of this host and free."""
+    for host, port in addresses:
+        try:
+            server = Coordinator(
+                secret, host=host, port=port, bounds=bounds, timing=timing, election=Election(electorate)
+            )
+            return server.start()
+        except UserError:
+            continue
+    return None
