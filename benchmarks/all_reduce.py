@@ -2,9 +2,11 @@
 
     python benchmarks/all_reduce.py [--megabytes 20] [--repeats 10] [--buckets 1] [--json]
 
-Three clusters of one-device hosts: 2 x 1 Gbit/s + 2 x 200 Mbit/s, 6 + 2 of the same, 4 x 200 Mbit/s. In every repeat
-each way runs once, in random order: `planned` (what a run uses), `owners` (never gloo's ring), `gloo`. The time of a
-repeat is rank 0's, from one barrier to the next. Physical limit: the tensor's bytes over the slowest link's rate.
+Clusters of one-device hosts: 2 x 1 Gbit/s + 2 x 200 Mbit/s, 6 + 2 of the same, 4 x 200 Mbit/s, and 2 with two cards of
+200 Mbit/s + 2 with one of 400 Mbit/s. In every repeat each way runs once, in random order: `planned` (what a run uses),
+`owners` (never gloo's ring), `gloo`, all by the first card of each host, and where a host has several `cards` (owners,
+over all cards). The time of a repeat is rank 0's, from one barrier to the next. Physical limit: the tensor's bytes over
+the slowest host's rate.
 """
 
 from __future__ import annotations
@@ -26,12 +28,19 @@ import torch.distributed as dist
 
 from heteromesh.comm.collectives import Collectives, open_collectives
 from heteromesh.comm.gloo import GlooTransport
+from heteromesh.comm.nics_open import open_nics
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import Cluster, Host, Nic
+from heteromesh.planner.nic_split import card_rates, split
 from heteromesh.planner.reduction import reduction_for
 
-CLUSTERS = {"2 + 2": (1.0, 1.0, 0.2, 0.2), "6 + 2": (1.0,) * 6 + (0.2,) * 2, "equal": (0.2,) * 4}
-"""Gbit/s of each host."""
+CLUSTERS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "2 + 2": ((1.0,),) * 2 + ((0.2,),) * 2,
+    "6 + 2": ((1.0,),) * 6 + ((0.2,),) * 2,
+    "equal": ((0.2,),) * 4,
+    "cards": ((0.2, 0.2),) * 2 + ((0.4,),) * 2,
+}
+"""Gbit/s of each card of each host."""
 
 
 def options() -> argparse.Namespace:
@@ -45,10 +54,12 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cluster(name: str) -> Cluster:
+def cluster(name: str, most_cards: int | None = None) -> Cluster:
     hosts = tuple(
-        Host(name=f"host{i}", device="cpu", count=1, nics=(Nic(kind="ethernet", gbit=rate),))
-        for i, rate in enumerate(CLUSTERS[name])
+        Host(
+            name=f"host{i}", device="cpu", count=1, nics=tuple(Nic(kind="ethernet", gbit=r) for r in rates[:most_cards])
+        )
+        for i, rates in enumerate(CLUSTERS[name])
     )
     return Cluster(name=name, hosts=hosts, devices={"cpu": CATALOG["cpu"]})
 
@@ -59,20 +70,34 @@ def work(chosen: argparse.Namespace) -> None:
     store = dist.FileStore(os.environ["ALL_REDUCE_STORE"], size)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     groups = [dist.new_group() for _ in range(3)]
-    reduction = reduction_for(cluster(chosen.worker))
+    reduction = reduction_for(cluster(chosen.worker, most_cards=1))
     planned, owners = open_collectives(groups[0], reduction), Collectives(GlooTransport(groups[1]), reduction)
     ways: dict[str, Callable[[torch.Tensor], object]] = {
         "planned": planned.all_reduce,
         "owners": owners.all_reduce,
         "gloo": lambda part: dist.all_reduce(part, group=groups[2], async_op=True),
     }
+    over_cards = None
+    if any(len(rates) > 1 for rates in CLUSTERS[chosen.worker]):
+        over_cards = over_all_cards(groups[0], cluster(chosen.worker))
+        ways["cards"] = over_cards.all_reduce
     seconds = measure(ways, chosen, size)
     if rank == 0:
         print(json.dumps({"seconds": seconds, "ring": reduction.ring, "fractions": reduction.fractions}), flush=True)
     planned.close()
     owners.close()
+    if over_cards is not None:
+        over_cards.close()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def over_all_cards(group: dist.ProcessGroup, described: Cluster) -> Collectives:
+    reduction, rates = reduction_for(described), card_rates(described)
+    addresses = os.environ["ALL_REDUCE_ADDRESSES"].split(",")
+    cards = [len(its) for its in rates]
+    transport = open_nics(group, addresses, reduction.hosts, cards, split(reduction, rates))
+    return Collectives(transport, reduction)
 
 
 def measure(
@@ -103,8 +128,14 @@ def start(name: str) -> dict[str, dict[str, list[float]]]:
     with tempfile.TemporaryDirectory() as folder, Sandbox(cluster(name), quota=False) as sandbox:
         store = str(Path(folder) / "store")
         processes = [
-            host.start(command, environment={"RANK": str(rank), "ALL_REDUCE_STORE": store}, piped=rank == 0)
-            for rank, host in enumerate(sandbox.hosts)
+            host.start(command, environment=environment | {"RANK": str(rank)}, piped=rank == 0)
+            for rank, (host, environment) in enumerate(
+                (
+                    host,
+                    {"ALL_REDUCE_STORE": store, "ALL_REDUCE_ADDRESSES": ",".join(i.address for i in host.interfaces)},
+                )
+                for host in sandbox.hosts
+            )
         ]
         assert processes[0].streams is not None
         output = processes[0].streams[0].read()
@@ -131,7 +162,7 @@ def main() -> int:
         work(chosen)
         return 0
     for name in chosen.clusters:
-        result, limit = start(name), chosen.megabytes * 1e6 / (min(CLUSTERS[name]) * 125e6)
+        result, limit = start(name), chosen.megabytes * 1e6 / (min(map(sum, CLUSTERS[name])) * 125e6)
         if chosen.json:
             print(json.dumps({"cluster": name, "limit": limit} | result))
         else:

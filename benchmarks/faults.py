@@ -1,6 +1,6 @@
 """Faults in all-reduces: how long until every survivor has the next committed sum, and whether any sum was wrong.
 
-    python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,stop]
+    python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,stop] [--peer torchft]
 
 Our side runs checked steps (faults/lab.py): a sum counts when all survivors have committed it. Plain gloo runs the same
 all-reduce in a loop; a survivor counts as done when its all-reduce has ended, which is an error after the group's time
@@ -58,6 +58,8 @@ def main() -> int:
         wrong += _stops(options)
     if "gloo" in parts:
         _gloo(options)
+    if options.peer:
+        _torchft(options)
     for fault in wrong:
         print(f"FAULT: {fault}")
     return 1 if wrong else 0
@@ -75,6 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--collectives", action="store_true", help="every collective in each step, not the sum alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", default="healthy,kill,ballast,stop,gloo")
+    parser.add_argument("--peer", choices=["torchft"], help="5 kills of this one too, where it is installed")
     return parser.parse_args()
 
 
@@ -139,6 +142,19 @@ def _stops(options: argparse.Namespace) -> list[str]:
 
 def _is_fenced(worker: Worker) -> bool:
     return worker.ended.startswith("Fenced")
+
+
+def _torchft(options: argparse.Namespace) -> None:
+    import faults_torchft as peer
+
+    reason = peer.missing()
+    if reason:
+        print(f"\n{reason}")
+        return
+    for megabytes in options.megabytes:
+        took = peer.kills(options.processes, megabytes, 5, options.seed)
+        times = " / ".join("over 60000" if s is None else f"{s * 1e3:.0f}" for s in took)
+        print(f"\ntorchft, {options.processes} processes, {megabytes:g} MB, each of 5 kills: {times} ms", flush=True)
 
 
 def _healthy(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Predicted against measured step seconds in the sandbox, over layouts that differ in degrees, methods and lengths.
 
     sudo python benchmarks/prediction.py [--cluster examples/clusters/sandbox-unequal.toml] [--repeats 5] [--json]
+    sudo python benchmarks/prediction.py --probe-only F; sudo python benchmarks/prediction.py --measured F   # in two
 
 `heteromesh probe` measures the cluster and a small decoder once; nothing else is calibrated. Then every layout runs
 (forward, backward, gradient sum; no update) `repeats` times in turns, and the median is set beside the prediction.
@@ -160,25 +161,28 @@ def main() -> int:
     parser.add_argument("--cluster", type=Path, default=ROOT / "examples/clusters/sandbox-unequal.toml")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measured", type=Path, help=argparse.SUPPRESS)  # set where it runs on the hosts
+    parser.add_argument("--probe-only", type=Path, metavar="FILE", help="measure the cluster into FILE, and no more")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="what --probe-only wrote, instead of measuring")
+    parser.add_argument("--on-host", action="store_true", help=argparse.SUPPRESS)  # set where it runs on the hosts
     options = parser.parse_args()
-    if options.measured:
+    if options.on_host:
         with join_world() as world:
             rows = measure(world, options.measured, options.repeats)
             if world.rank == 0:
                 show(rows, options.json)
         return 0
-    sandbox = [sys.executable, "-m", "heteromesh", "sandbox", "--raw", str(options.cluster), "--", "heteromesh", "run"]
+    sandbox = [sys.executable, "-m", "heteromesh", "sandbox", "--raw", str(options.cluster), "--", "heteromesh"]
     with tempfile.TemporaryDirectory() as folder:
-        model, file = Path(folder) / "small.toml", Path(folder) / "measured.toml"
-        model.write_text(MODEL)
-        worker = ["-m", "heteromesh.runtime.probe.worker", "--model", str(model), "--cluster", str(options.cluster)]
-        report = subprocess.DEVNULL if options.json else None
-        status = subprocess.run([*sandbox, *worker, "-o", str(file)], stdout=report).returncode
-        if status:
-            return status
+        file = options.measured or options.probe_only or Path(folder) / "measured.toml"
+        if not options.measured:
+            model = Path(folder) / "small.toml"
+            model.write_text(MODEL)
+            words = ["probe", "-o", str(file), "--model", str(model), "--cluster", str(options.cluster)]
+            status = subprocess.run([*sandbox, *words], stdout=subprocess.DEVNULL if options.json else None).returncode
+            if status or options.probe_only:
+                return status
         flags = ["--measured", str(file), "--repeats", str(options.repeats), *(["--json"] if options.json else [])]
-        return subprocess.run([*sandbox, __file__, *flags]).returncode
+        return subprocess.run([*sandbox, "run", __file__, "--on-host", *flags]).returncode
 
 
 if __name__ == "__main__":

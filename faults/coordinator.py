@@ -1,12 +1,13 @@
 """The coordinator: one small asyncio server that decides epochs and commits for a job.
 
 It moves no tensors. It can run in a thread of the launcher or of a member (`Coordinator.start`), or stand-alone on any
-host: `python -m heteromesh.faults.coordinator --port 29400 --secret-file FILE --members 4:8`.
+host: `python -m heteromesh.faults.coordinator --port 29400 --secret-file FILE --members 4:8` (faults/serve.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -22,6 +23,10 @@ from heteromesh.faults.wire import Message, Wire
 from heteromesh.planner.errors import UserError
 
 _READ = 1 << 16
+_GRACE = 0.5
+"""Seconds that a quorum waits for the rest of the last epoch before it goes on without them."""
+_CANDIDACY = 1.5
+"""Seconds after which a candidate without a quorum gives up, so that its voters may find another one."""
 
 
 class _Line:
@@ -55,6 +60,8 @@ class Coordinator:
         self.membership = Membership(bounds or Bounds(), electing=election is not None)
         self._election = election
         self.address = (host, port)
+        self.ended = ""
+        """Why it ended by itself: members that may have elected another coordinator outvote those it has left."""
         self._lines: dict[int, _Line] = {}
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -83,10 +90,10 @@ class Coordinator:
             self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
 
-    def wait(self) -> None:
-        """Returns when the thread has ended."""
-        assert self._thread is not None
-        self._thread.join()
+    @property
+    def running(self) -> bool:
+        """From `start` to `stop`, or until it has ended by itself (`ended` says why)."""
+        return self._thread is not None and self._thread.is_alive()
 
     async def _listen(self) -> asyncio.Server:
         server = await asyncio.start_server(self._serve, self._host, self._port, limit=_READ, backlog=256)
@@ -103,6 +110,8 @@ class Coordinator:
     async def _until_stopped(self, server: asyncio.Server) -> None:
         self._began = self._loop.time()
         watching = asyncio.ensure_future(self._watch())
+        if self._election is not None:
+            self._loop.call_later(_CANDIDACY, self._give_up)
         await self._stopping.wait()
         server.close()
         watching.cancel()
@@ -149,6 +158,7 @@ class Coordinator:
             self.membership.counts["fenced"] += 1  # what a member says after its eviction
         elif kind == "hb":
             line.pulse.beat(message, now)
+            self.membership.knows(line.member, message.get("epoch"))
         elif kind == "fin":
             self._act(self.membership.finish(line.member, message))
         elif kind == "healed":
@@ -165,6 +175,9 @@ class Coordinator:
             self.membership.counts["malformed"] += 1
 
     def _join(self, line: _Line, message: Message) -> None:
+        if self.membership.electing:
+            line.writer.close()  # it comes again when there is a job to join
+            return
         applicant = Applicant.read(message)
         answer = "a join message that is malformed" if applicant is None else self.membership.join(applicant)
         if isinstance(answer, str):
@@ -194,12 +207,21 @@ class Coordinator:
         if self._election.complete():
             self._conclude()
         elif self._election.quorum():
-            self._loop.call_later(self.timing.verdict * 10, self._conclude)
+            self._loop.call_later(_GRACE, self._conclude)
 
     def _conclude(self) -> None:
         # some may have died while the others were waited for
         if self._election is not None and self.membership.electing and self._election.quorum():
             self._act(self._election.conclude(self.membership))
+
+    def _give_up(self) -> None:
+        if self.membership.electing:
+            self._step_down("no quorum of the last epoch's members came to this candidate")
+
+    def _step_down(self, reason: str) -> None:
+        """Ends without a word: all members, those that seemed lost too, look for a coordinator that has a quorum."""
+        self.ended = reason
+        self._stopping.set()
 
     def _welcome(self, member: int) -> Message:
         return {
@@ -219,6 +241,10 @@ class Coordinator:
             self._act(self.membership.lose(member, why))
 
     def _act(self, orders: Iterable[Order]) -> None:
+        outvoted = self.membership.outvoted()
+        if outvoted is not None:
+            self._step_down(outvoted)
+            return
         gone = []
         for member, message in orders:
             line = self._lines.get(member)
@@ -285,3 +311,9 @@ class Coordinator:
                 f"{len(world.members)} members are left and the job needs {self.membership.bounds.least}: "
                 f"nobody joined within {self.timing.patience:g} s"
             )
+
+
+if __name__ == "__main__":
+    from heteromesh.faults.serve import main
+
+    sys.exit(main())

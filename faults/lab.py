@@ -66,6 +66,9 @@ class Lab:
         self.workers: list[Worker] = []
         self.retired: list[Worker] = []
         self._size, self._least = size, least
+        self._vacant: list[int] = []
+        self.evicted = 0
+        """Workers that were put out although nothing was done to them: a machine too loaded for the deadlines."""
 
     def __enter__(self) -> Lab:
         source, sink = self._context.Pipe(duplex=True)
@@ -133,9 +136,20 @@ class Lab:
         return True
 
     def settle(self, seconds: float = 30.0) -> None:
-        """Returns when every worker takes part in the same epoch. Raises TimeoutError."""
-        slots = {w.slot for w in self.workers}
-        if not self.until(lambda: all(w.events and set(w.events[-1].slots) == slots for w in self.workers), seconds):
+        """Returns when every worker takes part in the same epoch. Who was put out by mistake is replaced.
+
+        Raises TimeoutError.
+        """
+
+        def together() -> bool:
+            slots = {w.slot for w in self.workers}
+            for slot in set(self._vacant) - slots:
+                self.add(slot)
+            slots.update(self._vacant)
+            self._vacant.clear()
+            return all(w.events and set(w.events[-1].slots) == slots for w in self.workers)
+
+        if not self.until(together, seconds):
             raise TimeoutError(f"the workers did not come together in {seconds:g} s: {self.describe()}")
 
     def recovery(self, victim: Worker, since: float, seconds: float = 30.0) -> float | None:
@@ -151,7 +165,7 @@ class Lab:
 
         if not self.until(lambda: all(after(w) is not None for w in self.workers), seconds):
             return None
-        return max(after(w) or since for w in self.workers) - since
+        return max((after(w) or since for w in self.workers), default=since) - since
 
     def retire(self, worker: Worker) -> None:
         """Ends a worker without measuring anything."""
@@ -182,6 +196,11 @@ class Lab:
                 worker.events.append(report)
             else:
                 worker.ended = report
+                if worker in self.workers and report.startswith("Fenced"):
+                    self.workers.remove(worker)
+                    self.retired.append(worker)
+                    self._vacant.append(worker.slot)
+                    self.evicted += 1
 
 
 def _coordinate(pipe: Connection, secret: bytes, bounds: Bounds, timing: Timing) -> None:
@@ -198,6 +217,8 @@ def _work(pipe: Connection, slot: int, address: tuple[str, int], secret: bytes, 
     member = Member(Terms(coordinators=[address], secret=secret, name=str(slot), links=work.links))
     try:
         _loop(pipe, slot, member, work)
+    except BrokenPipeError:
+        pass  # nobody supervises any more
     except (Fenced, Stopped) as error:
         pipe.send(f"{type(error).__name__}: {error}")
     except Exception as error:

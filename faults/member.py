@@ -63,6 +63,9 @@ class Terms:
 class Member:
     """Made by `Member(terms)`, which blocks until the job has answered; `close` when done.
 
+    `id` is this member's for good once it has been in an epoch; one that waits to join gets another when the
+    coordinator is lost meanwhile.
+
     Raises UserError when the job refuses this process, and ConnectionError when there is no coordinator.
     """
 
@@ -72,6 +75,8 @@ class Member:
         self._changed = threading.Condition(self._lock)
         self._seats: dict[str, Seat] = {WORLD: Seat()}
         self._over: Exception | None = None
+        self._lost_at = 0.0
+        """Since when there is no coordinator that has a quorum; 0 while there is one."""
         self._ticks = 0
         self.listener = Listener(terms.secret, terms.hosts)
         self._kin = Kin(self._report_death)
@@ -100,6 +105,7 @@ class Member:
             "state": terms.state,
             "notice": self._kin.path,
             "host": self._kin.host,
+            "elects": len(terms.coordinators) > 1,
         }
 
     def _introduce(self) -> int:
@@ -218,27 +224,33 @@ class Member:
     def _reelect(self, lost: str) -> str:
         """Empty when there is a coordinator again, else the reason why not."""
         terms, view = self.terms, self._seats[WORLD].view
-        if len(terms.coordinators) < 2 or view is None:
+        if len(terms.coordinators) < 2:
             return lost
+        self._lost_at = self._lost_at or time.monotonic()
         if self._candidate is not None:
             self._candidate.stop()
             self._candidate = None
         answer = rejoin(
             terms.coordinators,
             terms.secret,
-            {"kind": "rejoin", "member": self.id, "groups": self._reports(), **self._card()},
-            rank=view.rank,
+            {"kind": "join", **self._card()}
+            if view is None
+            else {"kind": "rejoin", "member": self.id, "groups": self._reports(), **self._card()},
+            began=self._lost_at,
+            rank=None if view is None else view.rank,
             silence=terms.silence,
-            stand=lambda: self._stand(view.members),
+            stand=self._stand,
             wanted=lambda: self._closing.error is None,
         )
         if isinstance(answer, str):
             return answer
         self._control, self._early = answer[0], answer[1][1:]
+        if view is None:
+            self.id, self._lost_at = int(answer[1][0]["member"]), 0.0
         return ""
 
-    def _stand(self, electorate: Sequence[int]) -> Coordinator | None:
-        self._candidate = candidate(self.terms.coordinators, self.terms.secret, self._bounds, self._timing, electorate)
+    def _stand(self) -> Coordinator | None:
+        self._candidate = candidate(self.terms.coordinators, self.terms.secret, self._bounds, self._timing)
         return self._candidate
 
     def _reports(self) -> dict[str, Message]:
@@ -250,6 +262,7 @@ class Member:
                     "chain": seat.chain,
                     "stale": seat.stale,
                     "members": seat.view.members,
+                    "bases": seat.view.bases,
                 }
                 for name, seat in self._seats.items()
                 if seat.view is not None
@@ -286,7 +299,8 @@ class Member:
                 waits = seat.group.blocked()
                 if waits is not None:
                     blocked[name] = waits
-        return {"tick": self._ticks + moved, "blocked": blocked}
+        view = self._seats[WORLD].view
+        return {"tick": self._ticks + moved, "blocked": blocked, "epoch": None if view is None else view.epoch}
 
     def _heard(self, message: Message) -> None:
         kind = message["kind"]
@@ -311,6 +325,7 @@ class Member:
             seat = self._seats.setdefault(view.group, Seat())
             seat.view, seat.committed, seat.chain = view, view.committed, view.chain
             seat.stale = self.id in view.stale
+            self._lost_at = 0.0
         self._abort(view.group, f"epoch {view.epoch} of {view.group} begins")
 
     def _abort(self, name: str, reason: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from heteromesh.faults.epochs import Epochs
+from heteromesh.faults.quorum import holds
 from heteromesh.faults.wire import Message
 
 WORLD = "world"
@@ -44,6 +45,8 @@ class Applicant:
     notice: str = ""
     """Where processes of the same host can watch its life (faults/notice.py)."""
     host: str = ""
+    elects: bool = False
+    """Whether it would elect another coordinator if it lost this one."""
 
     @classmethod
     def read(cls, message: Message) -> Applicant | None:
@@ -52,10 +55,10 @@ class Applicant:
             addresses = tuple((str(host), int(port)) for host, port in message["addresses"])
             facts = {str(k): str(v) for k, v in message["facts"].items()}
             texts = {key: str(message.get(key, "")) for key in ("name", "state", "notice", "host")}
-            step = int(message.get("step", 0))
+            step, elects = int(message.get("step", 0)), message.get("elects") is True
         except (KeyError, TypeError, ValueError, AttributeError):
             return None
-        return cls(addresses=addresses, facts=facts, step=step, **texts) if addresses else None
+        return cls(addresses=addresses, facts=facts, step=step, elects=elects, **texts) if addresses else None
 
 
 Why = Literal["left", "died", "silent", "stuck", "unreachable", "diverged"]
@@ -76,6 +79,12 @@ class Membership:
     started: bool = False
     electing: bool = False
     """No epoch begins before a majority of the last one's members has reported (faults/election.py)."""
+    elective: bool = False
+    """Whether members would elect another coordinator if they lost this one."""
+    bases: list[list[int]] = field(default_factory=list)
+    """The world epochs' members of whom those who go on must be a quorum (faults/quorum.py)."""
+    _known: dict[int, int] = field(default_factory=dict)
+    """The newest world epoch that each member has heard of."""
     _declared: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
@@ -99,6 +108,7 @@ class Membership:
                 for k in sorted(differing)
             )
             return f"this process does not belong to the job: {told}"
+        self.elective = self.elective or applicant.elects
         self.last += 1
         self.people[self.last] = applicant
         self.counts["joined"] += 1
@@ -125,7 +135,25 @@ class Membership:
         self.world.current = {m for m in ready if (self.people[m].step, self.people[m].state) == like}
         self.world.change(ready)
         self.world.losses = 0
+        self.bases = [list(ready)]
         return self._announce(self.world)
+
+    def knows(self, member: int, epoch: object) -> None:
+        """A member has heard of a world epoch; when all of it have, those of older ones have no say any more."""
+        if isinstance(epoch, int) and member in self.people:
+            self._known[member] = epoch
+            if all(self._known.get(m, -1) >= self.world.epoch for m in self.world.members):
+                self.bases = [list(self.world.members)]
+
+    def outvoted(self) -> str | None:
+        """A sentence when the members that were lost may have elected another coordinator."""
+        if not self.elective or not self.started or self.electing or holds(self.people, self.bases):
+            return None
+        left = [m for m in self.world.members if m in self.people]
+        return (
+            f"members {left} are not the larger part of {self.bases[0]}, who were in the job before: the others may go "
+            "on with a coordinator of their own; start again from the last checkpoint if they do not"
+        )
 
     def _grow(self, ready: list[int]) -> list[Order]:
         self.world.change([*self.world.members, *ready])
@@ -183,7 +211,11 @@ class Membership:
         if member not in self.people:
             return []
         del self.people[member]
+        self._known.pop(member, None)
         self.counts[why] += 1
+        if why == "left":
+            # it will not vote elsewhere
+            self.bases = [[m for m in base if m != member] for base in self.bases]
         orders: list[Order] = []
         if why != "left":
             orders.append((member, {"kind": "fenced", "reason": why}))
@@ -244,6 +276,7 @@ class Membership:
             }
             return [(m, told) for m in group.members]
         config = group.config()
+        config["bases"] = self.bases if group is self.world else []
         config["people"] = [self._card(m) for m in group.members]
         return [(m, config) for m in group.members]
 

@@ -48,11 +48,14 @@ class Lease:
         """Where processes of the same host and user find it."""
 
     def close(self) -> None:
-        """Gives up the lease (in the thread that made it): watchers learn that as a death."""
-        _library().pthread_mutex_unlock(self._mutex)
+        """Gives up the lease; watchers learn it as a death. In another thread than its maker's: when that one ends."""
+        os.close(self._fd)
+        if _library().pthread_mutex_unlock(self._mutex):
+            # it stays in its owner's list of robust mutexes, which is walked at every lock: its memory must stay mapped
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._mutex))
+            return
         del self._mutex
         self._memory.close()
-        os.close(self._fd)
 
 
 def host_id() -> str:

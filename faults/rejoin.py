@@ -1,4 +1,4 @@
-"""A member's part in an election: finds the new coordinator, or becomes it."""
+"""A member's part in an election: finds the new coordinator, or becomes it. Who only waited to join joins again."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from heteromesh.planner.errors import UserError
 
 STAGGER = 0.2
 """Seconds that the member of the next rank waits longer before it becomes a candidate."""
-LIMIT = 5.0
-"""Seconds after which a member gives up: it is cut off from the majority."""
+LIMIT = 6.0
+"""Seconds without a coordinator after which a member gives up: it is cut off from the majority."""
 _TRY = 0.5
 
 
@@ -25,16 +25,18 @@ def rejoin(
     secret: bytes,
     report: Message,
     *,
-    rank: int,
+    began: float,
+    rank: int | None,
     silence: float,
     stand: Callable[[], Coordinator | None],
     wanted: Callable[[], bool],
 ) -> tuple[Control, list[Message]] | str:
     """A control connection to the elected coordinator and what it has said so far, or the reason why there is none.
 
-    Blocks up to LIMIT seconds, or until not `wanted`. `stand` starts a candidate here, once.
+    `report`: the rejoin message, or a join message of one that has no rank yet. Blocks until LIMIT seconds after
+    `began`, or until not `wanted`. `stand` starts a candidate here, once.
     """
-    began, standing = time.monotonic(), False
+    standing = rank is None
     reason = "no coordinator was elected: this member is cut off from the majority"
     while wanted() and time.monotonic() - began < LIMIT:
         try:
@@ -46,10 +48,9 @@ def rejoin(
             return str(answers[0].get("reason"))
         except OSError:
             pass
-        if not standing and time.monotonic() - began >= rank * STAGGER:
+        if rank is not None and not standing and time.monotonic() - began >= rank * STAGGER:
             standing = stand() is not None
-        else:
-            time.sleep(0.02)
+        time.sleep(0.02)
     return reason
 
 
@@ -65,15 +66,11 @@ def _introduce(control: Control, report: Message) -> list[Message]:
         raise
 
 
-def candidate(
-    addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing, electorate: Sequence[int]
-) -> Coordinator | None:
+def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:
     """A coordinator on the first of these addresses that is of this host and free."""
     for host, port in addresses:
         try:
-            server = Coordinator(
-                secret, host=host, port=port, bounds=bounds, timing=timing, election=Election(electorate)
-            )
+            server = Coordinator(secret, host=host, port=port, bounds=bounds, timing=timing, election=Election())
             return server.start()
         except UserError:
             continue

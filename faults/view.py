@@ -29,6 +29,8 @@ class View:
     committed: int
     chain: str
     rank: int
+    bases: tuple[tuple[int, ...], ...] = ()
+    """Members of older epochs who have a say in an election (faults/quorum.py)."""
 
     @property
     def size(self) -> int:
@@ -58,6 +60,7 @@ def view_of(message: Message, member: int) -> View:
             committed=message["committed"],
             chain=message["chain"],
             rank=members.index(member),
+            bases=tuple(tuple(base) for base in message["bases"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"a config message that is malformed: {error}") from None

@@ -124,6 +124,10 @@ def _check_linear(
             "linear attention takes q, k (B, H, S, dk) and v (B, H, S, dv), "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if not (q.shape[1] and q.shape[3] and v.shape[3]):
+        raise ValueError(
+            f"linear attention needs at least one head and dimension, got {tuple(q.shape)} and {tuple(v.shape)}"
+        )
     if decay is None:
         return None
     fading = tuple(map(float, decay))
@@ -159,6 +163,10 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             "attention takes q (B, H, S, D) and k, v (B, Hk, S, D), "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if len({q.device, k.device, v.device}) > 1:
+        raise ValueError(f"attention needs q, k and v on one device, got {q.device}, {k.device} and {v.device}")
+    if not (q.shape[1] and k.shape[1] and q.shape[3]):
+        raise ValueError(f"attention needs at least one head and dimension, got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"attention needs as many queries as keys and query heads in multiples of key heads, "

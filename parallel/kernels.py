@@ -2,14 +2,19 @@
 
 Forward: out = sum_i exp(lse_i - lse) out_i with lse = logsumexp_i(lse_i) over the blocks i of a query row. Backward:
 a block's flash backward, called with the merged out and lse, gives exact dK, dV of the block and its share of dQ.
+On the CPU torch's flash kernel; on CUDA torch's flash kernel for 16-bit values where it passes a check (flash.py);
+else the formula, whose memory grows with Sq * Sk.
 Shapes: q (B, H, Sq, D), k and v (B, Hk, Sk, D) with H a multiple of Hk; lse (B, H, Sq) in float32 (or float64).
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
+
+from heteromesh.parallel.flash import DTYPES, FLASH, Kernel, Kind, checked
 
 aten = torch.ops.aten
 
@@ -28,11 +33,7 @@ def forward_block(
     the process on the other); causal blocks must be square (kernels differ in how they align others).
     """
     _guard(q, k, v, causal)
-    if q.device.type == "cpu":
-        q, k, v = (x.contiguous() for x in (q, k, v))  # the kernel is up to a tenth slower on strided rows
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-    return _math_forward(q, k, v, causal, scale)
+    return _kernel(q, k, causal).forward(q, k, v, causal, scale)
 
 
 def backward_block(
@@ -47,13 +48,7 @@ def backward_block(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv) of one block, given the out and lse of the whole rows. Limits as in `forward_block`."""
     _guard(q, k, v, causal)
-    if q.device.type == "cpu":
-        grad, q, k, v, out = (x.contiguous() for x in (grad, q, k, v, out))
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-        return dq, dk, dv
-    return _math_backward(grad, q, k, v, out, lse, causal, scale)
+    return _kernel(q, k, causal).backward(grad, q, k, v, out, lse, causal, scale)
 
 
 def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -71,6 +66,46 @@ def _guard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> N
     assert not causal or q.shape[2] == k.shape[2], "causal block is not square"
 
 
+def _kernel(q: torch.Tensor, k: torch.Tensor, causal: bool) -> Kernel:
+    if q.device.type == "cpu":
+        return CPU_FLASH
+    if q.device.type != "cuda" or q.dtype not in DTYPES or q.shape[-1] % 8:
+        return FORMULA
+    return _cuda_kernel(Kind(q.device, q.dtype, q.shape[-1], causal, q.shape[1] // k.shape[1]))
+
+
+@cache
+def _cuda_kernel(kind: Kind) -> Kernel:
+    """Checked once a process."""
+    with torch.no_grad():
+        return checked(FLASH, FORMULA, kind)
+
+
+def _cpu_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = (x.contiguous() for x in (q, k, v))  # the kernel is up to a tenth slower on strided rows
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _cpu_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad, q, k, v, out = (x.contiguous() for x in (grad, q, k, v, out))
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return dq, dk, dv
+
+
 def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """(B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
     wide = wide_dtype(q.dtype)
@@ -85,10 +120,11 @@ def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> tor
 def _math_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = _scores(q, k, causal, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp()
-    out = torch.einsum("bhgqk,bhkd->bhgqd", weights, v.to(weights.dtype)).flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the scores to 16 bits
+        scores = _scores(q, k, causal, scale)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse.unsqueeze(-1)).exp()
+        out = torch.einsum("bhgqk,bhkd->bhgqd", weights, v.to(weights.dtype)).flatten(1, 2)
     return out.to(q.dtype), lse.flatten(1, 2)
 
 
@@ -112,3 +148,7 @@ def _math_backward(
     dq = torch.einsum("bhgqk,bhkd->bhgqd", ds, k.to(wide)).flatten(1, 2)
     dk = torch.einsum("bhgqk,bhgqd->bhkd", ds, q.unflatten(1, groups).to(wide))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+CPU_FLASH = Kernel(name="torch's flash attention for CPUs", forward=_cpu_forward, backward=_cpu_backward)
+FORMULA = Kernel(name="the formula", forward=_math_forward, backward=_math_backward)

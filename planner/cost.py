@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import mul
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from heteromesh.planner.attention import ModelAttention
@@ -262,7 +263,7 @@ def load_of(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Load:
     """shards[i][j]: tokens of sequence j on the i-th rank."""
     return Load(
         [sum(row) for row in shards],
-        [float(sum(s * n for s, n in zip(lengths, row, strict=True))) for row in shards],
+        [float(sum(map(mul, lengths, row))) for row in shards],
         len(lengths),
     )
 

@@ -37,6 +37,8 @@ class Task:
         """Seconds on one rank of speed 1."""
         self.room = costs.resident or costs.capacity
         """Per rank, tokens of several sequences that one pass holds."""
+        self.ample = min(costs.resident, default=math.inf)
+        """Tokens that every rank holds without moving any to host memory."""
         self.best: Envelope = envelope(costs)
         self.token_price = costs.seconds_per_pass * sum(costs.speeds) / sum(costs.capacity)
         """What a token's share of a pass's fixed cost is worth, in seconds of a rank of speed 1, in full passes."""
@@ -58,6 +60,13 @@ class Task:
             return seconds
         ratio = self.costs.offload_ratio((rank,), None, (length,))
         return seconds + self.costs.offload_wait(rank, length, seconds, ratio)
+
+    def alone_each(self, place: int) -> list[float]:
+        """`alone` on every rank."""
+        if self.lengths[place] <= self.ample:
+            work = self.work[place]
+            return [work / v for v in self.costs.speeds]
+        return [self.alone(place, r) for r in range(self.costs.ranks)]
 
     def fewest(self, place: int) -> int:
         """The smallest degree, at least 2, at which some set of ranks has room for the sequence."""

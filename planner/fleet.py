@@ -63,8 +63,8 @@ class Team:
             return self._uneven(tokens, squares)
         first = self.lines[0]
         seconds = first.fixed + first.per_token * tokens + first.per_square * squares
-        for line in self.lines[1:]:
-            seconds = max(seconds, line.at(tokens, squares))
+        if len(self.lines) > 1:
+            seconds = max(seconds, *(line.at(tokens, squares) for line in self.lines[1:]))
         return seconds
 
     def _uneven(self, tokens: int, squares: int) -> float:

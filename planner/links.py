@@ -56,14 +56,23 @@ class Links:
             leaving = Counter(h for i, h in enumerate(hosts) if hosts[i - inner] != h)
             present = list(set(hosts))
             local = [self.link[h] for i, h in enumerate(hosts) if hosts[i - inner] == h]
-            rate = self._memo[key] = min([*local, *(self._nics(h, present) / n for h, n in leaving.items())])
+            rate = self._memo[key] = min([*local, *(self.uplink(h, present) / n for h, n in leaving.items())])
         return rate
 
     def ring_rate(self) -> float:
         """Bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
         present = sorted(set(self.hosts))
         slowest = min(self.link[h] for h in present)
-        return slowest if len(present) == 1 else min(slowest, *(self._nics(h, present) for h in present))
+        return slowest if len(present) == 1 else min(slowest, *(self.uplink(h, present) for h in present))
+
+    def uplink(self, host: int, hosts: Sequence[int]) -> float:
+        """Bytes per second each way between a host and the others of a set of hosts, by all cards that reach them.
+
+        RDMA cards count where all hosts of the set are on one fabric; elsewhere Ethernet cards alone.
+        """
+        fabrics = {self.fabrics[h] for h in hosts}
+        same = len(fabrics) == 1 and "" not in fabrics
+        return self.fabric_nics[host] if same else self.ethernet[host]
 
     def _slowest(self, members: Counter[int]) -> float:
         others = max(sum(members.values()) - 1, 1)
@@ -72,14 +81,9 @@ class Links:
             local = (count - 1) / others / self.link[host]
             remote = 0.0
             if len(members) > 1:
-                remote = (others + 1 - count) / others * count / self._nics(host, list(members))
+                remote = (others + 1 - count) / others * count / self.uplink(host, list(members))
             seconds_per_byte = max(seconds_per_byte, local, remote)
         return 1 / seconds_per_byte if seconds_per_byte else self.link[next(iter(members))]
-
-    def _nics(self, host: int, hosts: Sequence[int]) -> float:
-        fabrics = {self.fabrics[h] for h in hosts}
-        same = len(fabrics) == 1 and "" not in fabrics
-        return self.fabric_nics[host] if same else self.ethernet[host]
 
 
 def cluster_links(cluster: Cluster) -> Links:

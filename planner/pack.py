@@ -25,8 +25,8 @@ def pack_anyway(task: Task, draft: Draft, places: Sequence[int]) -> None:
     for place in places:
         length, work = task.lengths[place], task.work[place]
         fresh = [
-            (slot.free + costs.seconds_per_pass + task.alone(place, slot.rank), slot.rank)
-            for slot, room in zip(draft.ends, costs.capacity, strict=True)
+            (slot.free + costs.seconds_per_pass + alone, slot.rank)
+            for slot, room, alone in zip(draft.ends, costs.capacity, task.alone_each(place), strict=True)
             if room >= length
         ]
         joined = [
@@ -76,11 +76,11 @@ class _Packer:
 
     def _freest(self, place: int) -> Slot | None:
         """The slot with most time left after a new pass with this sequence; None if it fits none."""
-        costs, length, work = self.task.costs, self.task.lengths[place], self.task.work[place]
-        ample = length <= min(self.task.room)
+        costs, length = self.task.costs, self.task.lengths[place]
+        each = self.task.alone_each(place)
         best, most = None, costs.seconds_per_pass
         for slot, end in self.slots:
-            rest = end - slot.free - (work / costs.speeds[slot.rank] if ample else self.task.alone(place, slot.rank))
+            rest = end - slot.free - each[slot.rank]
             if rest >= most and costs.capacity[slot.rank] >= length:
                 best, most = slot, rest
         return best

@@ -23,6 +23,10 @@ from heteromesh.planner.links import cluster_links
 
 RING_MARGIN = 0.05
 """The ring stays where owners are predicted to gain no more than this: it is one call into gloo."""
+OWNER_LOAD = 0.9
+"""Of the predicted time, how long an owner's links may be busy while few owners work at a time."""
+FEWEST_OWNERS = 2
+"""That work at a time. One alone was no faster and varied more (2 x 1 Gbit/s + 2 x 200 Mbit/s)."""
 _NOTHING = 1e-9
 
 
@@ -40,6 +44,8 @@ class Reduction:
     """No all-reduce is faster: every host must send its contribution and receive the result."""
     ring_seconds_per_byte: float
     """Of a ring in rank order."""
+    waves: tuple[int, ...] = ()
+    """Per rank, when its part has its turn: parts of a wave at the same time, waves in order; empty: all at once."""
 
     @property
     def ring(self) -> bool:
@@ -76,21 +82,23 @@ def plan_reduction(
     caps = rooms if len(members) < 3 else _caps({h: uplinks[h] for h in members}, rooms)
     fractions = _even(members, limits, caps)
     rates = {h: (uplinks[h] if len(members) > 1 else math.inf, local[h]) for h in members}
+    seconds = max(_seconds(members, fractions, h, *rate) for h, rate in rates.items())
     slowest = min(rate if len(members) > 1 else inside for rate, inside in rates.values())
     return Reduction(
         hosts=tuple(hosts),
         fractions=tuple(fractions),
-        seconds_per_byte=max(_seconds(members, fractions, h, *rate) for h, rate in rates.items()),
+        seconds_per_byte=seconds,
         bound_seconds_per_byte=1 / slowest if len(hosts) > 1 else 0.0,
         ring_seconds_per_byte=max(_ring(hosts, h, *rate) for h, rate in rates.items()),
+        waves=_waves(members, fractions, rates, seconds),
     )
 
 
 def reduction_for(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
     """The reduction over all ranks of a cluster, at the rates of its links."""
     links = cluster_links(cluster)
-    one_fabric = len(set(links.fabrics)) == 1 and "" not in links.fabrics
-    uplinks = links.fabric_nics if one_fabric else links.ethernet
+    hosts = range(len(cluster.hosts))
+    uplinks = [links.uplink(host, hosts) for host in hosts]
     return plan_reduction(links.hosts, uplinks, links.link, max_fraction=max_fraction)
 
 
@@ -170,6 +178,41 @@ def _seconds(members: dict[int, list[int]], fractions: Sequence[float], host: in
     # a device stands for its own part and an even share of those that other hosts own
     busiest = max(owned) + (1 - sum(owned)) / len(owned)
     return max(across, (1 + (len(owned) - 2) * busiest) / inside)
+
+
+def _waves(
+    members: dict[int, list[int]], fractions: Sequence[float], rates: dict[int, tuple[float, float]], seconds: float
+) -> tuple[int, ...]:
+    """The most waves in which no link is busier than it is with all owners at once.
+
+    A slow host then has few connections under way, which share its link more evenly than many: with the parts of six
+    owners at once the least lucky connection kept the others waiting.
+    """
+    places = {r: i for ranks in members.values() for i, r in enumerate(ranks)}
+    owners = sorted((r for r, f in enumerate(fractions) if f), key=lambda r: (-round(fractions[r], 6), places[r], r))
+    for count in range(len(owners) // FEWEST_OWNERS, 1, -1):
+        waves = [0] * len(fractions)
+        for i, owner in enumerate(owners):
+            waves[owner] = i * count // len(owners)
+        if all(_fits(members, _alone(fractions, waves, wave), rates, seconds) for wave in range(count)):
+            return tuple(waves)
+    return (0,) * len(fractions)
+
+
+def _alone(fractions: Sequence[float], waves: Sequence[int], wave: int) -> list[float]:
+    """The fractions of a wave's own bytes."""
+    total = sum(f for f, its in zip(fractions, waves, strict=True) if its == wave)
+    return [f / total if its == wave else 0.0 for f, its in zip(fractions, waves, strict=True)]
+
+
+def _fits(
+    members: dict[int, list[int]], fractions: Sequence[float], rates: dict[int, tuple[float, float]], seconds: float
+) -> bool:
+    for host, ranks in members.items():
+        limit = seconds * (OWNER_LOAD if any(fractions[r] for r in ranks) else 1 + _NOTHING)
+        if _seconds(members, fractions, host, *rates[host]) > limit:
+            return False
+    return True
 
 
 def _ring(hosts: Sequence[int], host: int, rate: float, inside: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from heteromesh.planner.reduction import Reduction
 
 PIECES = 64
-"""Per owner: the first and the last piece travel one way only, so the time lost is about 1 / PIECES."""
+"""Per owner that works at a time: the first and the last travel one way only, so the time lost is about 1 / PIECES."""
 LEAST_BYTES = 32 << 10
 """Of a piece; below, a message costs more than its bytes."""
 MOST_BYTES = 4 << 20
@@ -26,20 +27,21 @@ class Piece:
 
 
 def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[Piece, ...]:
-    """All pieces, in the order in which everybody works: owners take turns and end at about the same time."""
+    """All pieces, in the order in which everybody works: owners of a wave take turns and end at about the same time."""
     bounds = reduction.bounds(numel)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
-    size = -(-numel * itemsize // (PIECES * max(len(ranges), 1)))
+    waves = reduction.waves or (0,) * len(reduction.fractions)
+    together = max(Counter(waves[owner] for owner, _, _ in ranges).values(), default=1)
+    size = -(-numel * itemsize // (PIECES * together))
     step = max(min(max(size, LEAST_BYTES), MOST_BYTES) // itemsize, 1)
-    cuts = []
+    cuts: list[tuple[int, float, int, int, int]] = []
     for owner, low, high in ranges:
         count = -(-(high - low) // step)
         for i in range(count):
-            cuts.append(
-                ((i + 0.5) / count, owner, low + (high - low) * i // count, low + (high - low) * (i + 1) // count)
-            )
+            start, stop = low + (high - low) * i // count, low + (high - low) * (i + 1) // count
+            cuts.append((waves[owner], (i + 0.5) / count, owner, start, stop))
     cuts.sort()
-    return tuple(Piece(low, high, owner, number) for number, (_, owner, low, high) in enumerate(cuts))
+    return tuple(Piece(low, high, owner, number) for number, (_, _, owner, low, high) in enumerate(cuts))
 
 
 def representatives(reduction: Reduction, piece: Piece) -> dict[int, int]:

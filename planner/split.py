@@ -118,8 +118,8 @@ def _first_local(task: Task, target: float, share: float) -> int:
     for place, length in enumerate(task.lengths):
         able = [
             v
-            for rank, (v, room) in enumerate(zip(costs.speeds, costs.capacity, strict=True))
-            if room >= length and fixed + task.alone(place, rank) <= target
+            for v, room, alone in zip(costs.speeds, costs.capacity, task.alone_each(place), strict=True)
+            if room >= length and fixed + alone <= target
         ]
         if able and sum(able) >= share * task.power:
             return place
@@ -215,7 +215,7 @@ def _filled(
         times = [late - seconds] * len(times)
     place, full = head, FULL * room
     while spare > full and min(times) > 0 and len(places) < JOINED:
-        reach = min(_reach(line, time) for line, time in zip(team.lines, times, strict=True))
+        reach = min(map(_reach, team.lines, times))
         place = left.next(max(place + 1, bisect_left(task.negative, -min(spare, reach))))
         if place >= len(lengths) or (lengths[place] <= rank_room and not joins):
             break

@@ -69,17 +69,16 @@ def agree(world: World, tell: Callable[[], Facts]) -> None:
     first = next((rank for rank, text in enumerate(errors) if text), None)
     if first is not None:
         raise UserError(errors[first] if len(set(errors)) == 1 else f"on rank {first}, {errors[first]}")
-    rank = next(rank for rank, row in enumerate(told) if row != told[0])
-    raise UserError(_difference(rank, told[rank][1], told[0][1]))
+    rows = [row for _, row in told]
+    rank = next(rank for rank, row in enumerate(rows) if list(row.items()) != list(rows[0].items()))
+    raise UserError(_difference(rank, rows[rank], rows[0]))
 
 
 def _difference(rank: int, theirs: Facts, ours: Facts) -> str:
-    # names that only one has come first: they explain the others
-    names = [name for name in {**ours, **theirs} if (name in ours) != (name in theirs)]
-    names += [name for name in ours if name in theirs and ours[name] != theirs[name]]
-    if not names:
-        names = [next(a for a, b in zip(ours, theirs, strict=True) if a != b)]
-    name = min(names, key=list({**ours, **theirs}).index)
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    # names that only one has first: they explain the others
+    names.sort(key=lambda name: name in ours and name in theirs)
+    name = names[0] if names else next(a for a, b in zip(ours, theirs, strict=True) if a != b)
     kind = (ours.get(name) or theirs[name])[0]
     values = [side.get(name, (kind, NOTHING))[1] for side in (theirs, ours)]
     more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
@@ -94,17 +93,17 @@ def job_facts(trainer: Trainer, ranks: int) -> Facts:
     cluster = find_cluster(config, ranks)
     facts = Facts()
     facts["heteromesh's version"] = "heteromesh", heteromesh.__version__
-    facts["the cluster"] = "file", f"{cluster.name!r} ({cluster.fingerprint})"
+    facts["the cluster file's fingerprint"] = "file", cluster.fingerprint
     facts["the cluster file's measured values"] = "file", _digest(repr(cluster.measured))
     for what, path in (("plan", plan_path(config)), ("cost", config.cost)):
         facts[f"the {what} file"] = "file", _content(Path(path), what) if path else NOTHING
     for setting in fields(TrainerConfig):
         if setting.name not in LOCAL:
             facts[setting.name] = "setting", _setting(setting.name, getattr(config, setting.name))
-    state = trainer.sampler.state_dict() | {"content": getattr(trainer.data, "fingerprint", "")}
-    facts["the data"] = "data", f"{len(trainer.reader.lengths)} sequences ({_digest(repr(state))})"
-    facts.update((name, ("optimizer", value)) for name, value in _optimizer(trainer))
+    content = (trainer.sampler.state_dict()["dataset"], getattr(trainer.data, "fingerprint", ""))
+    facts["the data"] = "data", f"{len(trainer.reader.lengths)} sequences ({_digest(repr(content))})"
     facts.update((name, ("model", value)) for name, value in _model(trainer.model))
+    facts.update((name, ("optimizer", value)) for name, value in _optimizer(trainer))
     return facts
 
 

@@ -7,6 +7,7 @@ gradients are dropped, no optimizer runs.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -32,8 +33,10 @@ from heteromesh.runtime.executor import StepExecutor
 
 REPEATS = 3
 SLOW_SECONDS = 0.5
-LONGEST = 6144
-"""Tokens of the longest measuring pass: longer ones follow from the fit, and would take long."""
+LONGEST, SHORTEST = 6144, 64
+"""Tokens of measuring passes: longer ones follow from the fit, and would take long."""
+RUN_SECONDS = 3.0
+"""A slow device's longest measuring pass is as short as takes no longer than that."""
 RATE_BYTES = (1 << 20, 16 << 20)
 HOST_BYTES = 64 << 20
 ROUNDS = 8
@@ -88,7 +91,8 @@ class Calibration:
     ) -> Costs:
         """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
-        short = min(64, self._longest)
+        self._longest = self._affordable()
+        short = min(SHORTEST, self._longest)
         packs = [(self._longest,), (-(-self._longest // 2),), (short,) * max(1, self._longest // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
         times = self._world.gather([self._local_seconds(pack) for pack in packs])
@@ -114,6 +118,19 @@ class Calibration:
             offload_share=max(0.0, 1 - 2 / shape.calls) if shape else 0.0,
         )
         return self._with_exchanges(costs, rate) if self._world.size > 1 else costs
+
+    def _affordable(self) -> int:
+        """Tokens of a pass that takes the slowest rank at most `RUN_SECONDS`, however it grows with its length."""
+        length = min(SHORTEST, self._longest)
+        while length < self._longest:
+            seconds = max(self._world.gather(self._once(self._act(self._alone([length]), [length]))))
+            reach = length * math.sqrt(RUN_SECONDS / max(1e-9, seconds))
+            if reach >= self._longest:
+                return self._longest
+            if reach < 2 * length:
+                break
+            length *= 2
+        return min(length, self._longest)
 
     def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
         """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
@@ -220,20 +237,21 @@ class Calibration:
         return AttentionShape(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal)
 
     def _local_seconds(self, lengths: Sequence[int]) -> float:
-        plan = Pass(
-            ranks=(self._world.rank,),
-            method="local",
-            sequences=tuple(range(len(lengths))),
-            shards=(tuple(lengths),),
-            seconds=0.0,
-        )
-        return self._seconds(plan, lengths)
+        return self._seconds(self._alone(lengths), lengths)
+
+    def _alone(self, lengths: Sequence[int]) -> Pass:
+        everything = tuple(range(len(lengths)))
+        shards = (tuple(lengths),)
+        return Pass(ranks=(self._world.rank,), method="local", sequences=everything, shards=shards, seconds=0.0)
 
     def _seconds(self, plan: Pass, lengths: Sequence[int]) -> float:
         """Of a pass that starts on every rank at once."""
+        return self._timed(self._act(plan, lengths))
+
+    def _act(self, plan: Pass, lengths: Sequence[int]) -> Callable[[], object]:
         context = prepare_pass(plan, lengths, self._world, (1.0,) * self._world.size)
         batch = self._input(context)
-        return self._timed(lambda: self._executor.forward_backward(context, batch, max(1, batch.valid)))
+        return lambda: self._executor.forward_backward(context, batch, max(1, batch.valid))
 
     def _timed(self, act: Callable[[], object]) -> float:
         """Seconds of a run that starts on every rank at once: the median of a few after one to warm up.

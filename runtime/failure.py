@@ -1,4 +1,5 @@
-"""How a rank ends: a user's mistake is one sentence and exit code 2, under torchrun and without."""
+"""How a rank ends, under torchrun and without: a user's mistake is one sentence and exit code 2, a lost peer is one
+sentence and exit code 1."""
 
 from __future__ import annotations
 
@@ -9,12 +10,17 @@ from types import TracebackType
 
 from heteromesh.planner.errors import UserError
 
+
+class PeerLost(RuntimeError):
+    """Another rank is gone and the job can't go on: a failure that one sentence tells better than a traceback."""
+
+
 UNDER_HETEROMESH_RUN = "HETEROMESH_RUN"
 """Set by `heteromesh run`, which then prints the first failed rank's sentence itself."""
 
 
 def install_excepthook() -> None:
-    """Makes an uncaught UserError print its sentence and end the process with code 2; others as before."""
+    """Makes an uncaught UserError or PeerLost print its sentence and end the process with 2 or 1; others as before."""
     if not getattr(sys.excepthook, "heteromesh", False):
         sys.excepthook = _Hook(sys.excepthook)
 
@@ -27,13 +33,15 @@ class _Hook:
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         _report(error)
-        if not isinstance(error, UserError):
+        if not isinstance(error, UserError | PeerLost):
             self._before(kind, error, trace)  # type: ignore[operator]
             return
         if UNDER_HETEROMESH_RUN not in os.environ:
             print(f"heteromesh: error: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        if isinstance(error, PeerLost):
+            os._exit(1)  # torch's own exit handlers may wait for the lost peer
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             atexit._run_exitfuncs()  # Python itself would end with code 1
         # peers may wait in a collective that this rank will never join: skip what would wait for them

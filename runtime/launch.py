@@ -130,12 +130,14 @@ def _dry_run(options: argparse.Namespace, environment: dict[str, str], ranks: in
 
 def _tell(error: ChildFailedError) -> int:
     """Prints why the first rank failed; returns the exit code."""
-    for failure in sorted(error.failures.values(), key=lambda f: int(f.timestamp)):
-        told = failure.error_file_data["message"]
-        message = str(told["message"]) if isinstance(told, dict) else str(told)
-        # a rank that ended with a sentence is the cause; its peers then died of broken connections
-        if failure.exitcode == 2 and message.startswith("UserError: "):
-            print(f"heteromesh: error: {message.removeprefix('UserError: ')}", file=sys.stderr)
-            return 2
+    failures = sorted(error.failures.values(), key=lambda f: int(f.timestamp))
+    # a rank that ended with a user's mistake is the cause; its peers then lost it
+    for kind, code in (("UserError", 2), ("PeerLost", 1)):
+        for failure in failures:
+            told = failure.error_file_data["message"]
+            message = str(told["message"]) if isinstance(told, dict) else str(told)
+            if failure.exitcode == code and message.startswith(f"{kind}: "):
+                print(f"heteromesh: error: {message.removeprefix(f'{kind}: ')}", file=sys.stderr)
+                return code
     print(error, file=sys.stderr)
     return 1

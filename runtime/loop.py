@@ -27,6 +27,7 @@ from heteromesh.runtime.executor import StepExecutor, StepResult
 from heteromesh.runtime.feed import PlanFeed, Planned, PlanningFailed, Prepared
 from heteromesh.runtime.interrupt import Interrupt
 from heteromesh.runtime.metrics import HEADER, ProgressBar, StepMetrics
+from heteromesh.runtime.peers import SILENCE_SECONDS, PeerWatch
 from heteromesh.runtime.plan_service import PlanService
 from heteromesh.runtime.rundir import CHECKPOINTS, RunDirectory
 from heteromesh.runtime.sampler import Batch
@@ -68,11 +69,14 @@ class TrainingLoop:
 
     def __init__(self, trainer: Trainer, world: World, stack: ExitStack) -> None:
         self.trainer, self.config, self.world = trainer, trainer.config, world
+        self.done = 0
+        self.path = Path(self.config.run_dir)
         self.interrupt = stack.enter_context(Interrupt())
+        limit = min(SILENCE_SECONDS, self.config.timeout_seconds)
+        stack.enter_context(PeerWatch(world, limit, self._way_out))
         agree(world, lambda: job_facts(trainer, world.size))
         self.cluster = find_cluster(self.config, world.size)
         self.given_plan = world.once(lambda: find_plan(self.config, self.cluster))
-        self.path = Path(self.config.run_dir)
         self.directory: RunDirectory | None = None
         world.once(self._open_directory)
         self.stopped: int | None = None
@@ -143,6 +147,13 @@ class TrainingLoop:
     def _asked(self) -> int | None:
         """The signal that any rank was sent; equal on every rank."""
         return max(self.world.gather(self.interrupt.signal or 0)) or None
+
+    def _way_out(self) -> str:
+        """For a user whose run was cut off from other ranks, so without asking them."""
+        every = self.config.checkpoint_every
+        if self.config.resume or (every and self.done >= every):
+            return f"start the run again with resume=True: it continues at the last whole checkpoint in {self.path}"
+        return "start the run anew (no checkpoint had been written; checkpoint_every says how often to)"
 
     def _open_directory(self) -> None:
         self.directory = RunDirectory(self.path, resume=self.config.resume)

@@ -28,8 +28,8 @@ from heteromesh.runtime.trace import write_trace
 
 RANKS_SHOWN = 32
 TODAY = (
-    "the step can't finish: its gradient sum waits for the rank that is gone; today the job then ends at the "
-    "time limit of its communicators and resumes from its last checkpoint"
+    "the step can't finish: its gradient sum waits for the rank that is gone; today the other ranks "
+    "then end within half a minute, and the job resumes from its last checkpoint"
 )
 
 
@@ -62,7 +62,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("plan", type=Path, metavar="plan.json", help="what `heteromesh plan -o` wrote")
     add("--slow", action="append", default=[], metavar="RANK=FACTOR", help="its compute takes FACTOR times as long")
-    add("--fail", metavar="RANK@STEP", help="the rank is gone when that step starts")
+    add("--fail", action="append", default=[], metavar="RANK@STEP", help="the rank is gone when that step starts")
     add("-o", "--output", type=Path, metavar="trace.json", help="write a trace for ui.perfetto.dev")
     add("--json", action="store_true", help="one JSON document and nothing else")
     return parser.parse(argv)
@@ -78,11 +78,18 @@ def _disturbance(args: argparse.Namespace, plan: Plan) -> Disturbance:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"--slow {text}: the factor must be a number above 0, as in --slow 3=2.5")
-        slow[_below(rank, plan.cluster.ranks, f"--slow {text}", "rank")] = value
+        number = _below(rank, plan.cluster.ranks, f"--slow {text}", "rank")
+        if number in slow:
+            raise UserError(f"--slow {text}: rank {number} was given before: give each rank once")
+        slow[number] = value
     fail = None
-    if args.fail is not None:
-        first, _, second = args.fail.partition("@")
-        where = f"--fail {args.fail}"
+    if len(args.fail) > 1:
+        raise UserError(f"--fail is given {len(args.fail)} times: one failure is played, so give it once")
+    for text in args.fail:
+        first, at, second = text.partition("@")
+        where = f"--fail {text}"
+        if not at:
+            raise UserError(f"{where} names no step: write RANK@STEP, as in --fail 3@0")
         fail = _below(first, plan.cluster.ranks, where, "rank"), _below(second, len(plan.steps), where, "step")
     return Disturbance(slow=slow, fail=fail)
 

@@ -1,6 +1,7 @@
 """Measured costs: the fit, and that the bytes a plan predicts are those that are sent."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from heteromesh.parallel.attention import prepare_pass
 from heteromesh.planner.traffic import AGREEMENT_BYTES, pass_bytes
 from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.calibrate import Calibration, even_pass, fit_nonnegative
+from heteromesh.runtime.calibrate import LONGEST, RUN_SECONDS, SHORTEST, Calibration, even_pass, fit_nonnegative
 from heteromesh.runtime.executor import StepExecutor
 from llama import Llama
 from ranks import World, run_ranks
@@ -82,3 +83,25 @@ def test_measured_costs_are_the_same_on_every_rank() -> None:
     assert all(0 < v <= 1 for v in speeds)
     assert max(speeds) > 0.5
     assert min(capacity) > 256
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("slowness", [1e-3, 0.3, 2.0, 5.0, 100.0])
+def test_a_slow_device_measures_shorter_passes(power: int, slowness: float) -> None:
+    # seconds of the fast rank at the longest pass; the other one is three times as slow
+    tried: list[float] = []
+
+    def seconds(length: int) -> float:
+        tried.append(slowness * (length / LONGEST) ** power)
+        return tried[-1]
+
+    world = SimpleNamespace(rank=0, gather=lambda mine: [mine, 3 * mine])
+    calibration = Calibration(SimpleNamespace(world=world), torch.arange(61), 100_000)
+    calibration._act = lambda plan, lengths: lengths[0]
+    calibration._once = seconds
+    length = calibration._affordable()
+    slowest = 3 * slowness * (length / LONGEST) ** power
+    assert SHORTEST <= length <= LONGEST
+    assert slowest <= RUN_SECONDS or length == SHORTEST
+    assert length == LONGEST or 16 * slowest > RUN_SECONDS  # no shorter than need be
+    assert 3 * sum(tried) <= 2 * RUN_SECONDS or length == SHORTEST

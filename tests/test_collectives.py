@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SIZES = (0, 1, 7, 4096, 150_001)
 
 
-def made(weights, hosts) -> Reduction:
+def made(weights, hosts, waves=()) -> Reduction:
     fractions = tuple(w / sum(weights) for w in weights)
     return Reduction(
         hosts=tuple(hosts),
@@ -27,6 +27,7 @@ def made(weights, hosts) -> Reduction:
         seconds_per_byte=1e-8,
         bound_seconds_per_byte=1e-8,
         ring_seconds_per_byte=9e-8,
+        waves=waves,
     )
 
 
@@ -117,7 +118,7 @@ class _Alone:
 
 
 def interleaved(world: World) -> None:
-    reduction = made((3, 1, 0, 2), (0, 1, 2, 2))
+    reduction = made((3, 1, 0, 2), (0, 1, 2, 2), waves=(1, 0, 0, 1))
     collectives = Collectives(GlooTransport(world.gradients), reduction)
     sizes = [150_000, 3, 40_000, 0, 300_000, 1000]
     for turn in range(3):

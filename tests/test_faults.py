@@ -1,10 +1,9 @@
 """Jobs of real processes under kills, stops, cuts and joins; isolation of groups; the checkers themselves."""
 
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,10 +13,9 @@ from heteromesh.comm.tcp_abort import GroupAborted
 from heteromesh.faults import inject, oracle
 from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.deadlines import Timing
-from heteromesh.faults.election import Election
 from heteromesh.faults.lab import Lab, Work
 from heteromesh.faults.member import Member, Terms
-from heteromesh.faults.membership import Applicant, Bounds, Membership
+from heteromesh.faults.membership import Bounds
 from heteromesh.faults.notice import Lease, Watcher
 from heteromesh.faults.oracle import Belongings, Event, History
 from heteromesh.faults.steps import Steps
@@ -43,7 +41,7 @@ def test_kills_stops_and_joins(collectives):
     with Lab(Work(bytes=1 << 18, collectives=collectives), size=4, timing=Timing(silence=2.0)) as lab:
         for fault in inject.schedule(3, 5, kinds=("kill", "kill", "stop"), slots=4):
             lab.pump(fault.delay)
-            victim = lab.workers[fault.slot]
+            victim = lab.workers[fault.slot % len(lab.workers)]
             act = inject.kill if fault.kind == "kill" else inject.stop
             assert lab.recovery(victim, act(victim.process.pid)) is not None, lab.describe()
             if fault.kind == "stop":
@@ -207,6 +205,11 @@ def test_lease_tells_of_its_holder():
     unwanted.join()
     lease.close()
     assert not told.is_set()
+    foreign = Lease()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(foreign.close).result()
+    del foreign
+    Lease().close()  # the owner's list of robust mutexes is still whole
     with pytest.raises(OSError, match="No such file"):
         Watcher("/proc/self/fd/9999", told.set)
 
@@ -244,64 +247,3 @@ def test_digits_tell_missing_double_and_stale_contributions():
     assert not torch.equal(sum(parts[1:]), oracle.expected(range(8), 3, count))
     assert not torch.equal(sum(parts) + parts[2], oracle.expected(range(8), 3, count))
     assert not torch.equal(sum(parts), oracle.expected(range(8), 4, count))
-
-
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [sock.getsockname()[:2] for sock in sockets]
-
-
-def test_coordinator_is_lost_in_the_middle_of_steps():
-    addresses = free_ports(3)
-    server = Coordinator(b"s", host=addresses[0][0], port=addresses[0][1], bounds=Bounds(least=3)).start()
-    members = [Member(Terms(coordinators=addresses, secret=b"s", name=str(i))) for i in range(3)]
-    values, longest = [torch.full((20_000,), 10.0**i) for i in range(3)], [0.0] * 3
-    chains = []
-
-    def act(index):
-        steps = Steps(members[index].group())
-        steps.start()
-        while steps.step < 300:
-            start = time.monotonic()
-            commit = steps.reduce([values[index]])
-            longest[index] = max(longest[index], time.monotonic() - start)
-            assert bool((commit.sums[0] == 111).all())
-            if index == 0 and commit.step == 100:
-                threading.Thread(target=server.stop).start()
-        chains.append(members[index].committed("world"))
-
-    with ThreadPoolExecutor(3) as pool:
-        for wait in [pool.submit(act, index) for index in range(3)]:
-            wait.result(30)
-    assert len(set(chains)) == 1
-    assert chains[0][0] == 300
-    assert max(longest) < 2
-    for member in reversed(members):
-        member.close()
-
-
-def test_commit_that_only_some_have_heard_of_stands():
-    election = Election([1, 2, 3, 4])
-    base = {"addresses": [["h", 1]], "facts": {}, "name": ""}
-    for member, committed, stale in ((1, 5, False), (3, 6, False), (4, 5, True)):
-        assert not election.complete()
-        report = {"epoch": 2, "committed": committed, "chain": f"c{committed}", "stale": stale, "members": [1, 2, 3, 4]}
-        assert not isinstance(election.add({"member": member, "groups": {"world": report}, **base}), str)
-        assert election.quorum() == (member == 4)
-    membership = Membership(Bounds(), people=dict.fromkeys((1, 3, 4), Applicant(name="", addresses=(), facts={})))
-    orders = election.conclude(membership)
-    config = orders[0][1]
-    assert [member for member, _ in orders] == [1, 3, 4]
-    assert (config["epoch"], config["committed"], config["chain"], config["stale"]) == (3, 6, "c6", [4])
-    assert membership.join(Applicant(name="", addresses=(), facts={})) == 5
-
-
-def test_strangers_do_not_vote():
-    election = Election([1, 2])
-    assert "not in the last epoch" in election.add(
-        {"member": 9, "groups": {"world": {}}, "addresses": [["h", 1]], "facts": {}}
-    )
-    for message in ({}, {"member": 1, "addresses": [["h", 1]], "facts": {}, "groups": {"world": {"epoch": "x"}}}):
-        assert "malformed" in election.add(message)
-    assert not election.quorum()

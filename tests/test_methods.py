@@ -18,6 +18,7 @@ from heteromesh.planner.cost import Costs, RateByDegree
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.layout import METHODS, base_name, method_layout
 from heteromesh.planner.links import Links
+from heteromesh.planner.make import peak_activations, peak_tokens
 from heteromesh.planner.method_reasons import pass_kinds
 from heteromesh.planner.routes import Kind, schedule
 from heteromesh.planner.step import plan_step
@@ -240,6 +241,8 @@ def test_offload_lowers_the_degree_where_compute_hides_it() -> None:
     assert len(p.ranks) <= 4
     kept = max(costs.memory(costs.method(p.method), [sum(row) for row in p.shards])) * (1 - p.offload * 0.9)
     assert kept == pytest.approx(10_000)
+    assert max(peak_activations([step], costs)) == pytest.approx(10_000)
+    assert max(peak_tokens([step], 8)) > 10_000
     with pytest.raises(UserError, match="holds 10000"):
         check_feasible(replace(step, passes=(replace(p, offload=p.offload / 2),)), costs)
     with pytest.raises(UserError, match="not between 0 and 1"):

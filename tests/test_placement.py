@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sites import batch, hosts
 
 from heteromesh.planner.cluster import load_cluster
 from heteromesh.planner.errors import UserError
@@ -19,6 +18,7 @@ from heteromesh.planner.predict import deal, predict, set_up
 from heteromesh.planner.sites import cluster_sites, sum_seconds_per_byte
 from heteromesh.planner.stages import Placement, Stage, placement_from_json, placement_to_json
 from heteromesh.planner.workload import workloads
+from sites import batch, hosts
 
 PIPELINE, DATA = "pipeline across fabrics", "hierarchical data parallel across fabrics"
 

@@ -57,6 +57,10 @@ def test_fit_keeps_what_a_token_bucket_lets_through_out_of_the_rate() -> None:
 def test_fit_of_noise_or_of_one_size_is_the_largest_messages_rate() -> None:
     assert fit_alpha_beta([10, 100], [2.0, 1.0]).bytes_per_second == 100
     assert fit_alpha_beta([100], [2.0]).bytes_per_second == 50
+    # a stall in one of four would make the slope anything
+    stalled = fit_alpha_beta([10, 20, 40, 80], [0.1, 0.85, 0.4, 0.8])
+    assert (stalled.bytes_per_second, stalled.alpha) == (100, 0)
+    assert stalled.r2 < 0.9
     with pytest.raises(ValueError, match="not empty"):
         fit_alpha_beta([], [])
 

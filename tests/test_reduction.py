@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.catalog import CATALOG
+from heteromesh.planner.cluster import Cluster, Host, Nic, load_cluster
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.links import cluster_links
 from heteromesh.planner.reduction import Reduction, plan_reduction, reduction_for
 from heteromesh.planner.reduction_schedule import pieces, representatives, sent_bytes
 from heteromesh.planner.solver import Program
@@ -63,6 +65,37 @@ def test_six_fast_and_two_slow_hosts():
     reduction = plan([GBIT] * 6 + [GBIT / 5] * 2)
     assert reduction.fractions == pytest.approx((1 / 6,) * 6 + (0, 0))
     assert reduction.seconds_per_byte == pytest.approx(reduction.bound_seconds_per_byte)
+    assert reduction.waves == (0, 0, 1, 1, 2, 2, 0, 0)  # two at a time keep the slow links busy; one would not
+
+
+def test_equal_hosts_and_two_owners_work_all_at_once():
+    assert set(plan([GBIT] * 8).waves) == {0}
+    assert set(plan([GBIT] * 2 + [GBIT / 5] * 2).waves) == {0}
+    assert set(plan([GBIT] * 2, hosts=(0, 0, 1, 1)).waves) == {0}
+
+
+def test_owners_of_one_wave_are_on_different_hosts():
+    reduction = plan([GBIT, GBIT, GBIT / 5], hosts=(0, 0, 1, 1, 2))
+    assert reduction.waves == (0, 1, 0, 1, 0)
+
+
+def alone(reduction: Reduction, wave: int) -> list[float]:
+    mine = [f if w == wave else 0.0 for f, w in zip(reduction.fractions, reduction.waves, strict=True)]
+    return [f / sum(mine) for f in mine]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=3, max_size=12), st.floats(0.15, 1))
+def test_no_wave_takes_longer_than_its_bytes_share(rates, limit):
+    """By the module's formula, with one device a host: a wave alone keeps the pace of all owners at once."""
+    reduction = plan([float(r) for r in rates], [max(limit, 1 / len(rates))] * len(rates))
+    owners = [w for f, w in zip(reduction.fractions, reduction.waves, strict=True) if f]
+    assert set(owners) == set(range(max(owners) + 1))
+    for wave in range(max(owners) + 1):
+        fractions = alone(reduction, wave)
+        seconds = max((1 + (len(rates) - 2) * f) / r for f, r in zip(fractions, rates, strict=True))
+        assert seconds <= reduction.seconds_per_byte * (1 + 1e-6)
+        assert sum(w == wave for w in owners) >= 2 or len(owners) == 1
 
 
 def test_several_devices_of_a_host_share_its_part_and_leave_the_ring():
@@ -163,14 +196,31 @@ def test_a_cluster_file_and_json(tmp_path: Path):
     assert Reduction(**{k: tuple(v) if isinstance(v, list) else v for k, v in back.items()}) == reduction
 
 
+def test_uplinks_are_rdma_on_one_fabric_and_ethernet_across():
+    nics = (Nic(kind="infiniband", gbit=100), Nic(kind="ethernet", gbit=10, count=2))
+    hosts = tuple(Host(name=f"h{i}", device="cpu", count=1, fabric=f, nics=nics) for i, f in enumerate(("a", "a", "b")))
+    cluster = Cluster(name="c", hosts=hosts, devices={"cpu": CATALOG["cpu"]})
+    links = cluster_links(cluster)
+    assert links.uplink(0, (0, 1)) == pytest.approx(5 * links.uplink(0, (0, 1, 2)))
+    across = reduction_for(cluster).bound_seconds_per_byte
+    within = reduction_for(replace(cluster, hosts=hosts[:2])).bound_seconds_per_byte
+    assert across == pytest.approx(1 / links.uplink(0, (0, 1, 2)))
+    assert within == pytest.approx(1 / links.uplink(0, (0, 1)))
+
+
 fraction_lists = st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(any)
 
 
-def made(weights, hosts=None) -> Reduction:
+def made(weights, hosts=None, waves=()) -> Reduction:
     fractions = tuple(w / sum(weights) for w in weights)
     hosts = tuple(range(len(weights))) if hosts is None else tuple(hosts)
     return Reduction(
-        hosts=hosts, fractions=fractions, seconds_per_byte=1.0, bound_seconds_per_byte=1.0, ring_seconds_per_byte=9.0
+        hosts=hosts,
+        fractions=fractions,
+        seconds_per_byte=1.0,
+        bound_seconds_per_byte=1.0,
+        ring_seconds_per_byte=9.0,
+        waves=waves,
     )
 
 
@@ -190,6 +240,15 @@ def test_owners_take_turns():
     order = [piece.owner for piece in pieces(made((2, 1)), 3_000_000, 4)]
     assert order[:6].count(0) == 4
     assert order[-6:].count(0) == 4
+
+
+def test_waves_follow_each_other_and_have_larger_pieces():
+    waves = (1, 0, 1, 0)
+    cut, at_once = (pieces(made((1, 1, 1, 1), waves=w), 32_000_000, 4) for w in (waves, ()))
+    assert [waves[piece.owner] for piece in cut] == sorted(waves[piece.owner] for piece in cut)
+    assert cut[0].owner != cut[1].owner  # owners of a wave take turns
+    assert len(at_once) == 2 * len(cut)
+    assert sorted((p.start, p.stop) for p in cut)[-1][1] == 32_000_000
 
 
 @given(fraction_lists, st.integers(1, 50_000))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from heteromesh.planner.catalog import CATALOG
-from heteromesh.planner.cluster import Cluster, Host, Measured, Nic
+from heteromesh.planner.cluster import Cluster, Host, Measured, Nic, load_cluster
 from heteromesh.planner.errors import UserError
 from heteromesh.runtime import cli
 from heteromesh.runtime.sandbox import machine
@@ -16,6 +16,7 @@ from heteromesh.runtime.sandbox.command import CLUSTER_VARIABLE, Seat
 from heteromesh.runtime.sandbox.faults import parse_fault
 from heteromesh.runtime.sandbox.network import control_switch, lay_out
 from heteromesh.runtime.sandbox.quota import Controller, Quotas, find_controller, shares
+from heteromesh.runtime.sandbox.scale import scaled_file
 from heteromesh.runtime.setup import CLUSTER_VARIABLE as READ_BY_THE_TRAINER
 
 ETHERNET = Nic(kind="ethernet", gbit=1)
@@ -171,7 +172,9 @@ def seat(**rest):
         ("/opt/bin/torchrun", ["/opt/bin/torchrun"]),
         ("python3.11 -m torch.distributed.run", ["python3.11", "-m", "torch.distributed.run"]),
         ("heteromesh run", [sys.executable, "-m", "heteromesh", "run"]),
+        ("heteromesh probe", [sys.executable, "-m", "heteromesh", "probe"]),
         ("python -m heteromesh run", ["python", "-m", "heteromesh", "run"]),
+        ("python -m heteromesh probe", ["python", "-m", "heteromesh", "probe"]),
     ],
 )
 def test_launchers_get_a_rendezvous(words, begin):
@@ -179,7 +182,17 @@ def test_launchers_get_a_rendezvous(words, begin):
     assert seat().command([*words.split(), "--nnodes=1:2", "x.py"]) == [*begin, *flags, "--nnodes=1:2", "x.py"]
 
 
-@pytest.mark.parametrize("words", ["python x.py", "sh -c torchrun", "python -m heteromesh plan", "echo heteromesh run"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "python x.py",
+        "sh -c torchrun",
+        "python -m heteromesh plan",
+        "python -m heteromesh",
+        "heteromesh",
+        "echo heteromesh run",
+    ],
+)
 def test_other_commands_are_left_alone(words):
     assert seat().command(words.split()) == words.split()
 
@@ -225,8 +238,28 @@ def test_the_command_line_refuses(capsys, tmp_path, monkeypatch):
     assert "--cores 1e+06 can't be shared out" in refused(capsys, tmp_path, "--cores", "1e6", "FILE", "--", "true")
     assert "'no-such-program' is not found" in refused(capsys, tmp_path, "FILE", "--", "no-such-program")
     assert "unrecognized arguments: true" in refused(capsys, tmp_path, "FILE", "true", "--", "true")
+    assert "contradict each other" in refused(capsys, tmp_path, "--cores", "1", "--no-quota", "FILE", "--", "true")
     fast = GOOD.replace("gbit = 1", "gbit = 100")
-    assert "100 Gbit/s can't be emulated" in refused(capsys, tmp_path, "FILE", "--", "true", text=fast)
+    told = refused(capsys, tmp_path, "FILE", "--", "true", text=fast)
+    assert "100 Gbit/s can't be emulated" in told
+    assert "--scale FACTOR" in told
+    for factor in ("0", "-1", "nan", "inf", "fast"):
+        assert "must be a number greater than 0" in refused(capsys, tmp_path, "--scale", factor, "FILE", "--", "true")
+    assert "1e-06 Gbit/s can't be" in refused(capsys, tmp_path, "--scale", "1e8", "FILE", "--", "true", text=fast)
+
+
+def test_a_scaled_cluster_has_slower_links_and_a_file_of_its_own(tmp_path):
+    path = tmp_path / "cluster.toml"
+    path.write_text(GOOD.replace("gbit = 1", "gbit = 200") + "[measured]\nnic_gbit = [[180, 190], [170, 160]]\n")
+    before = load_cluster(path)
+    with scaled_file(before, path, 100) as (cluster, copy):
+        assert load_cluster(copy) == cluster
+        assert [nic.gbit for h in cluster.hosts for nic in h.nics] == [2, 2]
+        assert cluster.measured.nic_gbit == ((1.8, 1.9), (1.7, 1.6))
+        assert cluster.devices == before.devices
+    assert not copy.exists()
+    with scaled_file(before, path, 1) as same:
+        assert same == (before, path)
 
 
 def test_a_machine_that_cannot_is_told(capsys, tmp_path, monkeypatch):

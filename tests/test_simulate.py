@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from sites import batch, hosts
 
 from heteromesh.planner import plan as plans
 from heteromesh.planner.cost import Costs, Method
@@ -20,6 +19,7 @@ from heteromesh.planner.step import plan_step
 from heteromesh.planner.timeline import step_seconds
 from heteromesh.runtime import cli
 from instances import random_costs, random_lengths
+from sites import batch, hosts
 
 
 def planned(seed, ranks=4):
@@ -222,7 +222,9 @@ def test_a_failure_says_what_happens(plan_file, capsys):
         (("--slow", "1"), "the factor must be a number above 0"),
         (("--slow", "1=0"), "the factor must be a number above 0"),
         (("--slow", "1=nan"), "the factor must be a number above 0"),
-        (("--fail", "1"), "step '' must be a whole number from 0 to 2"),
+        (("--slow", "1=2", "--slow", "1=3"), "rank 1 was given before"),
+        (("--fail", "1"), "names no step: write RANK@STEP"),
+        (("--fail", "1@0", "--fail", "2@0"), "--fail is given 2 times"),
         (("--fail", "1@3"), "step '3' must be a whole number from 0 to 2"),
         (("--fail", "9@0"), "rank '9' must be"),
         (("-o", "no-such-directory/t.json"), "create no-such-directory first"),

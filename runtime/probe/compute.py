@@ -14,6 +14,8 @@ from heteromesh.comm.world import World
 TRIALS = 3
 SECONDS = 0.5
 """Of a trial: several periods of a CPU quota (0.1 s each), or it would not show."""
+FIRST_SECONDS = 0.12
+"""Of the run that says how many a trial takes: more than such a period, or it would run ahead of the quota."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +57,15 @@ def measure_compute(world: World) -> Compute:
 def sustained(world: World, act: Callable[[], object]) -> tuple[float, float]:
     """(seconds of one `act` in a row of them, CPU cores used): medians of trials that begin on all ranks together."""
     _timed(world, act, 1)
-    once = _timed(world, act, 1)[0]
+    count = 1
+    while (seconds := _timed(world, act, count)[0]) < FIRST_SECONDS:
+        count *= 2
     trials = []
     for _ in range(TRIALS):
         world.barrier()
-        count = max(1, round(SECONDS / max(once, 1e-6)))
+        count = max(1, round(SECONDS / seconds * count))
         seconds, cores = _timed(world, act, count)
-        once = seconds / count  # the first may have run ahead of a quota
-        trials.append((once, cores))
+        trials.append((seconds / count, cores))
     return statistics.median(t for t, _ in trials), statistics.median(c for _, c in trials)
 
 

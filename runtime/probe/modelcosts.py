@@ -22,11 +22,9 @@ from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.probe.decoder import Decoder
 
 Rate = Callable[[Sequence[int]], float]
-SECONDS = 25.0
-"""For the passes of a calibration."""
-LONGEST_PASSES = 9
+LONGEST_PASSES = 5.5
 """A calibration takes about as long as so many passes of its longest sequence."""
-EFFICIENCY = 0.5
+EFFICIENCY = 0.6
 """Of the matrix rate, reached by a model; only to keep to the time."""
 SHORTEST = 256
 FEW, MORE = 1, 3
@@ -46,18 +44,22 @@ class ModelCosts:
     """Of the longest sequence that was timed."""
 
 
-def measure_model(world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: Rate | None) -> ModelCosts:
+def measure_model(
+    world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: Rate | None, seconds: float
+) -> ModelCosts:
     """Every rank of the world must call it. tflops: this rank's matrix rates. rate: of exchanges, where measured.
+    seconds: for a calibration, roughly; the least of the ranks' counts.
 
     A model that does not fit the memory or the time is timed with fewer layers, twice; everything is linear in
     their number. Raises UserError where even that does not fit.
     """
     dtype = "bf16" if world.device.type == "cuda" else "fp32"
     limits = list(zip(world.gather(tflops[dtype]), world.gather(free_bytes(world)), strict=True))
-    tokens = _longest(spec, spec.layers, limits)
+    seconds = min(world.gather(seconds))
+    tokens = _longest(spec, spec.layers, limits, seconds)
     layers: tuple[int, ...] = (spec.layers,)
     if tokens < LONGEST // 4 and spec.layers > MORE:
-        layers, tokens = (FEW, MORE), _longest(spec, MORE, limits)
+        layers, tokens = (FEW, MORE), _longest(spec, MORE, limits, seconds)
     if not tokens:
         raise UserError(
             f"model {spec.name} is too large to be timed on these devices, even {layers[-1]} of its layers on "
@@ -77,7 +79,7 @@ def measure_model(world: World, spec: ModelSpec, tflops: Mapping[str, float], ra
     return ModelCosts(model=shape, costs=costs, layers=layers, tokens=tokens)
 
 
-def _longest(spec: ModelSpec, layers: int, limits: Sequence[tuple[float, float]]) -> int:
+def _longest(spec: ModelSpec, layers: int, limits: Sequence[tuple[float, float]], seconds: float) -> int:
     """Tokens of the longest sequence to time, so that every rank's time and memory suffice; 0: none does.
 
     limits: per rank, TFLOP/s and free bytes.
@@ -89,10 +91,17 @@ def _longest(spec: ModelSpec, layers: int, limits: Sequence[tuple[float, float]]
         flops = 3 * (cut.flops_per_token() * tokens + cut.flops_per_token2() * tokens**2)
         # weights and gradients in fp32; activations and logits in fp32
         needed = 8 * cut.parameters() + 2 * cut.activation_bytes_per_token() * tokens
-        if LONGEST_PASSES * flops / slowest <= SECONDS and needed <= 0.6 * least:
+        if LONGEST_PASSES * flops / slowest <= seconds and needed <= 0.6 * least:
             return tokens
         tokens //= 2
     return 0
+
+
+class _WholeLengths(Calibration):
+    """Times the lengths that it is given: a probe has fitted them to its own time, which is more than a run's."""
+
+    def _affordable(self) -> int:
+        return self._longest
 
 
 def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str, rate: Rate | None) -> Costs:
@@ -101,7 +110,7 @@ def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str
     executor = StepExecutor(model, world, autocast=torch.bfloat16 if dtype == "bf16" else None)
     try:
         sample = torch.arange(4096) * 7919 % spec.vocab
-        costs = Calibration(executor, sample, tokens).measure(rate=rate)
+        costs = _WholeLengths(executor, sample, tokens).measure(rate=rate)
         executor.speeds = costs.speeds
         return replace(costs, seconds_per_step=_step_overhead(executor, costs, sample, tokens // 4))
     finally:
@@ -109,9 +118,11 @@ def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str
 
 
 def _step_overhead(executor: StepExecutor, costs: Costs, sample: torch.Tensor, tokens: int) -> float:
-    """Seconds of a step after its slowest pass: what of the gradient sum backward does not hide.
+    """Seconds of a step beyond what its slowest pass is predicted to take.
 
-    The median of steps in which every rank has one pass, its tokens in proportion to its speed.
+    What of the gradient sum backward does not hide, and what the sum costs the backward that hides it: messages take
+    CPU time and memory bandwidth. The median of steps in which every rank has one pass, its tokens in proportion to
+    its speed.
     """
     world = executor.world
     if world.size == 1:
@@ -123,13 +134,14 @@ def _step_overhead(executor: StepExecutor, costs: Costs, sample: torch.Tensor, t
     step = Step(passes=passes, seconds=0.0, bound_seconds=0.0, gap=0.0, solve_seconds=0.0, batch=tuple(lengths))
     reader = Reader([sample[torch.arange(n) % len(sample)] for n in lengths])
     inputs = reader.step_inputs(step, range(len(lengths)), world.rank)
-    left: list[float] = []
+    predicted = max(costs.pass_seconds((r,), "local", [n], [[n]]) for r, n in enumerate(lengths))
+    times: list[float] = []
     for _ in range(STEPS):
         world.barrier()
         start = time.perf_counter()
-        result = executor.run(step, inputs, valid_tokens=sum(lengths))
-        left.append(max(world.gather(time.perf_counter() - start)) - max(result.pass_seconds.values()))
-    return max(0.0, statistics.median(left[1:]))
+        executor.run(step, inputs, valid_tokens=sum(lengths))
+        times.append(max(world.gather(time.perf_counter() - start)))
+    return max(0.0, statistics.median(times[1:]) - predicted)
 
 
 def extrapolate(few: Costs, more: Costs, at_few: int, at_more: int, layers: int) -> Costs:

@@ -17,6 +17,9 @@ from heteromesh.runtime.probe.pairs import WAYS, Pair, PairReading, Way
 from heteromesh.runtime.probe.tournament import tournament
 
 FAN_SECONDS = 0.3
+"""Of a host's sends to all others, where its own card is what limits them."""
+LEAST_SECONDS = 0.05
+"""Of one of them."""
 FASTER = 1.15
 NEAR = 1.3
 
@@ -179,7 +182,8 @@ def _fan(
     """
     rates = _reversed if out else _rates
     offered = {p.hosts[0] + p.hosts[1] - hub: rates(p) for p in between if hub in p.hosts}
-    bytes_of = {host: max(1, int(rate[host] * FAN_SECONDS / 2)) for host, rate in offered.items()}
+    each = max(LEAST_SECONDS, FAN_SECONDS / len(offered))
+    bytes_of = {host: max(1, int(rate[host] * each)) for host, rate in offered.items()}
     leaders = [ranks[0] for ranks in hosts]
     seconds = 0.0
     world.barrier()

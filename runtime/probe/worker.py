@@ -25,6 +25,9 @@ from heteromesh.runtime.terminal import say
 
 TIMEOUT = timedelta(minutes=2)
 """For the slowest answer of a peer."""
+SECONDS = 50.0
+"""Of a whole probe, about: a model gets what the rest leaves of it, within limits."""
+MODEL_SECONDS = (10.0, 30.0)
 
 
 def add_flags(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -91,7 +94,8 @@ def _probe(
     costs = None
     if spec:
         rate = cluster_links(cluster) if world.size > 1 else None
-        costs = measure_model(world, spec, findings.compute[world.rank].tflops, rate)
+        left = min(max(MODEL_SECONDS), max(min(MODEL_SECONDS), SECONDS - (time.perf_counter() - start)))
+        costs = measure_model(world, spec, findings.compute[world.rank].tflops, rate, left)
         cluster = with_costs(cluster, costs)
     sentences, seconds = find_outliers(findings), time.perf_counter() - start
     made = time.strftime("%Y-%m-%d %H:%M", time.gmtime())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import signal
 import sys
@@ -16,7 +17,9 @@ from heteromesh.planner.errors import UserError
 from heteromesh.runtime.arguments import Parser
 from heteromesh.runtime.sandbox.faults import SYNTAX, parse_fault
 from heteromesh.runtime.sandbox.machine import check_machine
+from heteromesh.runtime.sandbox.network import lay_out
 from heteromesh.runtime.sandbox.sandbox import Sandbox
+from heteromesh.runtime.sandbox.scale import scaled, scaled_file
 from heteromesh.runtime.sandbox.supervise import Job, Sink
 
 
@@ -24,19 +27,25 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its first exit status that is not 0."""
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
-    options, command = _parser().parse(words[:split]), words[split + 1 :]
-    if not command:
+    command = words[split + 1 :]
+    if not command and not {"-h", "--help"} & set(words):
         raise UserError("there is no COMMAND to run on the hosts: write heteromesh sandbox cluster.toml -- COMMAND")
-    cluster = load_cluster(options.cluster)
-    faults = [parse_fault(spec, cluster) for spec in options.fault]
+    options = _parser().parse(words[:split])
+    if options.no_quota and options.cores is not None:
+        raise UserError(f"--cores {options.cores:g} and --no-quota contradict each other: leave one out")
+    described = load_cluster(options.cluster)
+    # a fault's own rates are those of the links that there are
+    faults = [parse_fault(spec, scaled(described, options.scale)) for spec in options.fault]
+    lay_out(scaled(described, options.scale))
     check_machine()
     if command[0] != "heteromesh" and not shutil.which(command[0]):
         raise UserError(f"COMMAND {command[0]!r} is not found: give a program in PATH or a path of one")
     with (
         _signals_raise(),
+        scaled_file(described, options.cluster, options.scale) as (cluster, path),
         Sandbox(
             cluster,
-            cluster_file=options.cluster,
+            cluster_file=path,
             cores=options.cores,
             quota=not options.no_quota,
             latency_ms=options.latency_ms,
@@ -56,6 +65,9 @@ def _parser() -> Parser:
     parser.add_argument("cluster", type=Path, metavar="CLUSTER", help="cluster.toml (docs/cluster-file.md)")
     parser.add_argument("--cores", type=float, help="cores that the hosts share (default: 90 %% of this machine's)")
     parser.add_argument("--no-quota", action="store_true", help="don't limit what a host may compute")
+    parser.add_argument(
+        "--scale", type=_factor, default=1.0, metavar="FACTOR", help="every link at 1/FACTOR of its rate in the file"
+    )
     parser.add_argument("--latency-ms", type=_milliseconds, default=0.0, help="one way between hosts; needs netem")
     parser.add_argument("--fault", action="append", default=[], metavar="SPEC", help=f"at a time: {SYNTAX}")
     parser.add_argument("--raw", action="store_true", help="no host names before the lines of output")
@@ -69,6 +81,16 @@ def _milliseconds(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 10_000:
         raise argparse.ArgumentTypeError(f"{text!r} must be milliseconds from 0 to 10000")
+    return value
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number greater than 0: 100 makes 200 Gbit/s 2 Gbit/s")
     return value
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+LAUNCHERS = ("run", "probe")
+"""Commands of `heteromesh` that take torchrun's flags."""
 PORT = 29500
 """Hosts have ports of their own, so any does."""
 CLUSTER_VARIABLE = "HETEROMESH_CLUSTER"
@@ -70,11 +72,11 @@ def _launcher(words: Sequence[str]) -> int:
     name = words[0].rpartition("/")[2]
     if name == "torchrun":
         return 1
-    if name == "heteromesh" and list(words[1:2]) == ["run"]:
+    if name == "heteromesh" and words[1:] and words[1] in LAUNCHERS:
         return 2
     if re.fullmatch(r"python[\d.]*", name):
         if list(words[1:3]) == ["-m", "torch.distributed.run"]:
             return 3
-        if list(words[1:4]) == ["-m", "heteromesh", "run"]:
+        if list(words[1:3]) == ["-m", "heteromesh"] and words[3:] and words[3] in LAUNCHERS:
             return 4
     return 0

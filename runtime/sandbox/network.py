@@ -89,7 +89,7 @@ def check_rate(gbit: float, where: str) -> None:
     if not LEAST_GBIT <= gbit <= MOST_GBIT:
         raise UserError(
             f"{where} of {gbit:g} Gbit/s can't be emulated: a virtual link carries {LEAST_GBIT:g} to {MOST_GBIT:g} "
-            "Gbit/s, so scale the rates of all NICs alike"
+            "Gbit/s, so change all links alike with --scale FACTOR"
         )
 
 
