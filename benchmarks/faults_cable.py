@@ -15,7 +15,9 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,14 +79,13 @@ def _round(options: argparse.Namespace, lost: str) -> tuple[float | None, int]:
         pulled = time.monotonic()
         sandbox[lost].cut()
         left = [files[name] for name in _NAMES if name != lost]
-        _until(lambda: all(_after(file, lost, pulled) for file in left))
+        _until(lambda: all(_after(file, lost, pulled) > 0 for file in left))
         ends = [_after(file, lost, pulled) for file in left]
         wrong = sum(not event["right"] for file in files.values() for event in _events(file))
         return (max(ends) - pulled if all(ends) else None), wrong
 
 
-def _until(true: object) -> bool:
-    assert callable(true)
+def _until(true: Callable[[], bool]) -> bool:
     limit = time.monotonic() + _LIMIT
     while not true():
         if time.monotonic() > limit:
@@ -93,14 +94,14 @@ def _until(true: object) -> bool:
     return True
 
 
-def _events(file: Path) -> list[dict[str, object]]:
+def _events(file: Path) -> list[dict[str, Any]]:
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def _after(file: Path, lost: str, since: float) -> float:
     """When the first commit without the lost host was; 0 when there is none."""
-    times = [float(str(e["time"])) for e in _events(file) if lost not in str(e["names"])]
+    times: list[float] = [e["time"] for e in _events(file) if lost not in e["names"]]
     return next((t for t in times if t > since), 0.0)
 
 

@@ -14,10 +14,9 @@ import random
 import time
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 _TIMEOUT = timedelta(seconds=15)
 
@@ -73,7 +72,7 @@ def _collect(
     while (left := until - time.monotonic()) > 0 and (missing or not wanted):
         for source in wait(list(sources), left):
             try:
-                moment, count, right = source.recv()  # type: ignore[union-attr]
+                moment, count, right = cast(Connection, source).recv()
             except EOFError:
                 del sources[source]
                 continue
@@ -92,7 +91,7 @@ def _work(index: int, lighthouse: str, count: int, sink: Connection) -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch._C._distributed_c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=_TIMEOUT),
         load_state_dict=lambda state: None,

@@ -87,7 +87,8 @@ class Coordinator:
     def stop(self) -> None:
         """Ends the job's coordination: members lose their connections."""
         if self._thread is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stopping.set)
+            with suppress(RuntimeError):  # it has just ended by itself and closed its loop
+                self._loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
 
     @property

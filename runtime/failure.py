@@ -37,9 +37,9 @@ class _Hook:
             self._before(kind, error, trace)  # type: ignore[operator]
             return
         if UNDER_HETEROMESH_RUN not in os.environ:
-            print(f"heteromesh: error: {error}", file=sys.stderr)
+            # torch's own hook, around this one, collects sys.stderr to print it later, which os._exit forestalls
+            print(f"heteromesh: error: {error}", file=sys.__stderr__ or sys.stderr, flush=True)
         sys.stdout.flush()
-        sys.stderr.flush()
         if isinstance(error, PeerLost):
             os._exit(1)  # torch's own exit handlers may wait for the lost peer
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -252,13 +252,19 @@ def test_who_waits_to_join_joins_the_next_coordinator(jobs):
     with waiting._lock:
         assert waiting._seats[WORLD].view is None  # nobody makes steps, so nobody commits
     server.stop()
-    with ThreadPoolExecutor(2) as pool:
-        steps = [Steps(member.group()) for member in members]
-        list(pool.map(lambda s: s.start(), steps))
-        wait = [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]
-        for result in wait:
-            assert result.result(20).sums[0][0] == 2
-        assert waiting.await_view(WORLD, -1)[0].members[-1] == waiting.id == 3
+    everyone = [*members, waiting]
+
+    def act(member):
+        steps = Steps(member.group())
+        steps.start()
+        for _ in range(2000):
+            if len(steps.reduce([torch.ones(10)]).contributors) == 3:
+                return member.id
+            time.sleep(0.005)
+        raise AssertionError("the one that waited never came")
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [wait.result(30) for wait in [pool.submit(act, member) for member in everyone]] == [1, 2, 3]
     waiting.close()
 
 

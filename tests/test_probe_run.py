@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -68,8 +69,12 @@ def test_what_a_launcher_starts_is_measured_and_written(tmp_path: Path) -> None:
 
 def in_short(world: World, *words: str) -> tuple[str, str]:
     """What a rank of a probe prints and the sentence it refuses with; trials and sequences are short."""
-    compute.SECONDS, compute.FIRST_SECONDS, modelcosts.LONGEST = 0.03, 0.01, 512
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
+    compute.SECONDS, compute.FIRST_SECONDS = 0.03, 0.01
+    with (
+        patch.object(modelcosts, "LONGEST", 512),
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()),
+    ):
         try:
             worker.main(words)
         except UserError as error:
@@ -96,8 +101,13 @@ def test_a_measured_model_is_planned_for(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_torchruns_flags_go_to_the_launcher_and_ours_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "main", lambda words: started.append(words) or 7)
     started: list[list[str]] = []
+
+    def start(words: list[str]) -> int:
+        started.append(words)
+        return 7
+
+    monkeypatch.setattr(launch, "main", start)
     words = "--nnodes=4 --node-rank 2 -o c.toml --model gpt-7b --force --rdzv-endpoint a:29500"
     assert main(words.split()) == 7
     flags = "--nnodes=4 --node-rank 2 --rdzv-endpoint a:29500 -m heteromesh.runtime.probe.worker"

@@ -71,7 +71,7 @@ def virtual_link(world: World, bytes_per_second: float, timed: Sequence[Any], hi
         return [_Message(clock, operation) for operation in operations]
 
     tells = SimpleNamespace(perf_counter=lambda: clock.now)
-    patches = [patch.object(World, "barrier", meet), patch.object(Exchange, "_post", post)]
+    patches: list[Any] = [patch.object(World, "barrier", meet), patch.object(Exchange, "_post", post)]
     patches += [patch.object(module, "time", tells) for module in timed]
     for each in patches:
         each.start()
