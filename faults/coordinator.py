@@ -221,7 +221,7 @@ class Coordinator:
 
     def _step_down(self, reason: str) -> None:
         """Ends without a word: all members, those that seemed lost too, look for a coordinator that has a quorum."""
-        self.ended = reason
+        self.ended = self.ended or reason  # members that leave afterwards would change the reason
         self._stopping.set()
 
     def _welcome(self, member: int) -> Message:

@@ -207,10 +207,10 @@ def jobs():
         addresses, members = free_ports(3), []
         terms = Terms(coordinators=addresses, secret=b"s", name="")
 
-        def make(size):
+        def make(size, least):
             host, port = addresses[0]
-            timing = Timing(silence=10.0, heartbeat=0.02)
-            server = Coordinator(b"s", host=host, port=port, bounds=Bounds(least=size), timing=timing)
+            timing = Timing(silence=10.0, heartbeat=0.02, gather=0.0 if least == size else 1.0)
+            server = Coordinator(b"s", host=host, port=port, bounds=Bounds(least=least), timing=timing)
             stack.callback(server.start().stop)
             members.extend(Member(replace(terms, name=str(i))) for i in range(size))
             return server, members
@@ -221,7 +221,7 @@ def jobs():
 
 
 def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
-    server, members = jobs(3)
+    server, members = jobs(3, least=3)
     values, longest, chains = [torch.full((20_000,), 10.0**i) for i in range(3)], [0.0] * 3, []
 
     def act(index):
@@ -245,7 +245,7 @@ def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
 
 
 def test_who_waits_to_join_joins_the_next_coordinator(jobs):
-    server, members = jobs(2)
+    server, members = jobs(2, least=2)
     for member in members:
         member.await_view(WORLD, -1)
     waiting = Member(replace(members[0].terms, name="late"))
@@ -270,7 +270,7 @@ def test_who_waits_to_join_joins_the_next_coordinator(jobs):
 
 def test_minority_with_the_coordinator_ends_and_the_others_go_on(jobs):
     """Three of five members lose their coordinator, which has not ended: they go on, the other two end."""
-    server, members = jobs(5)
+    server, members = jobs(5, least=2)
     with ThreadPoolExecutor(5) as pool:
         steps = [Steps(member.group()) for member in members]
         list(pool.map(lambda s: s.start(), steps))
