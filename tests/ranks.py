@@ -57,6 +57,7 @@ def _collect(processes: list[Any], sources: list[Any], deadline: float) -> list[
             try:
                 fine, value = source.recv()
             except EOFError:
+                processes[rank].join(5)  # its end of the pipe closes before its exit code is known
                 fine, value = False, f"rank {rank} died with exit code {processes[rank].exitcode}"
             (results if fine else failures)[rank] = value
         if failures:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_what_a_launcher_starts_is_measured_and_written(tmp_path: Path) -> None:
     (rank,) = report["ranks"]
     assert rank["tflops"]["fp32"] > 0
     assert rank["memory_gbps"] > 0
-    assert 0.1 < rank["busy_cores"] < 1.5
+    assert 0.1 < rank["busy_cores"] < (os.cpu_count() or 1) + 0.5
     cluster = load_cluster(file)
     assert (cluster.ranks, cluster.measured.speeds, measured_costs(cluster)) == (1, (1.0,), None)
     assert list(tmp_path.iterdir()) == [file]

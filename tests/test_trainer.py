@@ -133,7 +133,7 @@ def test_a_sharded_optimizer_continues_a_plain_one_and_the_other_way_round(
 def test_compressed_gradients_train(four: tuple[Path, tuple[float, ...]], tmp_path: Path) -> None:
     changes = {"gradient_compression": "int8", "shard_optimizer": True}
     losses = run_ranks(3, train, tmp_path / "run", changes, seconds=120)[0]
-    assert losses == pytest.approx(four[1], abs=0.03)
+    assert losses == pytest.approx(four[1], abs=0.06)
     assert losses != pytest.approx(four[1], abs=1e-6), "they were compressed"
     assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == "int8"
 
