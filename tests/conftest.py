@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +12,10 @@ from hypothesis import settings
 # a busy machine is no failure: every test has pytest's own time limit
 settings.register_profile("heteromesh", deadline=None)
 settings.load_profile("heteromesh")
+
+# a background job of a shell has Ctrl-C ignored, and so would have everything that the tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
