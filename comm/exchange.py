@@ -1,4 +1,4 @@
-"""Messages among the ranks of one pass, point to point inside the world communicator.
+"""Messages among the ranks of one pass, point to point inside the world communicator or over a `Transport`.
 
 No process group is made per pass (ByteScale, arXiv 2502.21231, section 4.2): any set of ranks may exchange at once.
 """
@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from heteromesh.comm.world import World
 
+_TAG = 0
+"""Of a transport that tells messages apart by tags: those of passes keep their order between two ranks."""
 Addressed = tuple[int, torch.Tensor]
 """(member of the pass, tensor)."""
 
@@ -71,12 +73,8 @@ class Exchange:
         """
         for member, tensor in (*sends, *receives):
             self._check(member, tensor, name)
-        group = self._world.exchange
-        # receives first: gloo's ready-to-receive messages would queue behind data
-        operations = [dist.P2POp(dist.irecv, t, self.ranks[i], group) for i, t in receives if t.numel()]
-        operations += [dist.P2POp(dist.isend, t, self.ranks[i], group) for i, t in sends if t.numel()]
         buffers = [t for _, t in (*sends, *receives)]
-        return Transfer(self._world, name, self._post(operations), buffers, sum(t.nbytes for _, t in sends))
+        return Transfer(self._world, name, self._post(sends, receives), buffers, sum(t.nbytes for _, t in sends))
 
     def all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> None:
         """Sends `sends[i]` to member i and fills `receives[i]` with what member i sent to this rank.
@@ -96,7 +94,16 @@ class Exchange:
         others = [(self.member + i) % len(self.ranks) for i in range(1, len(self.ranks))]
         return self.start([(i, sends[i]) for i in others], [(i, receives[i]) for i in reversed(others)], name)
 
-    def _post(self, operations: list[dist.P2POp]) -> Sequence[Any]:
+    def _post(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Sequence[Any]:
+        """Receives first: gloo's ready-to-receive messages would queue behind data."""
+        outgoing = [(self.ranks[i], t) for i, t in sends if t.numel()]
+        incoming = [(self.ranks[i], t) for i, t in receives if t.numel()]
+        network = self._world.exchange
+        if network is not None and not isinstance(network, dist.ProcessGroup):
+            works = [network.recv(rank, t, _TAG) for rank, t in incoming]
+            return works + [network.send(rank, t, _TAG) for rank, t in outgoing]
+        operations = [dist.P2POp(dist.irecv, t, rank, network) for rank, t in incoming]
+        operations += [dist.P2POp(dist.isend, t, rank, network) for rank, t in outgoing]
         return dist.batch_isend_irecv(operations) if operations else []
 
     def _check(self, member: int, tensor: torch.Tensor, name: str) -> None:

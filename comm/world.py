@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from heteromesh.comm.records import Recorder
+from heteromesh.comm.transport import Transport
 from heteromesh.planner.errors import UserError
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    exchange: dist.ProcessGroup | None = None
+    exchange: dist.ProcessGroup | Transport | None = None
     gradients: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     """Small messages on CPU tensors (gloo), used from the plan thread."""

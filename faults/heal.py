@@ -1,9 +1,16 @@
-"""State for members that don't hold it: from one member that does, over the epoch's own connections."""
+"""State for members that don't hold it: from one member that does, over the epoch's own connections.
+
+A state is whatever nests of dicts, lists, tuples, numbers and strings with CPU tensors in it say all that a member must
+know (parameters, optimizer state, schedule, data position). The receiver needs no room of the right shape beforehand.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,50 +21,97 @@ from heteromesh.comm.tcp_frame import bytes_of
 from heteromesh.faults.view import View
 
 _TAG = (1 << 16) + 16
-_DIGEST = 16
+_PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "complex"), ("torch", "Size")}
+"""Types beyond Python's literals that a state may hold."""
 
 
-def layout(tensors: Sequence[torch.Tensor]) -> bytes:
-    """The same for lists of tensors that can be copied into each other."""
-    text = ";".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
-    return hashlib.blake2b(text.encode(), digest_size=_DIGEST).digest()
+def heal(transport: TcpTransport, view: View, capture: Callable[[], Any], adopt: Callable[[Any], None]) -> None:
+    """Hands the source's `capture()` to every stale member, which calls `adopt` with it; the others return at once.
 
-
-def heal(transport: TcpTransport, view: View, tensors: Sequence[torch.Tensor]) -> None:
-    """Copies the source's `tensors` into those of every stale member, checked; the others return at once.
-
-    Raises GroupAborted, also when the lists differ in shapes or dtypes; a receiver's tensors are undefined then.
+    Raises GroupAborted, also when the received state is not usable; nothing has been adopted then.
     """
     source = view.source
     if source is None:
         raise GroupAborted("no member holds the state")
     if view.rank == source:
+        head, tensors = pack(capture())
         works: list[TcpWork] = []
-        for rank in _stale(view):
-            works += _send(transport, rank, tensors)
+        for rank, member in enumerate(view.members):
+            if member in view.stale:
+                works += _send(transport, rank, head, tensors)
         wait_all(works)
     elif view.members[view.rank] in view.stale:
-        _receive(transport, source, tensors)
+        adopt(_receive(transport, source))
 
 
-def _stale(view: View) -> list[int]:
-    return [rank for rank, member in enumerate(view.members) if member in view.stale]
-
-
-def _send(transport: TcpTransport, rank: int, tensors: Sequence[torch.Tensor]) -> list[TcpWork]:
-    head = torch.frombuffer(bytearray(layout(tensors)), dtype=torch.uint8)
-    works = [transport.send(rank, head, _TAG)]
+def digest_of(state: Any) -> str:
+    """Equal for equal states: members that start with the same one need no copy of it."""
+    head, tensors = pack(state)
+    told = hashlib.blake2b(head, digest_size=16)
     for tensor in tensors:
+        if tensor.numel():
+            told.update(bytes_of(tensor))
+    return told.hexdigest()
+
+
+def pack(state: Any) -> tuple[bytes, list[torch.Tensor]]:
+    """The state without its tensors, and its tensors (contiguous, each once)."""
+    tensors: list[torch.Tensor] = []
+    places: dict[int, int] = {}
+
+    class Packer(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return None
+            if id(value) not in places:
+                places[id(value)] = len(tensors)
+                tensors.append(value.detach().contiguous())
+            return places[id(value)], tuple(value.shape), str(value.dtype).removeprefix("torch.")
+
+    buffer = io.BytesIO()
+    Packer(buffer, protocol=5).dump(state)
+    return buffer.getvalue(), tensors
+
+
+def unpack(head: bytes) -> tuple[Any, list[torch.Tensor]]:
+    """The state with room in place of its tensors, and that room in order. Raises pickle.UnpicklingError."""
+    rooms: dict[int, torch.Tensor] = {}
+
+    class Unpacker(pickle.Unpickler):
+        def persistent_load(self, place: Any) -> torch.Tensor:
+            index, shape, dtype = place
+            if index not in rooms:
+                rooms[index] = torch.empty(shape, dtype=getattr(torch, dtype))
+            return rooms[index]
+
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in _PLAIN:
+                raise pickle.UnpicklingError(f"a state holds a {module}.{name}: only plain values and tensors travel")
+            return super().find_class(module, name)
+
+    state = Unpacker(io.BytesIO(head)).load()
+    return state, [rooms[i] for i in range(len(rooms))]
+
+
+def _send(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[torch.Tensor]) -> list[TcpWork]:
+    body = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    works = [transport.send(rank, torch.tensor([len(head)]), _TAG)]
+    for tensor in (body, *tensors):
         if tensor.numel():
             works.append(transport.send_bytes(rank, bytes_of(tensor), _TAG, checked=True, keep=tensor))
     return works
 
 
-def _receive(transport: TcpTransport, source: int, tensors: Sequence[torch.Tensor]) -> None:
-    head = torch.empty(_DIGEST, dtype=torch.uint8)
+def _receive(transport: TcpTransport, source: int) -> Any:
+    size = torch.empty(1, dtype=torch.int64)
+    transport.recv(source, size, _TAG).wait()
+    head = torch.empty(int(size), dtype=torch.uint8)
     transport.recv(source, head, _TAG).wait()
-    if bytes(head.tolist()) != layout(tensors):
-        error = GroupAborted(f"rank {transport.rank}'s state has other shapes or dtypes than rank {source}'s")
+    try:
+        state, rooms = unpack(head.numpy().tobytes())
+    except (pickle.UnpicklingError, TypeError, ValueError, AttributeError, EOFError) as reason:
+        error = GroupAborted(f"rank {source}'s state can't be read: {reason}")
         transport.abort.set(error)
-        raise error
-    wait_all([transport.recv(source, tensor, _TAG) for tensor in tensors if tensor.numel()])
+        raise error from None
+    wait_all([transport.recv(source, room, _TAG) for room in rooms if room.numel()])
+    return state

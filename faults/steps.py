@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -48,7 +48,17 @@ class Commit:
     attempts: int
 
 
-def _no_state() -> Sequence[torch.Tensor]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summation:
+    """A sum that is not committed yet."""
+
+    mask: int
+    """Bit i: rank i's values are in every one of the sums."""
+    sums: list[torch.Tensor]
+    digest: str
+
+
+def _nothing() -> Sequence[torch.Tensor]:
     return ()
 
 
@@ -59,10 +69,18 @@ class Steps:
     before the next call, which may hand the state to a member that joins.
     """
 
-    def __init__(self, group: Group, state: Callable[[], Sequence[torch.Tensor]] = _no_state, *, step: int = 0) -> None:
-        """`state()`: every tensor that a joining member must have, of equal shapes and dtypes on all members
-        (parameters, optimizer state, schedule, generators, data position). `step`: steps behind that state."""
-        self._group, self._state = group, state
+    def __init__(
+        self,
+        group: Group,
+        state: Callable[[], Any] = _nothing,
+        adopt: Callable[[Any], None] | None = None,
+        *,
+        step: int = 0,
+    ) -> None:
+        """`state()`: all that a joining member must have (parameters, optimizer state, schedule, data position: see
+        faults/heal.py); `adopt(state)` makes it this member's. Without `adopt`, `state()` is a list of tensors, of
+        equal shapes and dtypes on all members, that are overwritten. `step`: steps behind that state."""
+        self._group, self._state, self._adopt = group, state, adopt or self._overwrite
         self.step = step
         self._healed = -1
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
@@ -102,40 +120,60 @@ class Steps:
         example in the step in which it joined. Raises Fenced and Stopped.
         """
         sources = self._pack(tensors)
-        done = self.atomic(lambda group: self._sum(group, sources, contributes))
-        mask, targets = done.result
-        members = done.view.contributors(mask)
+
+        def body(group: Group) -> tuple[Summation, str]:
+            summed = self._sum(group, sources, tensors, contributes)
+            return summed, summed.digest
+
+        done = self.atomic(body)
+        members = done.view.contributors(done.result.mask)
         return Commit(
             step=done.step,
             epoch=done.view.epoch,
             contributors=members,
             names=tuple(done.view.names[done.view.members.index(m)] for m in members),
-            sums=self._unpack(targets, tensors),
+            sums=done.result.sums,
             digest=done.digest,
             attempts=done.attempts,
         )
+
+    def sum(self, group: Group, tensors: Sequence[torch.Tensor]) -> Summation:
+        """For a body of `atomic`: each tensor summed over the members. The sums are valid until the next ones."""
+        return self._sum(group, self._pack(tensors), tensors, True)
 
     def _enter(self) -> View:
         view = self._group.ready()
         if view.epoch != self._healed:
             mine = view.members[view.rank] in view.stale
             if view.stale:
-                self._group.run(lambda transport: heal(transport, view, list(self._state())))
+                self._group.run(lambda transport: heal(transport, view, self._state, self._adopt))
             self._healed = view.epoch
             if mine:
                 self.step = view.committed
                 self._group.tell({"kind": "healed", "step": self.step})
         return view
 
+    def _overwrite(self, received: Sequence[torch.Tensor]) -> None:
+        mine = list(self._state())
+        if [(t.shape, t.dtype) for t in mine] != [(t.shape, t.dtype) for t in received]:
+            raise GroupAborted("the received state has other shapes or dtypes than this member's")
+        for tensor, values in zip(mine, received, strict=True):
+            tensor.detach().copy_(values)
+
     def _sum(
-        self, group: Group, sources: dict[torch.dtype, torch.Tensor], contributes: bool
-    ) -> tuple[tuple[int, dict[torch.dtype, torch.Tensor]], str]:
+        self,
+        group: Group,
+        sources: dict[torch.dtype, torch.Tensor],
+        tensors: Sequence[torch.Tensor],
+        contributes: bool,
+    ) -> Summation:
         mask, text, targets = 0, "", {}
         for dtype, source in sources.items():
             target = targets[dtype] = self._buffer("out", dtype, source.numel())
             summed = group.all_reduce(source, target, contributes=contributes)
             mask, text = summed.mask, f"{text}|{dtype}:{summed.mask:x}:{summed.digest}"
-        return (mask, targets), hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return Summation(mask=mask, sums=self._unpack(targets, tensors), digest=digest)
 
     def _pack(self, tensors: Sequence[torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
         """One flat tensor for each dtype; a single tensor is taken as it is."""

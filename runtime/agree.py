@@ -92,11 +92,28 @@ def job_facts(trainer: Trainer, ranks: int) -> Facts:
     config = trainer.config
     cluster = find_cluster(config, ranks)
     facts = Facts()
-    facts["heteromesh's version"] = "heteromesh", heteromesh.__version__
     facts["the cluster file's fingerprint"] = "file", cluster.fingerprint
     facts["the cluster file's measured values"] = "file", _digest(repr(cluster.measured))
     for what, path in (("plan", plan_path(config)), ("cost", config.cost)):
         facts[f"the {what} file"] = "file", _content(Path(path), what) if path else NOTHING
+    return {"heteromesh's version": ("heteromesh", heteromesh.__version__)} | facts | _trainer_facts(trainer)
+
+
+def elastic_facts(trainer: Trainer) -> dict[str, str]:
+    """What all members of a job must have in common, whoever joins when; the model's tensors in one line."""
+    facts = {"heteromesh's version": heteromesh.__version__}
+    tensors = []
+    for name, (kind, value) in _trainer_facts(trainer).items():
+        if kind == "model":
+            tensors.append(f"{name} {value}")
+        else:
+            facts[name] = value
+    facts["the model"] = f"{len(tensors)} tensors ({_digest(' '.join(tensors))})"
+    return facts
+
+
+def _trainer_facts(trainer: Trainer) -> Facts:
+    config, facts = trainer.config, Facts()
     for setting in fields(TrainerConfig):
         if setting.name not in LOCAL:
             facts[setting.name] = "setting", _setting(setting.name, getattr(config, setting.name))

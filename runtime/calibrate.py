@@ -36,7 +36,6 @@ SLOW_SECONDS = 0.5
 LONGEST, SHORTEST = 6144, 64
 """Tokens of measuring passes: longer ones follow from the fit, and would take long."""
 RUN_SECONDS = 3.0
-"""A slow device's longest measuring pass is as short as takes no longer than that."""
 RATE_BYTES = (1 << 20, 16 << 20)
 HOST_BYTES = 64 << 20
 ROUNDS = 8
@@ -81,10 +80,15 @@ class _LinearSpy(LinearAttention):
 class Calibration:
     """Runs measuring passes of a model. Every rank of the world must make the same calls."""
 
-    def __init__(self, executor: StepExecutor, tokens: torch.Tensor, max_length: int) -> None:
-        """tokens: any of the data's, 1-D; repeated as often as needed. max_length: of the data's sequences."""
+    def __init__(
+        self, executor: StepExecutor, tokens: torch.Tensor, max_length: int, *, run_seconds: float = RUN_SECONDS
+    ) -> None:
+        """tokens: any of the data's, 1-D; repeated as often as needed. max_length: of the data's sequences.
+
+        run_seconds: a slow device's longest measuring pass is as short as takes no longer than that.
+        """
         self._executor, self._world, self._tokens = executor, executor.world, tokens
-        self._longest = max(2, min(LONGEST, max_length))
+        self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
 
     def measure(
         self, tokens_per_device: int | None = None, rate: Callable[[Sequence[int]], float] | None = None
@@ -97,7 +101,7 @@ class Calibration:
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
         times = self._world.gather([self._local_seconds(pack) for pack in packs])
         fastest = min(times, key=sum)
-        speeds = tuple(_relative(fastest, seconds) for seconds in times)
+        speeds = tuple(relative(fastest, seconds) for seconds in times)
         # what ranks of the reference speed take as they are, not the luckiest of them
         fastest = np.median([t for t, v in zip(times, speeds, strict=True) if v == 1.0], axis=0).tolist()
         a, b, c = fit_nonnegative(rows, np.array(fastest)).tolist()
@@ -108,7 +112,7 @@ class Calibration:
             seconds_per_token2=a,
             seconds_per_token=b,
             seconds_per_pass=c,
-            speeds=tuple(v if v == 1.0 else _relative(fastest, t) for t, v in zip(times, speeds, strict=True)),
+            speeds=tuple(v if v == 1.0 else relative(fastest, t) for t, v in zip(times, speeds, strict=True)),
             capacity=self._capacity(shape, tokens_per_device),
             methods=shape.methods(forwards, hosts) if shape else (),
             rate=RateByDegree({}),
@@ -120,11 +124,11 @@ class Calibration:
         return self._with_exchanges(costs, rate) if self._world.size > 1 else costs
 
     def _affordable(self) -> int:
-        """Tokens of a pass that takes the slowest rank at most `RUN_SECONDS`, however it grows with its length."""
+        """Tokens of a pass that takes the slowest rank at most `run_seconds`, however it grows with its length."""
         length = min(SHORTEST, self._longest)
         while length < self._longest:
             seconds = max(self._world.gather(self._once(self._act(self._alone([length]), [length]))))
-            reach = length * math.sqrt(RUN_SECONDS / max(1e-9, seconds))
+            reach = length * math.sqrt(self._run_seconds / max(1e-9, seconds))
             if reach >= self._longest:
                 return self._longest
             if reach < 2 * length:
@@ -135,8 +139,8 @@ class Calibration:
     def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
         """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
         size = self._world.size
-        costs = replace(costs, rate=rate or RateByDegree({size: self._exchange_rate()}))
-        costs = replace(costs, seconds_per_round=self._round_seconds())
+        costs = replace(costs, rate=rate or RateByDegree({size: self.exchange_rate()}))
+        costs = replace(costs, seconds_per_round=self.round_seconds())
         works: dict[str, float] = {}
         rest, began = 0.0, time.perf_counter()
         for method in self._candidates(costs):
@@ -169,7 +173,7 @@ class Calibration:
         measured: float = max(self._world.gather(self._seconds(plan, [length])))
         return measured - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
 
-    def _round_seconds(self) -> float:
+    def round_seconds(self) -> float:
         """Latency of a round of messages."""
         exchange = Exchange(self._world, range(self._world.size))
         sends = [torch.zeros(1, device=self._world.device) for _ in exchange.ranks]
@@ -193,7 +197,7 @@ class Calibration:
         everyone = tuple(self._world.gather(seconds))
         return everyone if any(everyone) else ()
 
-    def _exchange_rate(self) -> float:
+    def exchange_rate(self) -> float:
         """Bytes per second each way of a rank that exchanges with all others at once."""
         exchange = Exchange(self._world, range(self._world.size))
         times = []
@@ -326,7 +330,7 @@ def _free_host_bytes() -> float:
     return max(0.0, free)
 
 
-def _relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
+def relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
     """Speed relative to the fastest rank; 1 within the 10 % that a short measurement can't tell from noise."""
     ratio = statistics.median(f / s for f, s in zip(fastest, seconds, strict=True))
     return 1.0 if ratio > 0.9 else max(0.05, round(ratio, 2))

@@ -13,6 +13,8 @@ from heteromesh.comm.world import join_world
 from heteromesh.runtime.batch import Reader, Sequences
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.dry_run import dry_run
+from heteromesh.runtime.elastic import ElasticLoop
+from heteromesh.runtime.elastic_environment import COORDINATORS
 from heteromesh.runtime.loop import TrainingLoop, TrainingReport
 from heteromesh.runtime.sampler import Sampler
 from heteromesh.runtime.setup import DRY_RUN_VARIABLE
@@ -53,8 +55,12 @@ class Trainer:
             dry_run(self)
             raise SystemExit(0)
         with ExitStack() as stack:
-            world = stack.enter_context(join_world(timedelta(seconds=self.config.timeout_seconds)))
-            report = TrainingLoop(self, world, stack).run()
+            # a process that nothing has launched is a job of its own
+            if self.config.fault_tolerance and (COORDINATORS in os.environ or "WORLD_SIZE" in os.environ):
+                report = ElasticLoop(self, stack).run()
+            else:
+                world = stack.enter_context(join_world(timedelta(seconds=self.config.timeout_seconds)))
+                report = TrainingLoop(self, world, stack).run()
         if report.signal is not None:
             raise SystemExit(128 + report.signal)
         return report

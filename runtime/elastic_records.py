@@ -1,0 +1,126 @@
+"""What a job of changing members writes: every member remembers the last steps, the one of rank 0 writes them.
+
+So a step that was committed is in the run directory also when its writer died before it could write it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heteromesh.comm.records import Recorder
+from heteromesh.comm.world import World
+from heteromesh.planner.plan import Step, to_json
+from heteromesh.runtime.checkpoint import Checkpoints
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.metrics import JsonLines, StepMetrics, truncate_lines
+from heteromesh.runtime.rundir import CHECKPOINTS, METRICS, RunDirectory
+
+LEDGER = "ledger.jsonl"
+_REMEMBERED = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One committed step, equal on every member."""
+
+    metrics: StepMetrics
+    plan: Step
+    """Of the whole batch, as it was first planned."""
+    measured: Mapping[str, Any]
+    ledger: Mapping[str, Any]
+    """Who trained which sequences."""
+
+
+class ElasticRecords:
+    """The run directory of a job of changing members. `path` must be the same file system on every host."""
+
+    def __init__(self, config: TrainerConfig, recorder: Recorder) -> None:
+        self._config, self._recorder = config, recorder
+        self.path = Path(config.run_dir)
+        self._recent: deque[StepRecord] = deque(maxlen=_REMEMBERED)
+        self._directory: RunDirectory | None = None
+        self._ledger: JsonLines | None = None
+        self.checkpoints: Checkpoints | None = None
+        """Of the member that writes, else None."""
+
+    def create(self) -> None:
+        """Rank 0, before the first step of a new or resumed run. Raises UserError where it can't be."""
+        self._directory = RunDirectory(self.path, resume=self._config.resume)
+
+    def remember(self, record: StepRecord) -> None:
+        """Every member, after every step."""
+        self._recent.append(record)
+
+    def write(self, resolved: Mapping[str, Any], first: int) -> None:
+        """Rank 0: whatever is remembered and not written yet. first: steps behind this member when it began.
+
+        Raises UserError where that can't be done.
+        """
+        if self._ledger is None:
+            self._open(resolved, first)
+        assert self._directory and self._ledger
+        while self._recent:
+            record = self._recent.popleft()
+            if record.metrics.step > self._written:
+                self._directory.record(record.metrics, record.plan, record.measured)
+                self._ledger.write({"step": record.metrics.step, **record.ledger})
+                self._written = record.metrics.step
+
+    def trace(self) -> None:
+        """This member's spans, if it is the one that writes."""
+        if self._directory is not None and self._directory.started:
+            self._directory.trace({0: self._recorder.spans}, self._recorder.dropped)
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way and closes the files."""
+        try:
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        finally:
+            for opened in (self._directory, self._ledger):
+                if opened is not None:
+                    opened.close()
+
+    def open_checkpoints(self) -> Checkpoints:
+        """Of this run; a member alone reads and writes them."""
+        if self.checkpoints is None:
+            self.checkpoints = Checkpoints(
+                self.path / CHECKPOINTS, World(recorder=self._recorder), self._config.keep_checkpoints
+            )
+        return self.checkpoints
+
+    def _open(self, resolved: Mapping[str, Any], first: int) -> None:
+        """Takes over from a writer that was lost, unless it is this member that created the directory."""
+        if self._directory is None:
+            self._directory = RunDirectory(self.path, resume=True)
+            self._written = last_step(self.path / METRICS)
+        else:
+            self._written = first
+        self._directory.start(resolved, self._written)
+        truncate_lines(self.path / LEDGER, self._written)
+        self._ledger = JsonLines(self.path / LEDGER)
+        self.open_checkpoints()
+
+
+def last_step(path: Path) -> int:
+    """Of the last whole line; 0 where there is none."""
+    last = 0
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                last = max(last, int(json.loads(line)["step"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return last
+
+
+def repairs(plans: list[tuple[tuple[int, ...], Step]]) -> list[dict[str, Any]]:
+    """For plan.jsonl: what was planned again after a loss, by place in the batch."""
+    return [{"sequences": list(places), "plan": to_json(step)} for places, step in plans]
+
+
