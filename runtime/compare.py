@@ -45,6 +45,8 @@ class Run:
 
     steps: tuple[MeasuredStep, ...]
     costs: Costs
+    left_out: int = 0
+    """Steps of a run with fault tolerance that other ranks trained, or that lost some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,8 @@ class Comparison:
     p90_error: float
     plan_wait_share: float
     """Of the measured seconds."""
+    left_out: int
+    """Steps that are not compared, as their ranks were not those of the cost model."""
 
 
 def read_run(directory: Path) -> Run:
@@ -135,6 +139,7 @@ def read_run(directory: Path) -> Run:
     path = directory / "plan.jsonl"
     lines = tomlfile.read_text(path, "plan record").splitlines()
     steps: dict[int, MeasuredStep] = {}
+    others: set[int] = set()
     for number, line in enumerate(lines, start=1):
         where = f"plan record {path} line {number}"
         try:
@@ -147,9 +152,18 @@ def read_run(directory: Path) -> Run:
             # A resumed run does some steps again: the later one stands.
             measured = _measured_step(data, where)
             steps[measured.step] = measured
+            if data["measured"].get("repairs"):
+                others.add(measured.step)
     if not steps:
         raise UserError(f"plan record {path} has no measured step yet: wait until the run has finished its first one")
-    return Run(steps=tuple(steps[index] for index in sorted(steps)), costs=_costs(directory / "config.json"))
+    costs = _costs(directory / "config.json")
+    alike = [steps[i] for i in sorted(steps) if i not in others and len(steps[i].busy_seconds) == costs.ranks]
+    if not alike:
+        raise UserError(
+            f"no step of run {directory} was trained by {costs.ranks} ranks from its start to its end, as its cost "
+            "model has it: `heteromesh report` shows such a run"
+        )
+    return Run(steps=tuple(alike), costs=costs, left_out=len(steps) - len(alike))
 
 
 def _costs(path: Path) -> Costs:
@@ -208,6 +222,7 @@ def compare_run(run: Run) -> Comparison:
         median_error=statistics.median(errors),
         p90_error=errors[-(-9 * len(errors) // 10) - 1],
         plan_wait_share=sum(c.plan_wait_seconds for c in compared) / measured,
+        left_out=run.left_out,
     )
 
 
@@ -317,7 +332,11 @@ def comparison_text(run: Comparison) -> str:
         for s in shown
     ]
     heads = ("step", "predicted s", "measured s", "error", "plan wait ms", "<passes")
-    title = f"Run      {len(run.steps)} steps" + (f", the last {len(shown)}:" if len(shown) < len(run.steps) else "")
+    title = f"Run      {len(run.steps)} steps"
+    title += f" ({run.left_out} more, which other ranks trained or some left, are in `heteromesh report`)" * bool(
+        run.left_out
+    )
+    title += f", the last {len(shown)}:" if len(shown) < len(run.steps) else ""
     ranks = [
         (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than the others" * r.slow)
         for r in run.ranks

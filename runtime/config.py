@@ -35,7 +35,7 @@ class TrainerConfig:
     gradient_compression: Literal["none", "int8", "auto"] = "none"
     """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     fault_tolerance: bool = False
-    """Training goes on when ranks die, stop or join (docs/faults.md); `heteromesh run --fault-tolerance` starts them."""
+    """Training goes on when ranks die, stop or join; `heteromesh run --fault-tolerance` starts it (docs/faults.md)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: forward and backward under torch.autocast."""
     checkpoint_activations: bool = False

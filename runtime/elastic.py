@@ -215,6 +215,7 @@ class ElasticLoop:
         measured = {
             "seconds": metrics.measured_seconds,
             "busy_seconds": [t.busy_seconds for t in result.told],
+            "passes": [measure._asdict() for told in result.told for measure in told.passes],
             "plan_wait_seconds": metrics.plan_wait_seconds,
             "members": list(view.members),
             "names": list(view.names),
@@ -375,7 +376,7 @@ def changes(before: View | None, view: View, result: Result) -> list[str]:
     if joined:
         lines.append(f"joined by {', '.join(joined)}")
     if lines:
-        lines.append(f"{view.size} members go on")
+        lines.append("1 member goes on" if view.size == 1 else f"{view.size} members go on")
     return lines
 
 

@@ -63,7 +63,8 @@ class ElasticRecords:
         """
         if self._ledger is None:
             self._open(resolved, first)
-        assert self._directory and self._ledger
+        assert self._directory
+        assert self._ledger
         while self._recent:
             record = self._recent.popleft()
             if record.metrics.step > self._written:
@@ -122,5 +123,3 @@ def last_step(path: Path) -> int:
 def repairs(plans: list[tuple[tuple[int, ...], Step]]) -> list[dict[str, Any]]:
     """For plan.jsonl: what was planned again after a loss, by place in the batch."""
     return [{"sequences": list(places), "plan": to_json(step)} for places, step in plans]
-
-

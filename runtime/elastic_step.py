@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +33,15 @@ from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.sampler import Batch
 
 
+class PassMeasure(NamedTuple):
+    """What a pass of the step's first plan took on one member."""
+
+    position: int
+    rank: int
+    seconds: float
+    sent_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tidings:
     """What a member tells the others between two rounds of work."""
@@ -45,6 +55,7 @@ class Tidings:
     """Whether the run directory is known to be this job's."""
     busy_seconds: float
     """In passes of this step, without waiting for exchanges."""
+    passes: tuple[PassMeasure, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +97,7 @@ class _Current:
     gradients: StepGradients
     rounds: list[Round] = field(default_factory=list)
     busy_seconds: float = 0.0
+    passes: list[PassMeasure] = field(default_factory=list)
     plan_wait_seconds: float = 0.0
 
 
@@ -148,6 +160,7 @@ class StepWork:
             stop=self.stop,
             begun=self._begun,
             busy_seconds=now.busy_seconds,
+            passes=tuple(now.passes),
         )
         told: list[Tidings] = world.gather(mine)
         if not any(t.begun for t in told):
@@ -191,7 +204,7 @@ class StepWork:
         # dropout depends on the work, not on who does it
         torch.manual_seed(hash((self._seed, now.number, places[0], item.ranks.index(world.rank))))
         world.recorder.take_comm_seconds()
-        started = time.perf_counter()
+        started, sent = time.perf_counter(), world.recorder.exchanged_bytes
         with (
             now.gradients.into(members, places) as share,
             world.recorder.span(f"pass {position} {item.method} x{len(item.ranks)}", "pass"),
@@ -201,6 +214,8 @@ class StepWork:
             share.valid += batch.valid
         took = time.perf_counter() - started
         now.busy_seconds += max(0.0, took - world.recorder.take_comm_seconds())
+        if len(now.rounds) == 1:
+            now.passes.append(PassMeasure(position, world.rank, took, world.recorder.exchanged_bytes - sent))
         if len(item.ranks) == 1:
             self._own.learn(lengths, took)
 
@@ -222,9 +237,7 @@ class StepWork:
         context = prepare_pass(item, lengths, world, speeds)
         return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload)
 
-    def _sum(
-        self, group: Group, steps: Steps, now: _Current, told: Sequence[Tidings]
-    ) -> tuple[Result, str]:
+    def _sum(self, group: Group, steps: Steps, now: _Current, told: Sequence[Tidings]) -> tuple[Result, str]:
         facts = [now.gradients.loss(), float(now.gradients.valid()), *now.gradients.present()]
         started = time.perf_counter()
         with self._recorder.span("gradient sum, exposed", "wait"):

@@ -7,11 +7,13 @@ import os
 import signal
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_trainer import DATA, make_trainer
 
 import heteromesh as hm
 from heteromesh.faults.coordinator import Coordinator
@@ -25,7 +27,6 @@ from heteromesh.runtime.failure import PeerLost
 from heteromesh.runtime.sampler import Sampler
 from llama import Llama
 from steps import TINY
-from test_trainer import DATA, make_trainer
 
 STEPS = 12
 SECRET = "0123456789abcdef" * 2
@@ -184,12 +185,14 @@ def test_too_few_members_end_with_the_checkpoint_named(tmp_path: Path) -> None:
         job.start(1, dies_in=6, checkpoint_every=2)
         told = job.result(0) or job.result(1)
     assert told.startswith("PeerLost: 1 members are left and the job needs 2: nobody joined within 0.5 s; ")
-    assert told.endswith(f"start the run again with resume=True: it continues at {tmp_path}/run/checkpoints/step-00000004")
+    assert told.endswith(
+        f"start the run again with resume=True: it continues at {tmp_path}/run/checkpoints/step-00000004"
+    )
 
 
 def test_a_bad_run_directory_ends_all_members(tmp_path: Path) -> None:
     make_trainer(tmp_path / "run", max_steps=1).fit()
-    with Job(tmp_path, least=2) as job:
+    with Job(tmp_path) as job:
         job.start(0)
         job.start(1)
         for index in (0, 1):
@@ -282,8 +285,8 @@ def test_a_pass_of_several_counts_only_when_all_have_it() -> None:
     assert [members[m].total()[0][0].item() for m in (1, 2, 3)] == [2.0, 10.0, 100.0]
     assert settle(1, 2) == {frozenset({0, 3})}, "what was shared with a lost member is gone"
     assert members[2].present() == [0.0]
-    with pytest.raises(RuntimeError, match="aborted"), members[1].into((1,), [4]):
+    with suppress(InterruptedError), members[1].into((1,), [4]):
         (parameter * 1.0).sum().backward()
-        raise RuntimeError("aborted")
+        raise InterruptedError
     assert parameter.grad is None
     assert members[1].told() == {}
