@@ -56,6 +56,8 @@ def main() -> int:
         wrong += _kills(options, options.megabytes[0], 3, options.ballast << 30)
     if "stop" in parts:
         wrong += _stops(options)
+    if "coordinator" in parts:
+        wrong += _coordinators(options)
     if "gloo" in parts:
         _gloo(options)
     if options.peer:
@@ -70,13 +72,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=100, help="for each size (default 100)")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 64])
+    parser.add_argument("--rounds", type=int, default=10, help="of the coordinator part, each with a job of its own")
     parser.add_argument("--ballast", type=int, default=4, help="GB resident in the victims of the ballast part")
     parser.add_argument(
         "--silence", type=float, default=0.4, help="deadline on signs of life in the stop part, seconds"
     )
     parser.add_argument("--collectives", action="store_true", help="every collective in each step, not the sum alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", default="healthy,kill,ballast,stop,gloo")
+    parser.add_argument("--parts", default="healthy,kill,ballast,stop,coordinator,gloo")
     parser.add_argument("--peer", choices=["torchft"], help="5 kills of this one too, where it is installed")
     return parser.parse_args()
 
@@ -138,6 +141,27 @@ def _stops(options: argparse.Namespace) -> list[str]:
         faults = lab.history().faults()
     print(f"\nSIGSTOP, deadline {options.silence * 1e3:.0f} ms: {_spread(took)} ms; {fenced} of 5 resumed were fenced")
     return faults
+
+
+def _coordinators(options: argparse.Namespace) -> list[str]:
+    """The coordinator's process is lost in the middle of steps, its host lives; the members elect another."""
+    print("\n| coordinator | rounds | to all members committed under another, ms: median / p90 / max |\n|---|---|---|")
+    wrong: list[str] = []
+    for what, act in (("SIGKILL", inject.kill), ("SIGSTOP", inject.stop)):
+        took = []
+        for index in range(options.rounds):
+            with Lab(Work(), size=options.processes, elective=True) as lab:
+                lab.pump(0.5 + 0.01 * index)
+                seconds = lab.interruption(act(lab.coordinator))
+                if seconds is None:
+                    return [*wrong, f"members hung after {what} of the coordinator: {lab.describe()}"]
+                took.append(seconds * 1e3)
+                if act is inject.stop:
+                    inject.resume(lab.coordinator)
+                lab.pump(0.5)
+                wrong += lab.history().faults() + [w.ended for w in lab.workers if w.ended]
+        print(f"| {what} | {options.rounds} | {_spread(took)} |", flush=True)
+    return wrong
 
 
 def _is_fenced(worker: Worker) -> bool:

@@ -115,7 +115,6 @@ def _work(options: argparse.Namespace) -> int:
             secret=os.environ[SECRET].encode(),
             name=options.name,
             hosts=(mine,),
-            silence=0.5,
         )
     )
     count = int(options.megabytes * (1 << 18))

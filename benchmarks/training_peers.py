@@ -2,6 +2,10 @@
 
 Every system trains the same model from the same weights on the same batches, computes attention with the same kernels
 (sequences of a rank concatenated, never attending to each other) and divides by the global number of valid tokens.
+
+A peer's layout: blocks of `--degree` ranks. A sequence is dealt whole to a block (longest first, to where it ends
+soonest by `--speeds`), whose ranks split it evenly; the splitting is ours (method gather), as DDP has none. A block
+without a sequence runs a few tokens whose loss doesn't count, so that its ranks join in the collectives.
 """
 
 from __future__ import annotations
@@ -12,8 +16,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as functional
@@ -24,34 +31,53 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import heteromesh as hm
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention import prepare_pass
+from heteromesh.planner.lengths import open_lengths
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.runtime.batch import IGNORED, Reader
+from heteromesh.planner.static import even_shards
+from heteromesh.runtime.batch import IGNORED, PassInput, Reader, Sequences
 from heteromesh.runtime.documents import open_corpus
 from heteromesh.runtime.sampler import Sampler
 from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import TokenStore, open_tokens
+from heteromesh.runtime.tokens import open_tokens
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"
 LEARNING_RATE, CLIP = 1e-3, 1.0
+SEQUENCES = 1000
+"""Drawn from the lengths' distribution; more than any run here needs."""
+IDLE_TOKENS = 16
+"""Of a rank without a sequence, in each of its steps."""
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=("heteromesh", "heteromesh-sharded", *PEERS), required=True)
-    parser.add_argument("--speeds", default="", help="peers: share of each rank, comma-separated (default: equal)")
-    parser.add_argument("--bucket-mb", type=float, default=25.0, help="DDP's bucket_cap_mb")
+    parser.add_argument("--speeds", default="", help="peers: speed of each rank, comma-separated (default: equal)")
+    parser.add_argument("--degree", type=int, default=1, help="peers: ranks that split a sequence")
+    parser.add_argument("--bucket-mb", type=float, default=25.0, help="of gradient buckets; fsdp2: 0 wraps no layers")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-tokens", type=int, default=16384)
-    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--lengths", default="", help="as in `heteromesh plan`; default: the documents' own")
+    parser.add_argument("--max-length", type=int, default=2048, help="longer documents are cut")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
 
-def open_data(chosen: argparse.Namespace) -> TokenStore:
-    return open_tokens(open_corpus(), load_tokenizer(), max_length=chosen.max_length, cache_dir=CACHE)
+def open_data(chosen: argparse.Namespace) -> tuple[Sequences, int]:
+    """(sequences, size of the vocabulary): Python's own sources, with `--lengths` end to end and cut to these."""
+    store = open_tokens(open_corpus(), load_tokenizer(), max_length=chosen.max_length, cache_dir=CACHE)
+    if not chosen.lengths:
+        return store, store.vocab_size
+    ends = np.cumsum(list(islice(open_lengths(chosen.lengths).draw(), SEQUENCES)))
+    parts, have = [], 0
+    for document in map(store.sequence, range(len(store))):
+        parts.append(document)
+        have += len(document)
+        if have >= ends[-1]:
+            break
+    return [part.copy() for part in np.split(np.concatenate(parts), ends)[:-1] if len(part) > 1], store.vocab_size
 
 
 def make_model(chosen: argparse.Namespace, vocab: int) -> Llama:
@@ -61,28 +87,54 @@ def make_model(chosen: argparse.Namespace, vocab: int) -> Llama:
 
 
 def deal(lengths: Sequence[int], speeds: Sequence[float], hidden: int) -> list[list[int]]:
-    """Sequences to ranks: the longest first, each to where it ends soonest (static shares in proportion to speed)."""
+    """Sequences to blocks: the longest first, each to where it ends soonest (static shares in proportion to speed)."""
     load, shares = [0.0] * len(speeds), [[] for _ in speeds]
     cost = [n * (12 * hidden + n) for n in lengths]
     for i in sorted(range(len(lengths)), key=lambda i: -cost[i]):
-        target = min(range(len(speeds)), key=lambda r: (load[r] + cost[i]) / speeds[r])
+        target = min(range(len(speeds)), key=lambda b: (load[b] + cost[i]) / speeds[b])
         load[target] += cost[i]
         shares[target].append(i)
-    assert all(shares), "a rank of a peer got no sequence: take larger batches"
     return shares
 
 
-def backward_of(model: nn.Module, world: World, step: Step, reader: Reader, sequences: Sequence[int]) -> torch.Tensor:
+def static_step(lengths: Sequence[int], speeds: Sequence[float], chosen: argparse.Namespace) -> Step:
+    """One pass for each block that has sequences."""
+    blocks = [range(first, first + chosen.degree) for first in range(0, len(speeds), chosen.degree)]
+    power = [min(speeds[r] for r in block) for block in blocks]
+    passes = tuple(
+        Pass(
+            ranks=tuple(block),
+            method="gather" if chosen.degree > 1 else "local",
+            sequences=tuple(share),
+            shards=even_shards([lengths[i] for i in share], len(block)),
+            seconds=0.0,
+        )
+        for block, share in zip(blocks, deal(lengths, power, chosen.hidden), strict=True)
+        if share
+    )
+    return Step(passes=passes, seconds=0.0, bound_seconds=0.0, gap=0.0, solve_seconds=0.0, batch=tuple(lengths))
+
+
+def loss_of(model: nn.Module, world: World, step: Step, reader: Reader, sequences: Sequence[int]) -> torch.Tensor:
     """This rank's part of the loss, times the ranks (peers average gradients); differentiable."""
-    position, plan = step.passes_of(world.rank)[0]
-    item = reader.step_inputs(step, sequences, world.rank)[position]
+    mine = step.passes_of(world.rank)
+    if mine:
+        position, plan = mine[0]
+        item, lengths = (
+            reader.step_inputs(step, sequences, world.rank)[position],
+            [step.batch[i] for i in plan.sequences],
+        )
+    else:
+        plan = Pass(ranks=(world.rank,), method="local", sequences=(0,), shards=((IDLE_TOKENS,),), seconds=0.0)
+        nothing = torch.zeros(1, IDLE_TOKENS, dtype=torch.int64)
+        item, lengths = PassInput(nothing, nothing, nothing, 0), [IDLE_TOKENS]
     valid = world_sum(item.valid)
-    with prepare_pass(plan, [step.batch[i] for i in plan.sequences], world, [1.0] * world.size).active():
+    with prepare_pass(plan, lengths, world, [1.0] * world.size).active():
         logits = model(item.tokens, item.positions)
         parts = functional.cross_entropy(
             logits.flatten(0, 1), item.labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return parts / valid * world.size
+        return parts * (world.size / valid if item.valid else 0.0)
 
 
 def world_sum(value: float) -> float:
@@ -110,7 +162,7 @@ def fsdp2(model: nn.Module, chosen: argparse.Namespace) -> Peer:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.layers:
+    for layer in model.layers if chosen.bucket_mb else ():
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return Peer(model, _torch_update(model))
@@ -152,26 +204,27 @@ def _torch_update(model: nn.Module) -> Callable[[torch.Tensor], None]:
 PEERS = {"ddp": ddp, "fsdp2": fsdp2, "zero1": zero1}
 
 
-def run_peer(chosen: argparse.Namespace) -> tuple[list[float], list[float], list[int]]:
-    """(seconds, losses, tokens), one a step."""
+def run_peer(chosen: argparse.Namespace) -> dict[str, list[float]]:
+    """One a step: seconds, losses, tokens."""
     if chosen.system == "zero1":
         import deepspeed
 
         deepspeed.init_distributed("gloo")
     else:
         dist.init_process_group("gloo")
-    store = open_data(chosen)
-    world = World(rank=dist.get_rank(), size=dist.get_world_size())
+    data, vocab = open_data(chosen)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size(), exchange=dist.new_group())
     speeds = [float(x) for x in chosen.speeds.split(",")] if chosen.speeds else [1.0] * world.size
-    peer = PEERS[chosen.system](make_model(chosen, store.vocab_size), chosen)
-    reader, sampler = Reader(store), Sampler(store.lengths.tolist(), batch_tokens=chosen.batch_tokens, seed=0)
+    peer = PEERS[chosen.system](make_model(chosen, vocab), chosen)
+    reader = Reader(data)
+    sampler = Sampler(reader.lengths, batch_tokens=chosen.batch_tokens, seed=0)
     seconds, losses, tokens = [], [], []
     dist.barrier()
     mark = time.perf_counter()
     for _ in range(chosen.steps):
         batch = sampler.next_batch()
-        step = even_step(batch.lengths, speeds, chosen.hidden)
-        loss = backward_of(peer.model, world, step, reader, batch.sequences)
+        step = static_step(batch.lengths, speeds, chosen)
+        loss = loss_of(peer.model, world, step, reader, batch.sequences)
         peer.update(loss)
         losses.append(world_sum(float(loss.detach())) / world.size)
         now = time.perf_counter()
@@ -179,28 +232,13 @@ def run_peer(chosen: argparse.Namespace) -> tuple[list[float], list[float], list
         mark = now
         tokens.append(sum(batch.lengths))
     dist.destroy_process_group()
-    return seconds, losses, tokens
+    return {"seconds": seconds, "losses": losses, "tokens": tokens}
 
 
-def even_step(lengths: Sequence[int], speeds: Sequence[float], hidden: int) -> Step:
-    passes = tuple(
-        Pass(
-            ranks=(rank,),
-            method="local",
-            sequences=tuple(share),
-            shards=(tuple(lengths[i] for i in share),),
-            seconds=0.0,
-        )
-        for rank, share in enumerate(deal(lengths, speeds, hidden))
-    )
-    return Step(passes=passes, seconds=0.0, bound_seconds=0.0, gap=0.0, solve_seconds=0.0, batch=tuple(lengths))
-
-
-def run_ours(chosen: argparse.Namespace) -> tuple[list[float], list[float], list[int]]:
-    store = open_data(chosen)
-    model = make_model(chosen, store.vocab_size)
+def run_ours(chosen: argparse.Namespace) -> dict[str, list[float]]:
+    data, vocab = open_data(chosen)
+    model = make_model(chosen, vocab)
     folder = chosen.output.with_suffix(".run")
-    sharding = {"shard_optimizer": True} if chosen.system == "heteromesh-sharded" else {}
     config = hm.TrainerConfig(
         batch_tokens=chosen.batch_tokens,
         max_steps=chosen.steps,
@@ -208,20 +246,34 @@ def run_ours(chosen: argparse.Namespace) -> tuple[list[float], list[float], list
         learning_rate=LEARNING_RATE,
         clip_norm=CLIP,
         print_plans=0,
-        **sharding,
+        shard_optimizer=chosen.system == "heteromesh-sharded",
     )
-    hm.Trainer(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), store, config).fit()
+    hm.Trainer(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), data, config).fit()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return tuple([row[key] for row in rows] for key in ("measured_seconds", "loss", "tokens"))
+    measured = [json.loads(line)["measured"] for line in (folder / "plan.jsonl").read_text().splitlines()]
+    return {
+        "seconds": [row["measured_seconds"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "predicted": [row["predicted_seconds"] for row in rows],
+        "exposed": [row["exposed_comm_seconds"] + waited(took) for row, took in zip(rows, measured, strict=True)],
+    }
+
+
+def waited(measured: dict[str, Any]) -> float:
+    """Seconds that the rank which waited longest in its passes waited for their exchanges."""
+    spent = [0.0] * len(measured["busy_seconds"])
+    for part in measured["passes"]:
+        spent[part["rank"]] += part["seconds"]
+    return max(all_of - busy for all_of, busy in zip(spent, measured["busy_seconds"], strict=True))
 
 
 def main() -> None:
     chosen = options()
     torch.set_num_threads(1)
-    run = run_peer if chosen.system in PEERS else run_ours
-    seconds, losses, tokens = run(chosen)
+    result = (run_peer if chosen.system in PEERS else run_ours)(chosen)
     if int(os.environ.get("RANK", "0")) == 0:
-        chosen.output.write_text(json.dumps({"seconds": seconds, "losses": losses, "tokens": tokens}))
+        chosen.output.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
 import torch.distributed as dist
 
+from heteromesh.planner.cluster import Cluster
 from heteromesh.planner.errors import UserError
-from heteromesh.planner.fabric import Network
+from heteromesh.planner.fabric import Network, network_of
 
 NCCL_NAMES: dict[Network, str] = {"rdma": "IB", "socket": "Socket"}
 """NCCL's names of its networks; RoCE is "IB" to it."""
@@ -26,3 +32,17 @@ def group_options(network: Network, backend: str) -> object | None:
     options = dist.ProcessGroupNCCL.Options()
     options.config.net_name = NCCL_NAMES[network]  # type: ignore[attr-defined]  # torch's stub leaves it out
     return options
+
+
+def device_options(
+    cluster: Cluster | None, ranks: Sequence[int], device: torch.device, timeout: timedelta
+) -> object | None:
+    """The options of a group of these world ranks for tensors on their devices: the network that reaches all of them.
+
+    None, which is torch's own, on CPU ranks, where the hosts are not described, and for one host, which needs none.
+    """
+    if cluster is None or device.type != "cuda" or len({cluster.rank_hosts[r] for r in ranks}) == 1:
+        return None
+    options: Any = group_options(network_of(cluster, ranks), "nccl")
+    options._timeout = timeout  # torch warns where this differs from the group's, which holds all the same
+    return cast(object, options)

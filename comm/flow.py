@@ -14,15 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from heteromesh.comm.precision import wide, wide_dtype
 from heteromesh.comm.transport import Transport, Work
 from heteromesh.planner.reduction import Reduction
 from heteromesh.planner.reduction_schedule import Piece, pieces, representatives
 
 GATHER, PARTIAL, RESULT, HAND_OUT = range(4)
 """Stages, told apart by the tags of their messages."""
-
-WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
-"""What sums are formed in, where that is not the tensor's own type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ class Flow:
                 sums.append(parts)
             elif count:
                 # several contributions were summed there already, and are not rounded on their way
-                sums.append([self._buffer(mine, mine.dtype if count == 1 else _wide(mine.dtype))])
+                sums.append([self._buffer(mine, mine.dtype if count == 1 else wide_dtype(mine.dtype))])
                 waits.append(self._recv(speakers[host], sums[-1][0], PARTIAL))
         peers: list[int] = []
         if self.spread:
@@ -163,15 +161,11 @@ class Flow:
         return self.transport.recv(peer, tensor, self.tag + stage)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return WIDE.get(dtype, dtype)
-
-
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """In the order given, in the wide type; the first tensor may be overwritten. One part is returned as it is."""
     if len(parts) == 1:
         return parts[0]
-    total = parts[0].to(_wide(parts[0].dtype))
+    total = wide(parts[0])
     for part in parts[1:]:
         total.add_(part)
     return total

@@ -125,15 +125,8 @@ class NicTransport(TcpTransport):
         # with fewer cards on a host than on another, several connections join the same two cards: one carries all
         return [fractions[a][b] if pairs.index((a, b)) == i else 0.0 for i, (a, b) in enumerate(pairs)]
 
-    def _flush(self, link: Link, end: _Peer) -> None:
-        try:
-            more = link.flush(self._lanes[link.peer][self._places[link.fd]], end)
-        except OSError as error:
-            self._lost(link, str(error))
-            return
-        if more != (link.fd in self._writing):
-            (self._writing.add if more else self._writing.discard)(link.fd)
-            self._interest(link)
+    def _outbox(self, link: Link, end: _Peer) -> Outbox:
+        return self._lanes[link.peer][self._places[link.fd]]
 
 
 def card_pair(connection: int, most: int, dialler: int, listener: int) -> tuple[int, int]:

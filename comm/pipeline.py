@@ -65,7 +65,7 @@ def join_pipeline(
         for ranks in sets:
             if len(ranks) < 2:
                 continue
-            group = dist.new_group(sorted(ranks), timeout=timeout)
+            group = world.new_group(ranks, timeout)
             if world.rank in ranks:
                 own = group
                 groups.append(group)

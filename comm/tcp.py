@@ -10,6 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 from heteromesh.comm.tcp_abort import Abort, GroupAborted
 from heteromesh.comm.tcp_frame import Frame, bytes_of
 from heteromesh.comm.tcp_link import Link, Message, Outbox
+from heteromesh.comm.tcp_records import Records
 
 _READ = select.EPOLLIN | select.EPOLLRDHUP
 _BUDGET = 4 << 20
@@ -106,6 +108,7 @@ class TcpTransport:
             for link in links:
                 self._links[link.fd] = link
                 self._poll.register(link.fd, _READ)
+        self.records = Records(size, {peer: end.links for peer, end in self._peers.items()})
         abort.on_set(self._shut)
 
     def send(self, peer: int, tensor: torch.Tensor, tag: int) -> TcpWork:
@@ -161,7 +164,10 @@ class TcpTransport:
         if message.done:
             return
         with self._lock:
-            entry = (message, self._peers[peer])
+            entry = (message, end) = (message, self._peers[peer])
+            incoming = end.receives.get((message.tag, message.sequence)) is message
+            began = time.monotonic_ns()
+            flow = self.records.flow(peer, began)
             self._waiting.append(entry)
             try:
                 while not message.done:
@@ -174,6 +180,7 @@ class TcpTransport:
                         self._drive()
             finally:
                 self._waiting.remove(entry)
+                self.records.waited(peer, incoming, began, flow)
                 if self._followers:
                     self._turned.notify_all()
 
@@ -276,13 +283,17 @@ class TcpTransport:
 
     def _flush(self, link: Link, end: _Peer) -> None:
         try:
-            more = link.flush(end.outbox, end)
+            more = link.flush(self._outbox(link, end), end)
         except OSError as error:
             self._lost(link, str(error))
             return
         if more != (link.fd in self._writing):
             (self._writing.add if more else self._writing.discard)(link.fd)
             self._interest(link)
+
+    def _outbox(self, link: Link, end: _Peer) -> Outbox:
+        """Where the connection takes what it sends."""
+        return end.outbox
 
     def _interest(self, link: Link) -> None:
         what = (0 if link.parked is not None or link.ended else _READ) | (

@@ -17,6 +17,7 @@ import torch
 from heteromesh.comm.tcp import TcpTransport, TcpWork
 from heteromesh.comm.tcp_abort import GroupAborted
 from heteromesh.comm.tcp_frame import bytes_of, checksum
+from heteromesh.comm.tcp_records import recorded
 
 _PARTS, _SUMS, _WHOLE = 1 << 16, (1 << 16) + 1, (1 << 16) + 2
 """Tags of the collectives, above those of the caller."""
@@ -45,6 +46,7 @@ def shards(count: int, size: int) -> list[tuple[int, int]]:
     return [(min(i * each, count), min((i + 1) * each, count)) for i in range(size)]
 
 
+@recorded
 def all_reduce(
     transport: TcpTransport,
     source: torch.Tensor,
@@ -71,6 +73,7 @@ def all_reduce(
     return run.sharded(flat, out, gather=True)
 
 
+@recorded
 def reduce_scatter(
     transport: TcpTransport, source: torch.Tensor, target: torch.Tensor, *, chunk_bytes: int = 1 << 19
 ) -> int:
@@ -86,6 +89,7 @@ def reduce_scatter(
     return run.sharded(flat, target.view(-1), gather=False).mask
 
 
+@recorded
 def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor]) -> None:
     """Fills `parts[i]` with rank i's `parts[i]`, whose sizes may differ and may be zero."""
     others = [p for p in range(transport.size) if p != transport.rank]
@@ -96,6 +100,7 @@ def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor]) -> None:
     wait_all(works)
 
 
+@recorded
 def broadcast(transport: TcpTransport, tensor: torch.Tensor, root: int) -> None:
     """Rank `root`'s values on every rank. Large tensors go out in shards that the receivers pass on to each other, so
     that the root sends its bytes only once."""
@@ -122,6 +127,7 @@ def broadcast(transport: TcpTransport, tensor: torch.Tensor, root: int) -> None:
     wait_all(works)
 
 
+@recorded
 def all_to_all(transport: TcpTransport, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
     """Sends `sends[i]` to rank i and fills `receives[i]` from rank i; sizes may differ and may be zero."""
     if not len(sends) == len(receives) == transport.size:

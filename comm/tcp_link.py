@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -104,6 +105,9 @@ class Link:
         """The frame whose receive is not posted; nothing is read before it is."""
         self.ended = False
         """The peer has closed its end."""
+        self.flowing = 0
+        """Since when a frame has been arriving (time.monotonic_ns()); 0 while none is."""
+        self._tally, self._flow, self._received, self._sent_at = [0, 0, 0], 0, 1, 2
         self._parts: list[memoryview | bytes] = []
         self._outgoing: Message | None = None
         self._head = memoryview(bytearray(HEADER))
@@ -143,8 +147,14 @@ class Link:
             self._parts[0] = body[count:]
         else:
             self._parts.clear()
+        self._tally[self._sent_at] += count
         if count and message.move(count):
             inbox.finished(message)
+
+    def tally(self, cells: list[int], flow: int, received: int, sent: int) -> None:
+        """Counts in these cells of a list from now on: nanoseconds in which a frame was arriving (from its header to
+        its last byte), bytes of messages received, and sent."""
+        self._tally, self._flow, self._received, self._sent_at = cells, flow, received, sent
 
     def fill(self, inbox: Inbox, budget: int) -> None:
         """Receives what has come, about `budget` bytes at most. Raises OSError and FrameError."""
@@ -186,6 +196,7 @@ class Link:
                 f"its receive has room for {len(message.view)}"
             )
         self.parked, self._frame, self._incoming = None, frame, message
+        self.flowing = time.monotonic_ns()
         self._body, self._filled = message.view[frame.offset : frame.offset + frame.size], 0
 
     def _fill_body(self, inbox: Inbox) -> int:
@@ -196,6 +207,7 @@ class Link:
         if not got:
             raise FrameError("the connection ended within a message")
         self._filled += got
+        self._tally[self._received] += got
         if self._filled == frame.size:
             if frame.check and checksum(self._body) != frame.check:
                 raise FrameError(f"message {frame.sequence} with tag {frame.tag} was changed on its way")
@@ -203,6 +215,8 @@ class Link:
             message.check = (message.check + frame.check) & ((1 << 64) - 1)
             self._frame = self._incoming = None
             self._body = memoryview(b"")
+            self._tally[self._flow] += time.monotonic_ns() - self.flowing
+            self.flowing = 0
             if message.move(frame.size):
                 inbox.finished(message)
         return got

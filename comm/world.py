@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,9 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from heteromesh.comm.fabric_groups import device_options
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.transport import Transport
+from heteromesh.planner.cluster import Cluster
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.fabric import network_of
 
 T = TypeVar("T")
 
@@ -40,6 +43,17 @@ class World:
     statistics: dist.ProcessGroup | None = None
     """Step statistics on CPU tensors (gloo)."""
     recorder: Recorder = field(default_factory=Recorder)
+    cluster: Cluster | None = None
+    """The hosts of the ranks, where they are described."""
+
+    def new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+        """A communicator of these ranks for device tensors, on the network that reaches them all.
+
+        Every rank of the world must make the same calls.
+        """
+        options = device_options(self.cluster, ranks, self.device, timeout)
+        group: dist.ProcessGroup = dist.new_group(sorted(ranks), timeout=timeout, pg_options=options)
+        return group
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value` on every rank (control group, so for the plan thread alone; blocks)."""
@@ -120,11 +134,12 @@ def pick_device() -> torch.device:
 
 
 @contextmanager
-def join_world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
+def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | None = None) -> Iterator[World]:
     """Joins the job that torchrun's environment describes, and leaves it at the end.
 
     Without that environment: a world of this one process. A default process group that the caller has
-    initialised is used and left alone.
+    initialised is used and left alone. cluster: the job's hosts, where they are described; NCCL then uses RDMA among
+    ranks of one fabric and sockets elsewhere. Raises UserError where that is not the same on every rank.
     """
     device = pick_device()
     if device.type == "cuda":
@@ -132,12 +147,14 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
     owned = not dist.is_initialized() and "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     if owned:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        options = device_options(cluster, range(int(os.environ["WORLD_SIZE"])), device, timeout)
+        dist.init_process_group(backend, timeout=timeout, pg_options=options)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield World(device=device)
         return
-    world = _world(device, timeout)
+    world = _world(device, timeout, cluster)
     if device.type == "cuda":
+        _check_networks(world)
         # NCCL builds a communicator at its first use, and that first use must include every rank
         dist.all_reduce(torch.zeros(1, device=device), group=world.exchange)
     try:
@@ -151,16 +168,29 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _world(device: torch.device, timeout: timedelta) -> World:
+def _check_networks(world: World) -> None:
+    """A communicator whose ranks are on different networks would hang."""
+    networks = world.gather(world.cluster and network_of(world.cluster, range(world.size)))
+    other = next((rank for rank, network in enumerate(networks) if network != networks[0]), None)
+    if other is not None:
+        raise UserError(
+            f"rank {other} would use the network {networks[other] or 'NCCL chooses'} and rank 0 "
+            f"{networks[0] or 'NCCL chooses'}: give every rank the same cluster file"
+        )
+
+
+def _world(device: torch.device, timeout: timedelta, cluster: Cluster | None) -> World:
     # a plan or a checkpoint may be long in coming: only the passes and gradients have the short limit
     patient = timedelta(days=1)
+    everyone = range(dist.get_world_size())
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         exchange=dist.group.WORLD,
-        gradients=dist.new_group(timeout=timeout),
+        gradients=dist.new_group(timeout=timeout, pg_options=device_options(cluster, everyone, device, timeout)),
         control=dist.new_group(backend="gloo", timeout=patient),
         checkpoint=dist.new_group(backend="gloo", timeout=patient),
         statistics=dist.new_group(backend="gloo", timeout=timeout),
+        cluster=cluster,
     )

@@ -26,7 +26,7 @@ from heteromesh.planner.workload import workloads
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.documents import open_corpus
 from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.setup import find_cluster
+from heteromesh.runtime.setup import described_cluster, find_cluster
 from heteromesh.runtime.tokenizer import load_tokenizer
 from heteromesh.runtime.tokens import open_tokens
 from llama import Llama, LlamaConfig
@@ -54,6 +54,10 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
 
 
+def settings(options: argparse.Namespace) -> hm.TrainerConfig:
+    return hm.TrainerConfig(batch_tokens=options.batch_tokens, max_steps=options.steps, run_dir="unused")
+
+
 def find_placement(options: argparse.Namespace, config: LlamaConfig, lengths: tuple[int, ...], ranks: int) -> Placement:
     """The user's cut, or what the planner makes of the cluster file of `heteromesh run`."""
     if options.layers_per_stage:
@@ -65,8 +69,7 @@ def find_placement(options: argparse.Namespace, config: LlamaConfig, lengths: tu
         each = ranks // len(layers)
         stages = (Stage(ranks=tuple(range(s * each, (s + 1) * each)), layers=n) for s, n in enumerate(layers))
         return Placement(stages=tuple(stages), micro_batches=(options.micro_batches,) * each)
-    settings = hm.TrainerConfig(batch_tokens=options.batch_tokens, max_steps=options.steps, run_dir="unused")
-    cluster = find_cluster(settings, ranks)
+    cluster = find_cluster(settings(options), ranks)
     spec = ModelSpec(
         name="example",
         layers=config.layers,
@@ -122,7 +125,8 @@ def train(world: World, options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parse()
-    with join_world() as world:
+    # NCCL is told which ranks reach each other by RDMA
+    with join_world(cluster=described_cluster(settings(options))) as world:
         train(world, options)
 
 

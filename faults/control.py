@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from heteromesh.comm.tcp_auth import HELLO, MAC, AuthError, Connector
+from heteromesh.comm.tcp_auth import AuthError
+from heteromesh.faults.search import Address as Address
+from heteromesh.faults.search import Search
 from heteromesh.faults.wire import Message, Wire, WireError
 
 TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
-Address = tuple[str, int]
+_LOOK = 0.05
+_REFUSALS = 3
+"""Handshakes that end one after another before the secret counts as wrong."""
 
 
 class Control:
@@ -23,6 +29,26 @@ class Control:
 
     def fileno(self) -> int:
         return self._sock.fileno()
+
+    def limit(self, silence: float) -> None:
+        """The connection is lost when nothing that was sent is acknowledged for so many seconds; 0: the system's."""
+        # the system counts from the first time that it repeats a packet, which comes about 0.2 s after the packet
+        counted = max(silence - 0.2, silence * 0.6)
+        self._sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(counted * 1000))
+
+    def ask(self, message: Message, *, seconds: float) -> list[Message]:
+        """Sends the first message; what comes, the answer to it first. Raises OSError and is closed then."""
+        try:
+            self._sock.settimeout(seconds)
+            self.send(message)
+            answers: list[Message] = []
+            while not answers:
+                answers = self.receive()
+            self._sock.settimeout(None)
+            return answers
+        except OSError:
+            self.close()
+            raise
 
     def send(self, message: Message) -> None:
         """Raises OSError when the connection is gone."""
@@ -44,45 +70,42 @@ class Control:
             self._sock.close()
 
 
-def connect(addresses: Sequence[Address], secret: bytes, *, seconds: float, silence: float) -> Control:
-    """The first of these coordinators that answers and knows the secret.
+def connect(addresses: Sequence[Address], secret: bytes, *, seconds: float, silence: float = 0.0) -> Control:
+    """To the coordinator, wherever of these addresses it is; all are tried at once. `silence`: for `Control.limit`.
 
-    `silence`: seconds without acknowledgement after which the connection counts as lost. Raises ConnectionError that
-    names every address and what was wrong with it.
+    Raises ConnectionError that names every address and what was wrong with it when all have failed, or after `seconds`;
+    it is an AuthError when one ended the handshake.
     """
-    wrong = []
-    for address in addresses:
+    until = time.monotonic() + seconds
+    with Search(addresses, secret, pause=math.inf) as search:
+        while True:
+            found = search.look(min(_LOOK, max(0.0, until - time.monotonic())))
+            if found is not None:
+                control = Control(*found)
+                control.limit(silence)
+                return control
+            if len(search.wrong) == len(addresses) or time.monotonic() >= until:
+                foreign = any(isinstance(error, AuthError) for error in search.wrong.values())
+                what = f"{socket.gethostname()} reaches no coordinator at {search.failed()}"
+                raise AuthError(what) if foreign else ConnectionError(what)
+
+
+def enrol(
+    addresses: Sequence[Address], secret: bytes, card: Message, *, seconds: float
+) -> tuple[Control, list[Message]]:
+    """Joins: the connection, and what the coordinator has said, its answer first.
+
+    Tries for `seconds`: the coordinator may be about to start, or to be elected. Raises ConnectionError.
+    """
+    until = time.monotonic() + seconds
+    refusals = 0
+    while True:
         try:
-            sock = socket.create_connection(address, timeout=seconds)
+            control = connect(addresses, secret, seconds=max(_LOOK, until - time.monotonic()))
+            return control, control.ask(card, seconds=max(_LOOK, until - time.monotonic()))
         except OSError as error:
-            wrong.append(f"{address[0]}:{address[1]} ({error})")
-            continue
-        try:
-            return _prove(sock, secret, silence)
-        except OSError as error:
-            sock.close()
-            wrong.append(f"{address[0]}:{address[1]} ({error or type(error).__name__})")
-    raise ConnectionError(f"no coordinator at {', '.join(wrong)}")
-
-
-def _prove(sock: socket.socket, secret: bytes, silence: float) -> Control:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, max(1, int(silence * 1000)))
-    connector = Connector(secret, b"member")
-    sock.sendall(connector.answer(_exactly(sock, HELLO)))
-    try:
-        connector.check(_exactly(sock, MAC))
-    except EOFError:
-        raise AuthError("refused: this process's secret is not the job's") from None
-    sock.settimeout(None)
-    return Control(sock, connector.session)
-
-
-def _exactly(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        more = sock.recv(size - len(data))
-        if not more:
-            raise AuthError("the connection ended within the handshake: the secrets differ, or it is no coordinator")
-        data += more
-    return data
+            # a candidate that gives up ends handshakes too, but not again and again
+            refusals = refusals + 1 if isinstance(error, AuthError) else 0
+            if refusals >= (_REFUSALS if len(addresses) > 1 else 1) or time.monotonic() >= until:
+                raise
+        time.sleep(_LOOK)

@@ -10,23 +10,22 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 
 from heteromesh.comm.tcp_auth import ANSWER_HEAD, Acceptor
+from heteromesh.comm.tcp_info import tcp_info
+from heteromesh.faults.ballot import Ballot
 from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.election import Election
-from heteromesh.faults.membership import Applicant, Bounds, Membership, Order, Why
+from heteromesh.faults.membership import WORLD, Applicant, Bounds, Membership, Order, Why
+from heteromesh.faults.monitor import Monitor
 from heteromesh.faults.watch import Pulse, silent, stalled, stuck
 from heteromesh.faults.wire import Message, Wire
 from heteromesh.planner.errors import UserError
 
 _READ = 1 << 16
-_GRACE = 0.5
-"""Seconds that a quorum waits for the rest of the last epoch before it goes on without them."""
-_CANDIDACY = 1.5
-"""Seconds after which a candidate without a quorum gives up, so that its voters may find another one."""
 
 
 class _Line:
@@ -35,10 +34,18 @@ class _Line:
     def __init__(self, wire: Wire, writer: asyncio.StreamWriter, pulse: Pulse) -> None:
         self.wire, self.writer, self.pulse = wire, writer, pulse
         self.member: int | None = None
+        self.spoke = 0.0
 
     def send(self, message: Message) -> None:
+        self.spoke = time.monotonic()
         if not self.writer.is_closing():
             self.writer.write(self.wire.pack(message))
+
+    def deaf(self) -> bool:
+        """Whether the member's kernel does not acknowledge what was sent."""
+        with suppress(OSError):
+            return tcp_info(self.writer.get_extra_info("socket")).retrying > 0
+        return False
 
 
 class Coordinator:
@@ -53,12 +60,15 @@ class Coordinator:
         bounds: Bounds | None = None,
         timing: Timing | None = None,
         election: Election | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
-        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it."""
+        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `monitor`:
+        gathers reports and says diagnoses; without one the lines go to the log and events stay in memory."""
         self._secret, self._host, self._port = secret, host, port
         self.timing = timing or Timing()
         self.membership = Membership(bounds or Bounds(), electing=election is not None)
-        self._election = election
+        self._ballot = Ballot(election, self.timing, self._conclude, self._give_up) if election is not None else None
+        self.monitor = monitor or Monitor()
         self.address = (host, port)
         self.ended = ""
         """Why it ended by itself: members that may have elected another coordinator outvote those it has left."""
@@ -67,8 +77,10 @@ class Coordinator:
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread: threading.Thread | None = None
-        self._began = 0.0
         self._short = 0.0
+        self._held: list[Order] = []
+        """What is not said before it is known whether the members that are left may go on."""
+        self._patience: asyncio.TimerHandle | None = None
 
     def start(self) -> Coordinator:
         """Serves in a thread of its own; `address` is valid then. Raises UserError when the port is taken."""
@@ -109,13 +121,14 @@ class Coordinator:
             self._loop.close()
 
     async def _until_stopped(self, server: asyncio.Server) -> None:
-        self._began = self._loop.time()
         watching = asyncio.ensure_future(self._watch())
-        if self._election is not None:
-            self._loop.call_later(_CANDIDACY, self._give_up)
+        if self._ballot is not None:
+            self._ballot.begin()
         await self._stopping.wait()
         server.close()
         watching.cancel()
+        if self._ballot is not None:
+            self._ballot.end()
         for writer in list(self._writers):
             writer.transport.abort()
         mine = asyncio.current_task()
@@ -160,6 +173,8 @@ class Coordinator:
         elif kind == "hb":
             line.pulse.beat(message, now)
             self.membership.knows(line.member, message.get("epoch"))
+            if self._patience is not None:
+                self._act(())
         elif kind == "fin":
             self._act(self.membership.finish(line.member, message))
         elif kind == "healed":
@@ -172,6 +187,8 @@ class Coordinator:
             self._gone(message["member"], "died")
         elif kind == "leave":
             self._gone(line.member, "left")
+        elif kind == "records" and self.monitor.heard(line.member, message, now):
+            pass
         else:
             self.membership.counts["malformed"] += 1
 
@@ -187,16 +204,20 @@ class Coordinator:
         line.member = answer
         self._lines[answer] = line
         line.send(self._welcome(answer))
-        if not self.membership.started and self.timing.gather:
+        full = len(self.membership.people) >= self.membership.bounds.most
+        if not self.membership.started and self.timing.gather and not full:
             self._loop.call_later(self.timing.gather, lambda: self._act(self.membership.admit()))
         else:
             self._act(self.membership.admit())
 
     def _rejoin(self, line: _Line, message: Message) -> None:
-        if self._election is None or not self.membership.electing:
-            line.send({"kind": "refused", "reason": f"member {message.get('member')} was put out of the job"})
+        if self._ballot is None or not self.membership.electing:
+            if self._patience is not None:
+                line.writer.close()  # it comes again when this is decided
+            else:
+                line.send({"kind": "refused", "reason": f"member {message.get('member')} was put out of the job"})
             return
-        answer = self._election.add(message)
+        answer = self._ballot.add(message)
         if isinstance(answer, str):
             line.send({"kind": "refused", "reason": answer})
             return
@@ -205,15 +226,13 @@ class Coordinator:
         self.membership.people[line.member] = person
         self._lines[line.member] = line
         line.send(self._welcome(line.member))
-        if self._election.complete():
-            self._conclude()
-        elif self._election.quorum():
-            self._loop.call_later(_GRACE, self._conclude)
+        self._ballot.look()
 
     def _conclude(self) -> None:
         # some may have died while the others were waited for
-        if self._election is not None and self.membership.electing and self._election.quorum():
-            self._act(self._election.conclude(self.membership))
+        election = self._ballot.election if self._ballot is not None else None
+        if election is not None and self.membership.electing and election.quorum():
+            self._act(election.conclude(self.membership))
 
     def _give_up(self) -> None:
         if self.membership.electing:
@@ -221,6 +240,8 @@ class Coordinator:
 
     def _step_down(self, reason: str) -> None:
         """Ends without a word: all members, those that seemed lost too, look for a coordinator that has a quorum."""
+        if not self.ended:
+            self.monitor.ended(reason)
         self.ended = self.ended or reason  # members that leave afterwards would change the reason
         self._stopping.set()
 
@@ -236,17 +257,31 @@ class Coordinator:
         self._act(self.membership.failed(member, message))
 
     def _gone(self, member: int, why: Why) -> None:
-        if self._election is not None:
-            self._election.reports.pop(member, None)
-        if member in self.membership.people:
-            self._act(self.membership.lose(member, why))
+        self._lost([member], why)
+
+    def _lost(self, members: Sequence[int], why: Why) -> None:
+        lost = [m for m in members if m in self.membership.people]
+        if lost:
+            self._act(self.membership.lose_all(lost, why))
+        if self._ballot is not None and self.membership.electing:
+            for member in members:
+                self._ballot.lose(member)
 
     def _act(self, orders: Iterable[Order]) -> None:
+        self._held += orders
         outvoted = self.membership.outvoted()
         if outvoted is not None:
-            self._step_down(outvoted)
+            self._hold(outvoted)
             return
-        gone = []
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        orders, self._held = self._held, []
+        for _, message in orders:
+            if message["kind"] == "config" and message["group"] == WORLD:
+                message["bases"] = self.membership.bases
+        gone: list[int] = []
+        self.monitor.observe(self.membership, orders)
         for member, message in orders:
             line = self._lines.get(member)
             if line is not None:
@@ -261,7 +296,15 @@ class Coordinator:
         if reason is not None:
             self._end(reason)
 
+    def _hold(self, outvoted: str) -> None:
+        """Says nothing more: ends, unless those who are left may still turn out to be a quorum of a newer epoch."""
+        if not self.membership.hopeful():
+            self._step_down(outvoted)
+        elif self._patience is None:
+            self._patience = self._loop.call_later(self.timing.silence, self._step_down, outvoted)
+
     def _end(self, reason: str) -> None:
+        self.monitor.ended(reason)
         for member, line in list(self._lines.items()):
             line.send({"kind": "stop", "reason": reason})
             del self.membership.people[member]
@@ -283,22 +326,33 @@ class Coordinator:
             due = now + period
             with suppress(ConnectionError):
                 self._inspect(now)
+                for line in self._lines.values():
+                    # one that has become quiet is spoken to: its kernel answers, or it does not
+                    quiet = now - line.pulse.seen > self.timing.silence / 4
+                    if quiet or now - line.spoke > self.timing.hang / 8:
+                        line.send({"kind": "alive"})
 
     def _inspect(self, now: float) -> None:
         pulses = {m: line.pulse for m, line in self._lines.items()}
-        for member in silent(pulses, now):
-            self._gone(member, "silent")
+        quiet = [m for m in silent(pulses, now) if not self.monitor.moves(m, now)]
+        for member in quiet:
+            self.monitor.hung(self.membership, "silent", [member], deaf=self._lines[member].deaf())
+        self._lost(quiet, "silent")
         for member in stuck(pulses, self.membership.groups, now):
+            self.monitor.hung(self.membership, "stuck", [member])
             self._gone(member, "stuck")
         for group in list(self.membership.groups.values()):
             pairs = stalled({m: line.pulse for m, line in self._lines.items()}, group, now)
+            pairs = pairs or self.monitor.dead_links(group, now, 2 * self.timing.silence)
             if pairs:
+                self.monitor.hung(self.membership, "stalled", pairs[0])
                 self.membership.counts["stalled links"] += len(pairs)
-                group.blamed.update(m for pair in pairs for m in pair)
-                self._act(self.membership.suspect_links(group))
+                self._act(self.membership.suspect_links(group, pairs))
                 for member in group.members:
                     if member in self._lines:
                         self._lines[member].pulse.ticked = now
+        for member in self.monitor.slow(self.membership, now):
+            self._gone(member, "slow")
         self._count_down(now)
 
     def _count_down(self, now: float) -> None:
@@ -312,6 +366,12 @@ class Coordinator:
                 f"{len(world.members)} members are left and the job needs {self.membership.bounds.least}: "
                 f"nobody joined within {self.timing.patience:g} s"
             )
+
+    @property
+    def short_seconds(self) -> float | None:
+        """How long a job that has lost too many members still waits for others; None while it has enough."""
+        since = self._short
+        return max(0.0, since + self.timing.patience - time.monotonic()) if since else None
 
 
 if __name__ == "__main__":

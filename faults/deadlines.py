@@ -18,6 +18,8 @@ class Timing:
     """Between two signs of life of a member."""
     silence: float = 0.5
     """Floor of the deadline on signs of life: a stopped or unreachable process is evicted after it."""
+    hang: float = 2.0
+    """Floor of the deadline on signs of life of the coordinator: one that is stopped or hangs is replaced after it."""
     stuck: float = 5.0
     """Floor of the deadline on progress of a main thread for which others wait."""
     ceiling: float = 60.0

@@ -3,8 +3,10 @@
 The state is a few integers. A step may have been applied only if the old coordinator had committed it, and it had only
 if every member of the epoch had its result: so the most that anyone reports as committed is committed, and those who
 have not heard of it hold the result and apply it. What nobody reports is summed again.
-Those vote who are in the newest epoch that anyone reports, or in the one before it while not all had heard of it; so
-one candidate at most gets a quorum, and none while the old coordinator has one (faults/quorum.py).
+Those vote who are in the newest epoch that may have become known to all of it, and in the ones before while it had not
+yet; so one candidate at most gets a quorum, and none while the old coordinator has one (faults/quorum.py). Members
+report the newest epoch that they have told the old coordinator to know of. One in which there is a member that has not
+told so cannot have become known to all, and never will: it has no say, and nothing was committed in it.
 """
 
 from __future__ import annotations
@@ -18,19 +20,27 @@ from heteromesh.faults.membership import WORLD, Applicant, Membership, Order
 from heteromesh.faults.quorum import holds
 from heteromesh.faults.wire import Message
 
+_APART = 1000
+"""Between an elected coordinator's epochs and those that the lost one may have counted on to meanwhile."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """What a member knows of one group."""
 
     epoch: int
+    """The newest epoch that it has told its coordinator to know of; the first one if it came to none."""
     committed: int
     chain: str
     stale: bool
     """Whether it lacks the state after `committed` steps."""
     members: tuple[int, ...]
+    known: int
+    """The newest epoch that it has heard of."""
     bases: tuple[tuple[int, ...], ...] = ()
     """Members of older epochs who have a say too."""
+    addresses: tuple[tuple[tuple[str, int], ...], ...] = ()
+    """Where the members listen, in their order."""
 
     @classmethod
     def read(cls, data: Any) -> Report | None:
@@ -42,7 +52,9 @@ class Report:
                 chain=str(data["chain"]),
                 stale=bool(data["stale"]),
                 members=tuple(int(m) for m in data["members"]),
+                known=int(data["known"]),
                 bases=tuple(tuple(int(m) for m in base) for base in data["bases"]),
+                addresses=tuple(tuple((str(h), int(p)) for h, p in person) for person in data["addresses"]),
             )
         except (KeyError, TypeError, ValueError):
             return None
@@ -67,12 +79,24 @@ class Election:
 
     @property
     def newest(self) -> Report:
-        """The newest epoch of the world group that anyone knows."""
-        return max((told[WORLD] for told in self.reports.values()), key=lambda report: report.epoch)
+        """The newest epoch of the world group that may have become known to all of it."""
+        told = [reports[WORLD] for reports in self.reports.values()]
+        return max((report for report in told if self._counts(report)), key=lambda report: report.epoch)
+
+    def _counts(self, report: Report) -> bool:
+        """Always true of the oldest epoch that anyone reports."""
+        there = (self.reports[m][WORLD] for m in report.members if m in self.reports)
+        return all(other.epoch >= report.epoch for other in there)
 
     def quorum(self) -> bool:
         """Whether those who have reported may go on."""
         return bool(self.reports) and holds(self.reports, (self.newest.members, *self.newest.bases))
+
+    def missing(self) -> dict[int, tuple[tuple[str, int], ...]]:
+        """Who of the newest epoch has not reported, and where it listened."""
+        newest = self.newest
+        pairs = zip(newest.members, newest.addresses, strict=False)
+        return {member: addresses for member, addresses in pairs if member not in self.reports}
 
     def complete(self) -> bool:
         """Whether nobody else is to be waited for."""
@@ -81,7 +105,7 @@ class Election:
     def conclude(self, membership: Membership) -> list[Order]:
         """Fills a fresh membership that has the reporting members' people; the messages of the first epoch.
 
-        Who has reported and was not in the newest epoch is put out.
+        Who has reported and was in no epoch since the newest that counts is put out.
         """
         newest = self.newest
         membership.started, membership.electing, membership.elective = True, False, True
@@ -89,13 +113,16 @@ class Election:
         membership.counts["elections"] += 1
         seen = [m for reports in self.reports.values() for report in reports.values() for m in report.members]
         membership.last = max([membership.last, *self.reports, *seen])
+        staying = {
+            m for told in self.reports.values() if told[WORLD].epoch >= newest.epoch for m in told[WORLD].members
+        }
         orders: list[Order] = []
-        for member in [m for m in membership.people if m not in newest.members]:
+        for member in [m for m in membership.people if m not in staying]:
             del membership.people[member]
             orders.append((member, {"kind": "fenced", "reason": "not in the last epoch of those who go on"}))
-        for name in sorted({name for reports in self.reports.values() for name in reports}):
-            reports = {m: r[name] for m, r in self.reports.items() if name in r}
-            group = membership.groups[name] = _epochs(name, reports)
+        kept = {m: told for m, told in self.reports.items() if m in staying}
+        for name in sorted({name for told in kept.values() for name in told}):
+            group = membership.groups[name] = _epochs(name, {m: told[name] for m, told in kept.items() if name in told})
             orders += membership.begin(group)
         return orders
 
@@ -103,8 +130,10 @@ class Election:
 def _epochs(name: str, reports: Mapping[int, Report]) -> Epochs:
     newest = max(reports.values(), key=lambda report: report.epoch)
     furthest = max(reports.values(), key=lambda report: report.committed)
-    group = Epochs(name, epoch=newest.epoch, committed=furthest.committed, chain=furthest.chain)
-    group.members = [m for m in newest.members if m in reports]
+    known = max(report.known for report in reports.values())
+    group = Epochs(name, epoch=known + _APART, committed=furthest.committed, chain=furthest.chain)
+    everyone = dict.fromkeys(m for report in (newest, *reports.values()) for m in report.members)
+    group.members = [m for m in everyone if m in reports]
     # one epoch behind may be one commit behind, with the result at hand; a stale one never is
     group.current = {m for m in group.members if not reports[m].stale}
     return group

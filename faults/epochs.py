@@ -31,8 +31,8 @@ class Epochs:
     """What each member has finished in this epoch: (step, digest)."""
     losses: int = 0
     """Epochs that ended without a commit since the last one."""
-    blamed: Counter[int] = field(default_factory=Counter)
-    """Whom failed connections have named since the last commit."""
+    blamed: Counter[frozenset[int]] = field(default_factory=Counter)
+    """Pairs of members between whom connections have failed since the last commit."""
 
     def config(self) -> Message:
         """The epoch as its members must know it. `stale`: those that need the state before they can take part."""
@@ -50,6 +50,7 @@ class Epochs:
         """The next epoch, with these members."""
         self.members = members
         self.current &= set(members)
+        self.blamed = Counter({pair: n for pair, n in self.blamed.items() if pair <= set(members)})
         self.epoch += 1
         self.fins.clear()
         self.losses += 1
@@ -82,6 +83,11 @@ class Epochs:
         best = max(counts.values())
         chosen = next(self.fins[m] for m in self.members if counts[self.fins[m]] == best)
         return [m for m in self.members if self.fins[m] != chosen]
+
+    def most_blamed(self) -> int:
+        """The member in most of the failed connections; the highest among equals."""
+        counts = Counter(member for pair in self.blamed.elements() for member in pair)
+        return max(self.members, key=lambda m: (counts[m], m))
 
     def commit(self) -> Message:
         """Commits the step that all members have finished."""

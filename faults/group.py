@@ -15,6 +15,7 @@ from heteromesh.comm.tcp import TcpTransport
 from heteromesh.comm.tcp_abort import GroupAborted
 from heteromesh.comm.tcp_build import Place, build
 from heteromesh.comm.tcp_collectives import Summed
+from heteromesh.faults import reports
 from heteromesh.faults.view import View
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Group:
         self._spent = -1
         self._missing: set[int] = set()
         self._moved = 0
+        self._reported = 0.0
 
     @property
     def moved(self) -> int:
@@ -142,6 +144,19 @@ class Group:
             return None
         ranks: Sequence[int] = transport.stalled_on() if transport is not None else sorted(self._missing)
         return (view.epoch, [view.members[r] for r in ranks if r < view.size]) if ranks else None
+
+    def report(self, now: float) -> dict[str, Any] | None:
+        """What the coordinator should know of the group's operations; None when that was told a moment ago.
+
+        `now`: time.monotonic().
+        """
+        view, transport = self._view, self._transport
+        if view is None or transport is None or transport.epoch != view.epoch:
+            return None
+        if now - self._reported < reports.period(view.size):
+            return None
+        self._reported = now
+        return reports.report(view, transport.records, transport.stalled_on())
 
     def tell(self, message: dict[str, Any]) -> None:
         """To the coordinator, about this group."""

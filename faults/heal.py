@@ -38,10 +38,10 @@ def heal(transport: TcpTransport, view: View, capture: Callable[[], Any], adopt:
         works: list[TcpWork] = []
         for rank, member in enumerate(view.members):
             if member in view.stale:
-                works += _send(transport, rank, head, tensors)
+                works += send_state(transport, rank, head, tensors)
         wait_all(works)
     elif view.members[view.rank] in view.stale:
-        adopt(_receive(transport, source))
+        adopt(receive_state(transport, source))
 
 
 def digest_of(state: Any) -> str:
@@ -93,7 +93,8 @@ def unpack(head: bytes) -> tuple[Any, list[torch.Tensor]]:
     return state, [rooms[i] for i in range(len(rooms))]
 
 
-def _send(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[torch.Tensor]) -> list[TcpWork]:
+def send_state(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[torch.Tensor]) -> list[TcpWork]:
+    """Starts to send what `pack` gave; the other rank calls `receive_state`."""
     body = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     works = [transport.send(rank, torch.tensor([len(head)]), _TAG)]
     for tensor in (body, *tensors):
@@ -102,7 +103,8 @@ def _send(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[tor
     return works
 
 
-def _receive(transport: TcpTransport, source: int) -> Any:
+def receive_state(transport: TcpTransport, source: int) -> Any:
+    """A state that rank `source` sends. Raises GroupAborted."""
     size = torch.empty(1, dtype=torch.int64)
     transport.recv(source, size, _TAG).wait()
     head = torch.empty(int(size), dtype=torch.uint8)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -24,6 +26,7 @@ from heteromesh.faults.group import Group
 from heteromesh.faults.member import Member, Terms
 from heteromesh.faults.membership import Bounds
 from heteromesh.faults.oracle import Event, History
+from heteromesh.faults.search import Address
 from heteromesh.faults.steps import Steps
 from heteromesh.faults.view import Fenced, Stopped
 
@@ -58,14 +61,17 @@ class Worker:
 class Lab:
     """A coordinator (in a process of its own) and workers; a context manager that leaves nothing behind."""
 
-    def __init__(self, work: Work, *, size: int, least: int = 1, timing: Timing | None = None) -> None:
+    def __init__(
+        self, work: Work, *, size: int, least: int = 1, timing: Timing | None = None, elective: bool = False
+    ) -> None:
+        """`elective`: the members know more addresses and elect another coordinator when they lose theirs."""
         self.work, self.secret = work, os.urandom(16)
         self.timing = timing or Timing()
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["heteromesh.faults.lab"])
         self.workers: list[Worker] = []
         self.retired: list[Worker] = []
-        self._size, self._least = size, least
+        self._size, self._least, self._elective = size, least, elective
         self._vacant: list[int] = []
         self.evicted = 0
         """Workers that were put out although nothing was done to them: a machine too loaded for the deadlines."""
@@ -79,7 +85,9 @@ class Lab:
         self._coordinator.start()
         sink.close()
         self._told = source
-        self.address = source.recv()
+        self.addresses = [source.recv()]
+        if self._elective:
+            self.addresses += _free(self._size)
         try:
             for slot in range(self._size):
                 self.add(slot)
@@ -103,6 +111,23 @@ class Lab:
         self._told.send("counts")
         return dict(self._told.recv())
 
+    @property
+    def coordinator(self) -> int:
+        """Its process id."""
+        return int(self._coordinator.pid or 0)
+
+    def interruption(self, since: float, seconds: float = 30.0) -> float | None:
+        """Seconds from `since`, when the coordinator was lost, until every worker has committed a step in an epoch of
+        another one; None: a hang."""
+        epochs = [e.epoch for w in self.workers for e in w.events if e.time <= since]
+
+        def after(worker: Worker) -> float | None:
+            return next((e.time for e in worker.events if e.time > since and e.epoch > max(epochs)), None)
+
+        if not self.until(lambda: all(after(w) is not None for w in self.workers), seconds):
+            return None
+        return max(after(w) or since for w in self.workers) - since
+
     def history(self) -> History:
         """Every commit so far, of the dead too."""
         return History([event for worker in [*self.retired, *self.workers] for event in worker.events])
@@ -111,7 +136,7 @@ class Lab:
         """Starts a worker in a free slot; it joins when it gets there. `ballast`: bytes of touched memory it holds."""
         source, sink = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_work, args=(sink, slot, self.address, self.secret, self.work, ballast), daemon=True
+            target=_work, args=(sink, slot, self.addresses, self.secret, self.work, ballast), daemon=True
         )
         process.start()
         sink.close()
@@ -203,6 +228,12 @@ class Lab:
                     self.evicted += 1
 
 
+def _free(count: int) -> list[Address]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[:2] for sock in sockets]
+
+
 def _coordinate(pipe: Connection, secret: bytes, bounds: Bounds, timing: Timing) -> None:
     coordinator = Coordinator(secret, bounds=bounds, timing=timing).start()
     pipe.send(coordinator.address)
@@ -211,10 +242,10 @@ def _coordinate(pipe: Connection, secret: bytes, bounds: Bounds, timing: Timing)
         pipe.send(dict(coordinator.membership.counts))
 
 
-def _work(pipe: Connection, slot: int, address: tuple[str, int], secret: bytes, work: Work, ballast: int) -> None:
+def _work(pipe: Connection, slot: int, addresses: list[Address], secret: bytes, work: Work, ballast: int) -> None:
     torch.set_num_threads(1)
     held = torch.ones(ballast, dtype=torch.uint8)
-    member = Member(Terms(coordinators=[address], secret=secret, name=str(slot), links=work.links))
+    member = Member(Terms(coordinators=addresses, secret=secret, name=str(slot), links=work.links))
     try:
         _loop(pipe, slot, member, work)
     except BrokenPipeError:

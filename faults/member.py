@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from heteromesh.comm.tcp_abort import Abort, GroupAborted
 from heteromesh.comm.tcp_listen import Listener
-from heteromesh.faults.control import Address, connect
+from heteromesh.faults.control import Address, enrol
 from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.group import Group
@@ -19,6 +19,7 @@ from heteromesh.faults.kin import Kin
 from heteromesh.faults.membership import WORLD, Bounds
 from heteromesh.faults.rejoin import candidate, rejoin
 from heteromesh.faults.view import Fenced, Stopped, View, view_of
+from heteromesh.faults.watch import Answers
 from heteromesh.faults.wire import Message
 from heteromesh.planner.errors import UserError
 
@@ -28,8 +29,12 @@ class Seat:
     """A member's place in one group, as the control thread keeps it."""
 
     view: View | None = None
+    told: View | None = None
+    """The newest one that the coordinator was told to be known here; of the world group only."""
     committed: int = 0
     chain: str = ""
+    agreed: int = -1
+    """The newest epoch with a commit: all of its members know it, so those of older ones have no say any more."""
     stale: bool = False
     """Whether this member still lacks the state of that view."""
     abort: Abort | None = None
@@ -55,9 +60,10 @@ class Terms:
     """Steps that this process's state has behind it."""
     state: str = ""
     """A digest of that state: members that start with the same one need no copy of it."""
-    silence: float = 2.0
-    """Seconds without acknowledgement after which the coordinator counts as lost."""
+    silence: float | None = None
+    """Seconds without acknowledgement after which the coordinator's host counts as lost; None: `Timing.silence`."""
     connect_seconds: float = 10.0
+    """How long to look for a coordinator: it may be about to start, or to be elected."""
 
 
 class Member:
@@ -82,9 +88,6 @@ class Member:
         self._kin = Kin(self._report_death)
         self._closing = Abort()
         try:
-            self._control = connect(
-                terms.coordinators, terms.secret, seconds=terms.connect_seconds, silence=terms.silence
-            )
             self._candidate: Coordinator | None = None
             self.id = self._introduce()
         except BaseException:
@@ -109,16 +112,20 @@ class Member:
         }
 
     def _introduce(self) -> int:
-        self._early: list[Message] = []
-        self._control.send({"kind": "join", **self._card()})
-        while not self._early:
-            self._early += self._control.receive()
-        answer = self._early.pop(0)
+        terms = self.terms
+        self._control, answers = enrol(
+            terms.coordinators, terms.secret, {"kind": "join", **self._card()}, seconds=terms.connect_seconds
+        )
+        answer, self._early = answers[0], answers[1:]
         if answer["kind"] != "welcome":
             self._control.close()
             raise UserError(str(answer.get("reason", "the coordinator did not welcome this process")))
         self._bounds, self._timing = Bounds(**answer["bounds"]), Timing(**answer["timing"])
+        self._limit()
         return int(answer["member"])
+
+    def _limit(self) -> None:
+        self._control.limit(self._timing.silence if self.terms.silence is None else self.terms.silence)
 
     def group(self, name: str = WORLD, members: Sequence[int] = ()) -> Group:
         """The group of these members (ids), or the world group, which is everyone. All members of a named group must
@@ -238,13 +245,13 @@ class Member:
             else {"kind": "rejoin", "member": self.id, "groups": self._reports(), **self._card()},
             began=self._lost_at,
             rank=None if view is None else view.rank,
-            silence=terms.silence,
             stand=self._stand,
             wanted=lambda: self._closing.error is None,
         )
         if isinstance(answer, str):
             return answer
         self._control, self._early = answer[0], answer[1][1:]
+        self._limit()
         if view is None:
             self.id, self._lost_at = int(answer[1][0]["member"]), 0.0
         return ""
@@ -255,18 +262,20 @@ class Member:
 
     def _reports(self) -> dict[str, Message]:
         with self._lock:
-            return {
-                name: {
-                    "epoch": seat.view.epoch,
-                    "committed": seat.committed,
-                    "chain": seat.chain,
-                    "stale": seat.stale,
-                    "members": seat.view.members,
-                    "bases": seat.view.bases,
-                }
-                for name, seat in self._seats.items()
-                if seat.view is not None
-            }
+            return {name: self._report(seat, seat.view) for name, seat in self._seats.items() if seat.view is not None}
+
+    def _report(self, seat: Seat, view: View) -> Message:
+        told = seat.told or view
+        return {
+            "epoch": told.epoch,
+            "known": view.epoch,
+            "committed": seat.committed,
+            "chain": seat.chain,
+            "stale": seat.stale,
+            "members": told.members,
+            "bases": [] if seat.agreed == told.epoch else told.bases,
+            "addresses": told.addresses,
+        }
 
     def _listen(self) -> None:
         poll = select.epoll()
@@ -281,15 +290,34 @@ class Member:
 
     def _attend(self, poll: select.epoll) -> None:
         due = time.monotonic()
+        answers = Answers(self._timing, due)
         while self._closing.error is None and self._over is None:
             now = time.monotonic()
-            if now >= due:
-                self._control.send({"kind": "hb", **self._pulse()})
+            answers.forgive(now - due)
+            if now >= due or self._untold():
+                self._beat()
+                if now >= due:
+                    for report in self._reports_due(now):
+                        self._control.send(report)
                 due = now + self._timing.heartbeat
             for fd, _ in poll.poll(max(0.0, due - now)):
                 if fd == self._control.fileno():
                     for message in self._control.receive():
                         self._heard(message)
+                    answers.came(time.monotonic())
+            answers.check(time.monotonic())
+
+    def _untold(self) -> bool:
+        """An epoch counts once all of it have said that they know of it: the sooner, the fewer losses end the job."""
+        seat = self._seats[WORLD]
+        return seat.view is not seat.told and not self._lost_at
+
+    def _beat(self) -> None:
+        seat = self._seats[WORLD]
+        # a candidate is not told of epochs that are not its own
+        view = None if self._lost_at else seat.view
+        self._control.send({"kind": "hb", **self._pulse(), "epoch": None if view is None else view.epoch})
+        seat.told = view or seat.told
 
     def _pulse(self) -> Message:
         blocked, moved = {}, 0
@@ -299,8 +327,11 @@ class Member:
                 waits = seat.group.blocked()
                 if waits is not None:
                     blocked[name] = waits
-        view = self._seats[WORLD].view
-        return {"tick": self._ticks + moved, "blocked": blocked, "epoch": None if view is None else view.epoch}
+        return {"tick": self._ticks + moved, "blocked": blocked}
+
+    def _reports_due(self, now: float) -> list[Message]:
+        groups = [seat.group for seat in list(self._seats.values()) if seat.group is not None]
+        return [report for group in groups if (report := group.report(now)) is not None]
 
     def _heard(self, message: Message) -> None:
         kind = message["kind"]
@@ -311,7 +342,7 @@ class Member:
         elif kind == "commit":
             with self._lock:
                 seat = self._seats[message["group"]]
-                seat.committed, seat.chain = message["committed"], message["chain"]
+                seat.committed, seat.chain, seat.agreed = message["committed"], message["chain"], message["epoch"]
                 self._changed.notify_all()
         elif kind == "short":
             self._abort(message["group"], f"only {message['have']} of at least {message['need']} members are left")
@@ -325,7 +356,8 @@ class Member:
             seat = self._seats.setdefault(view.group, Seat())
             seat.view, seat.committed, seat.chain = view, view.committed, view.chain
             seat.stale = self.id in view.stale
-            self._lost_at = 0.0
+            if view.group == WORLD:
+                self._lost_at = 0.0
         self._abort(view.group, f"epoch {view.epoch} of {view.group} begins")
 
     def _abort(self, name: str, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class Applicant:
         return cls(addresses=addresses, facts=facts, step=step, elects=elects, **texts) if addresses else None
 
 
-Why = Literal["left", "died", "silent", "stuck", "unreachable", "diverged"]
+Why = Literal["left", "died", "silent", "stuck", "unreachable", "diverged", "slow"]
 
 
 @dataclass(slots=True)
@@ -84,7 +85,9 @@ class Membership:
     bases: list[list[int]] = field(default_factory=list)
     """The world epochs' members of whom those who go on must be a quorum (faults/quorum.py)."""
     _known: dict[int, int] = field(default_factory=dict)
-    """The newest world epoch that each member has heard of."""
+    """The newest world epoch that each member has said that it knows of, the lost ones too."""
+    _open: list[tuple[int, list[int]]] = field(default_factory=list)
+    """World epochs that were announced and that not all of their members have said to know of, and those members."""
     _declared: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     @property
@@ -118,7 +121,7 @@ class Membership:
         """Starts the job, or an epoch with the waiting members when nobody is in the middle of a step."""
         room = self.bounds.most - len(self.world.members)
         ready = self.waiting[: max(room, 0)]
-        if not ready or self.electing:
+        if not ready or self.electing or self.outvoted():
             return []
         if not self.world.members:
             return self._start(ready) if len(ready) >= self.bounds.least else []
@@ -135,15 +138,32 @@ class Membership:
         self.world.current = {m for m in ready if (self.people[m].step, self.people[m].state) == like}
         self.world.change(ready)
         self.world.losses = 0
-        self.bases = [list(ready)]
+        self.bases, self._open = [list(ready)], []
         return self._announce(self.world)
 
     def knows(self, member: int, epoch: object) -> None:
-        """A member has heard of a world epoch; when all of it have, those of older ones have no say any more."""
-        if isinstance(epoch, int) and member in self.people:
-            self._known[member] = epoch
-            if all(self._known.get(m, -1) >= self.world.epoch for m in self.world.members):
-                self.bases = [list(self.world.members)]
+        """A member has heard of a world epoch; when all of it have, those of older ones have no say any more.
+
+        What a member has said counts after its loss too: it cannot elect another coordinator without that epoch's
+        quorum.
+        """
+        if not isinstance(epoch, int) or member not in self.people:
+            return
+        self._known[member] = max(epoch, self._known.get(member, -1))
+        for index in reversed(range(len(self._open))):
+            number, members = self._open[index]
+            if all(self._known.get(m, -1) >= number for m in members):
+                self.bases = self._bases_from(index)
+                del self._open[: index + 1]
+                self._known = {m: e for m, e in self._known.items() if m in self.people or self._awaits(m)}
+                return
+
+    def _bases_from(self, index: int) -> list[list[int]]:
+        """Who has a say once this open epoch is known to all of it: newer ones too, into which others may have come."""
+        return [list(members) for _, members in self._open[index:]]
+
+    def _awaits(self, member: int) -> bool:
+        return any(member in members for _, members in self._open)
 
     def outvoted(self) -> str | None:
         """A sentence when the members that were lost may have elected another coordinator."""
@@ -155,6 +175,18 @@ class Membership:
             "on with a coordinator of their own; start again from the last checkpoint if they do not"
         )
 
+    def hopeful(self) -> bool:
+        """Whether those who are left may still say that they know of an epoch in which they are a quorum.
+
+        Only of epochs that were announced before the loss that outvoted them, so that a lost one was in them.
+        """
+        for index, (number, members) in enumerate(self._open):
+            lost = [m for m in members if m not in self.people]
+            told = all(self._known.get(m, -1) >= number for m in lost)
+            if lost and told and holds(self.people, self._bases_from(index)):
+                return True
+        return False
+
     def _grow(self, ready: list[int]) -> list[Order]:
         self.world.change([*self.world.members, *ready])
         self.world.losses = 0
@@ -165,6 +197,8 @@ class Membership:
         group = self.groups.get(str(message.get("group")))
         if group is None:
             return []
+        if group is self.world:
+            self.knows(member, message.get("epoch"))
         if not group.finish(member, _number(message, "epoch"), _number(message, "step"), str(message.get("digest"))):
             return []
         if not group.agreed():
@@ -206,26 +240,34 @@ class Membership:
         group.losses = 0
         return self._announce(group)
 
-    def lose(self, member: int, why: Why) -> list[Order]:
+    def lose(self, member: int, why: Why, detail: str = "") -> list[Order]:
         """A member is gone, or is put out: the next epoch of every group that it was in, and of no other."""
-        if member not in self.people:
-            return []
-        del self.people[member]
-        self._known.pop(member, None)
-        self.counts[why] += 1
-        if why == "left":
-            # it will not vote elsewhere
-            self.bases = [[m for m in base if m != member] for base in self.bases]
+        return self.lose_all([member], why, detail)
+
+    def lose_all(self, members: Collection[int], why: Why, detail: str = "") -> list[Order]:
+        """Several are lost at once: one epoch follows, which none of them hears of. `detail`: for those put out."""
+        lost = [m for m in members if m in self.people]
         orders: list[Order] = []
-        if why != "left":
-            orders.append((member, {"kind": "fenced", "reason": why}))
+        for member in lost:
+            del self.people[member]
+            self.counts[why] += 1
+            if why == "left":
+                self._forget(member)
+            else:
+                orders.append((member, {"kind": "fenced", "reason": f"{why}: {detail}" if detail else why}))
         for group in list(self.groups.values()):
-            if member in group.members:
-                group.change([m for m in group.members if m != member])
+            if any(m in group.members for m in lost):
+                group.change([m for m in group.members if m not in lost])
                 orders += self._announce(group)
                 if not group.members and group is not self.world:
                     del self.groups[group.name]
-        return orders + self.admit()
+        return orders + self.admit() if lost else []
+
+    def _forget(self, member: int) -> None:
+        """It has left in order: it will not vote elsewhere."""
+        self._known.pop(member, None)
+        self.bases = [[m for m in base if m != member] for base in self.bases]
+        self._open = [(epoch, [m for m in members if m != member]) for epoch, members in self._open]
 
     def failed(self, member: int, message: Message) -> list[Order]:
         """A connection of this group failed although both ends live: build it again, evict on repetition."""
@@ -234,17 +276,25 @@ class Membership:
             return []
         self.counts["link failures"] += 1
         peer = message.get("peer")
-        if isinstance(peer, int) and peer in group.members:
-            group.blamed.update((peer, member))
-        return self.suspect_links(group)
+        pairs = [(member, peer)] if isinstance(peer, int) and peer in group.members and peer != member else []
+        return self.suspect_links(group, pairs)
 
-    def suspect_links(self, group: Epochs) -> list[Order]:
+    def suspect_links(self, group: Epochs, pairs: Collection[tuple[int, int]]) -> list[Order]:
         """Members of a group cannot reach each other: a new epoch, and after some the one named most is put out."""
+        group.blamed.update(frozenset(pair) for pair in pairs)
         if group.losses >= _REBUILDS and group.blamed:
-            worst = max(group.members, key=lambda m: (group.blamed[m], m))
+            worst = group.most_blamed()
+            detail = "; ".join(self._blocked(pair, group) for pair in group.blamed if worst in pair)
             group.blamed.clear()
-            return self.lose(worst, "unreachable")
+            return self.lose(worst, "unreachable", detail)
         return self._rebuild(group)
+
+    def _blocked(self, pair: frozenset[int], group: Epochs) -> str:
+        """From where to where nothing comes through. The higher rank connects, to the lower one's listening port."""
+        listens, dials = sorted(pair, key=group.members.index)
+        there, here = self.people[listens], self.people[dials]
+        targets = ", ".join(f"{host}:{port}" for host, port in there.addresses)
+        return f"no data from {here.name} ({here.addresses[0][0]}) to {there.name} ({targets})"
 
     def begin(self, group: Epochs) -> list[Order]:
         """The next epoch of a group as it is."""
@@ -277,6 +327,8 @@ class Membership:
             return [(m, told) for m in group.members]
         config = group.config()
         config["bases"] = self.bases if group is self.world else []
+        if group is self.world:
+            self._open.append((group.epoch, list(group.members)))
         config["people"] = [self._card(m) for m in group.members]
         return [(m, config) for m in group.members]
 

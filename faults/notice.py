@@ -20,6 +20,7 @@ _ROBUST = 1
 _SIZE = 4096
 _ROUND = 0.2
 """Seconds after which a watcher looks whether it is still wanted."""
+_POLL = 0.002
 
 
 class _Timespec(ctypes.Structure):
@@ -95,19 +96,32 @@ class Watcher:
         self._thread.join()
 
     def _run(self) -> None:
-        library = _library()
         mutex = (ctypes.c_char * 64).from_buffer(self._memory)
         while not self._unwanted.is_set():
-            until = time.time() + _ROUND
-            limit = _Timespec(int(until), int(until % 1 * 1e9))
-            result = library.pthread_mutex_timedlock(mutex, ctypes.byref(limit))
+            result = _lock(mutex, _ROUND)
             if result == errno.ETIMEDOUT:
                 continue
             if result in (0, errno.EOWNERDEAD):
                 # not made consistent: the other watchers get ENOTRECOVERABLE, which tells them the same
-                library.pthread_mutex_unlock(mutex)
+                _library().pthread_mutex_unlock(mutex)
             if not self._unwanted.is_set():
                 self._dead()
             break
         del mutex
         self._memory.close()
+
+
+def _lock(mutex: ctypes.Array[ctypes.c_char], seconds: float) -> int:
+    """What pthread_mutex_lock returns, or ETIMEDOUT. The system's time may jump meanwhile."""
+    library = _library()
+    if hasattr(library, "pthread_mutex_clocklock"):
+        until = time.monotonic() + seconds
+        limit = _Timespec(int(until), int(until % 1 * 1e9))
+        return int(library.pthread_mutex_clocklock(mutex, time.CLOCK_MONOTONIC, ctypes.byref(limit)))
+    # before glibc 2.30 there is no wait by this clock
+    for _ in range(int(seconds / _POLL)):
+        result = int(library.pthread_mutex_trylock(mutex))
+        if result != errno.EBUSY:
+            return result
+        time.sleep(_POLL)
+    return errno.ETIMEDOUT

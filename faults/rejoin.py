@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from heteromesh.faults.control import Address, Control, connect
+from heteromesh.faults.control import Control
 from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.election import Election
 from heteromesh.faults.membership import Bounds
+from heteromesh.faults.search import Address, Search
 from heteromesh.faults.wire import Message
 from heteromesh.planner.errors import UserError
 
-STAGGER = 0.2
+STAGGER = 0.05
 """Seconds that the member of the next rank waits longer before it becomes a candidate."""
 LIMIT = 6.0
 """Seconds without a coordinator after which a member gives up: it is cut off from the majority."""
-_TRY = 0.5
+_LOOK = 0.02
+_ANSWER = 2.0
+"""Seconds that a candidate has to answer."""
 
 
 def rejoin(
@@ -27,7 +31,6 @@ def rejoin(
     *,
     began: float,
     rank: int | None,
-    silence: float,
     stand: Callable[[], Coordinator | None],
     wanted: Callable[[], bool],
 ) -> tuple[Control, list[Message]] | str:
@@ -38,32 +41,20 @@ def rejoin(
     """
     standing = rank is None
     reason = "no coordinator was elected: this member is cut off from the majority"
-    while wanted() and time.monotonic() - began < LIMIT:
-        try:
-            control = connect(addresses, secret, seconds=_TRY, silence=silence)
-            answers = _introduce(control, report)
-            if answers[0]["kind"] == "welcome":
-                return control, answers
-            control.close()
-            return str(answers[0].get("reason"))
-        except OSError:
-            pass
-        if rank is not None and not standing and time.monotonic() - began >= rank * STAGGER:
-            standing = stand() is not None
-        time.sleep(0.02)
+    with Search(addresses, secret) as search:
+        while wanted() and time.monotonic() - began < LIMIT:
+            found = search.look(_LOOK)
+            if found is not None:
+                control = Control(*found)
+                with suppress(OSError):  # it has given up meanwhile
+                    answers = control.ask(report, seconds=_ANSWER)
+                    if answers[0]["kind"] == "welcome":
+                        return control, answers
+                    control.close()
+                    return str(answers[0].get("reason"))
+            elif rank is not None and not standing and time.monotonic() - began >= rank * STAGGER:
+                standing = stand() is not None
     return reason
-
-
-def _introduce(control: Control, report: Message) -> list[Message]:
-    try:
-        control.send(report)
-        answers: list[Message] = []
-        while not answers:
-            answers = control.receive()
-        return answers
-    except OSError:
-        control.close()
-        raise
 
 
 def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.membership import Bounds
+from heteromesh.faults.monitor import Monitor
 from heteromesh.planner.errors import UserError
 
 SECRET = "HETEROMESH_SECRET"
@@ -29,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= options.port < 1 << 16:
             raise UserError(f"--port {options.port} is no port: give one of 0 to 65535")
         coordinator = Coordinator(
-            read_secret(options.secret_file), host=options.host, port=options.port, bounds=read_bounds(options.members)
+            read_secret(options.secret_file),
+            host=options.host,
+            port=options.port,
+            bounds=read_bounds(options.members),
+            monitor=Monitor(directory=options.run_dir, say=_say, evicts=options.evict_slow, steps=options.steps),
         )
         # blocked before its thread starts: the signals are for the wait below alone
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -46,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if coordinator.ended else 0
 
 
+def _say(line: str) -> None:
+    print(f"heteromesh.faults.coordinator: {line}", file=sys.stderr, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m heteromesh.faults.coordinator",
@@ -57,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=29400, help="0: any free one (default: 29400)")
     parser.add_argument("--members", default="1:256", metavar="MIN:MAX", help="how many the job needs and takes")
     parser.add_argument("--secret-file", type=Path, metavar="FILE", help=f"default: environment variable {SECRET}")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where events.jsonl is written")
+    parser.add_argument("--evict-slow", action="store_true", help="put out a member that costs more than it does")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the whole job: how long a slow member would matter")
     return parser
 
 

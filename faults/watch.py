@@ -9,6 +9,8 @@ from heteromesh.faults.deadlines import Intervals, Timing
 from heteromesh.faults.epochs import Epochs
 from heteromesh.faults.wire import Message
 
+_TOGETHER = 0.25
+"""How long the loss of a silent member waits for that of others, in silence floors."""
 _STALL = 2.0
 """A connection on which both ends wait stands still after this many silence floors."""
 
@@ -50,9 +52,39 @@ class Pulse:
         self.ticked += seconds
 
 
+class Answers:
+    """A member's watch over its coordinator. One that is stopped or hangs keeps its connections and says nothing."""
+
+    def __init__(self, timing: Timing, now: float) -> None:
+        self._seen, self._gaps = now, Intervals(timing.hang, timing)
+
+    def came(self, now: float) -> None:
+        self._gaps.add(now - self._seen)
+        self._seen = now
+
+    def forgive(self, seconds: float) -> None:
+        """The watcher itself was late (negative: it was not)."""
+        self._seen += max(0.0, seconds)
+
+    def check(self, now: float) -> None:
+        """After everything that has come was read. Raises TimeoutError."""
+        if now - self._seen > self._gaps.deadline():
+            raise TimeoutError(f"the coordinator has said nothing for {now - self._seen:.1f} s")
+
+
 def silent(pulses: Mapping[int, Pulse], now: float) -> list[int]:
-    """Members that should have been heard of by now."""
-    return [m for m, pulse in pulses.items() if now - pulse.seen > pulse.beats.deadline()]
+    """Members that should have been heard of by now.
+
+    Nobody yet while others are late too and may turn out to be silent: those behind one broken link must be lost
+    together, or the first losses would put out a majority bit by bit (faults/quorum.py).
+    """
+    late = {m: now - pulse.seen for m, pulse in pulses.items()}
+    deadlines = {m: pulse.beats.deadline() for m, pulse in pulses.items()}
+    found = [m for m in pulses if late[m] > deadlines[m]]
+    if found and any(deadlines[m] / 2 < late[m] <= deadlines[m] for m in pulses):
+        waited = max(late[m] - deadlines[m] for m in found)
+        return found if waited > _TOGETHER * pulses[found[0]].timing.silence else []
+    return found
 
 
 def stuck(pulses: Mapping[int, Pulse], groups: Mapping[str, Epochs], now: float) -> list[int]:

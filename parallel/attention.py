@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as functional
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.comm.world import World
 from heteromesh.parallel.agreement import Agreement
-from heteromesh.parallel.kernels import wide_dtype
 from heteromesh.parallel.layout import Layout, layout_of
 from heteromesh.parallel.linear import LinearAttention, chunked
 from heteromesh.parallel.methods import Local, split_method

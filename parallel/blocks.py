@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from heteromesh.parallel.kernels import backward_block, forward_block, merge_into, wide_dtype
+from heteromesh.comm.precision import wide_dtype
+from heteromesh.parallel.kernels import backward_block, forward_block, merge_into
 from heteromesh.parallel.tiles import Rows, covers_once
 from heteromesh.parallel.tiles import Tile as Tile
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.blocks import (
     RowSum,
     backward_tile,
@@ -22,7 +23,7 @@ from heteromesh.parallel.blocks import (
     heads_first,
     rows_first,
 )
-from heteromesh.parallel.kernels import merge_into, wide_dtype
+from heteromesh.parallel.kernels import merge_into
 from heteromesh.parallel.layout import pick, rows_of
 from heteromesh.parallel.ring import add_rows
 from heteromesh.parallel.tiles import Tile, tiles_between

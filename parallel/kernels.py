@@ -14,14 +14,10 @@ from functools import cache
 
 import torch
 
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.flash import DTYPES, FLASH, Kernel, Kind, checked
 
 aten = torch.ops.aten
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: float32, or float64 where the values are."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def forward_block(

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as functional
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.agreement import Agreement
-from heteromesh.parallel.kernels import wide_dtype
 from heteromesh.parallel.methods import check_tensors
 from heteromesh.planner.layout import Layout, Segment
 from heteromesh.planner.states import StateRoute, state_routes

@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B
-from torch.utils.checkpoint import checkpoint
 
 from heteromesh.comm.pipeline import join_pipeline
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import World
-from heteromesh.parallel.attention import active_pass, prepare_pass
+from heteromesh.parallel.attention import prepare_pass
 from heteromesh.parallel.pipeline_cut import cut, embedding_of, find_layers, shared_parameters
 from heteromesh.parallel.pipeline_stage import Boundary, MicroBatch, PackStage, StageModule, Work
+from heteromesh.parallel.recompute import keep_activations, recompute_layers
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.planner.stages import Placement
@@ -93,7 +91,7 @@ class PipelineExecutor:
         self.model = cut(model, *points[stage]).to(world.device)
         self._boundary = _boundary(model)
         self._module = StageModule(self.model, stage == len(points) - 1, self._boundary, autocast)
-        self._recomputed = _checkpoint_layers(self.model) if checkpoint_activations else []
+        self._recomputed = recompute_layers(find_layers(self.model)[1]) if checkpoint_activations else []
         self._groups = join_pipeline(world, [s.ranks for s in placement.stages])
         self.pipeline = self._groups.replica
         """Which of the placement's pipelines this rank is in."""
@@ -107,8 +105,7 @@ class PipelineExecutor:
     def close(self) -> None:
         """Takes the hooks off the model and gives the groups back. Every rank of the world must call this."""
         self._gradients.detach()
-        for layer in self._recomputed:
-            del layer.forward  # what hid the class's own
+        keep_activations(self._recomputed)
         self.world.barrier()
         self._groups.close()
 
@@ -251,17 +248,3 @@ def _boundary(model: nn.Module) -> Boundary:
     with torch.no_grad():
         example = embedding(torch.zeros(1, 1, dtype=torch.long, device=weight.device))
     return Boundary(hidden=example.shape[-1], dtype=example.dtype)
-
-
-def _checkpoint_layers(stage: nn.Module) -> list[nn.Module]:
-    """Recomputes the stage's layers in the backward; returns them."""
-    layers = list(find_layers(stage)[1])
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_recompute_contexts)
-    return layers
-
-
-def _recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    # other micro-batches go forward before this one's backward
-    current = active_pass()
-    return nullcontext(), current.active() if current else nullcontext()

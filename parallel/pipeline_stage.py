@@ -8,7 +8,6 @@ micro-batch, its forward and its backward.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,16 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as functional
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from heteromesh.comm.pipeline import PipelineGroups
 from heteromesh.comm.records import Recorder
 from heteromesh.parallel.attention import PassContext
-
-IGNORED = -100
-"""Label of a token that has nothing to predict (PyTorch's default ignore_index)."""
+from heteromesh.parallel.losses import ModelCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,26 +55,14 @@ class StageModule(nn.Module):
         super().__init__()
         self.model = model
         self._last, self._boundary, self._autocast = last, boundary, autocast
-        names = inspect.signature(model.forward).parameters
-        self._takes_targets = "targets" in names
-        self._options = {"use_cache": False} if "use_cache" in names else {}
+        self._call = ModelCall(model)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """x: tokens (1, n) on the first stage, else hidden states (1, n, hidden); positions and labels (1, n)."""
-        options: dict[str, Any] = dict(self._options)
-        if self._last and self._takes_targets:
-            options["targets"] = labels
         with torch.autocast(x.device.type, self._autocast) if self._autocast else nullcontext():
-            output = self.model(x, position_ids=positions, **options)
-            output = output if isinstance(output, torch.Tensor) else output.logits
-            if not self._last:
-                return output.to(self._boundary.dtype).contiguous()
-            losses = _wide(output)
-            if not self._takes_targets:
-                losses = functional.cross_entropy(
-                    losses.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-                )
-        return losses.view(-1).masked_fill(labels.view(-1) == IGNORED, 0.0)
+            if self._last:
+                return self._call.losses(x, positions, labels)
+            return self._call.output(x, positions).to(self._boundary.dtype).contiguous()
 
 
 class Work:
@@ -206,8 +190,3 @@ class PackStage(PipelineStage):
         assert self.work
         size = self.work.batches[index].size
         return torch.empty(1, size, self._boundary.hidden, dtype=self._boundary.dtype, device=self.device)
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.blocks import RowSum, backward_tile, default_scale, forward_tile, forward_tiles, heads_first
 from heteromesh.parallel.blocks import rows_first as rows
 from heteromesh.parallel.circulate import Block, Circulation, Tensors
-from heteromesh.parallel.kernels import merge_into, wide_dtype
+from heteromesh.parallel.kernels import merge_into
 from heteromesh.parallel.layout import rows_of
 from heteromesh.parallel.tiles import Tile, tiles_between
 from heteromesh.planner.layout import Layout, Segment

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.blocks import backward_tile, default_scale, forward_tiles, heads_first
 from heteromesh.parallel.blocks import rows_first as rows
 from heteromesh.parallel.circulate import Block, Tensors
-from heteromesh.parallel.kernels import merge_into, wide_dtype
+from heteromesh.parallel.kernels import merge_into
 from heteromesh.parallel.layout import rows_of
 from heteromesh.parallel.ring import Ring, add_rows
 from heteromesh.planner.layout import Segment

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.precision import wide_dtype
 from heteromesh.parallel.blocks import heads_first, tile_attention
-from heteromesh.parallel.kernels import wide_dtype
 from heteromesh.parallel.tiles import Tile
 from heteromesh.planner.heads import HeadShare, head_shares
 from heteromesh.planner.layout import Layout

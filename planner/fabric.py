@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from heteromesh.planner.cluster import Cluster
+from heteromesh.planner.links import one_fabric
 from heteromesh.planner.stages import Placement
 
 Network = Literal["rdma", "socket"]
@@ -29,9 +30,8 @@ class Group:
 def network_of(cluster: Cluster, ranks: Iterable[int]) -> Network:
     """RDMA where every rank's host has a card for it on the same fabric; a set inside one such host too."""
     hosts = {cluster.rank_hosts[r] for r in ranks}
-    fabrics = {cluster.hosts[h].fabric for h in hosts}
     cards = all(any(nic.kind != "ethernet" for nic in cluster.hosts[h].nics) for h in hosts)
-    return "rdma" if cards and len(fabrics) == 1 and "" not in fabrics else "socket"
+    return "rdma" if cards and one_fabric(cluster.hosts[h].fabric for h in hosts) else "socket"
 
 
 def groups(cluster: Cluster, placement: Placement | None = None) -> tuple[Group, ...]:
@@ -63,7 +63,7 @@ def check_groups(cluster: Cluster, made: Sequence[Group]) -> None:
     """Asserts that no group that uses RDMA spans fabrics."""
     for group in made:
         fabrics = {cluster.host_of(rank).fabric for rank in group.ranks}
-        assert group.network == "socket" or (len(fabrics) == 1 and "" not in fabrics), (
+        assert group.network == "socket" or one_fabric(fabrics), (
             f"group {group.name} would use RDMA across the fabrics {sorted(fabrics)}"
         )
 

@@ -8,7 +8,7 @@ decides, and the slowest member decides for the set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from heteromesh.planner.cluster import Cluster, Host
@@ -70,9 +70,7 @@ class Links:
 
         RDMA cards count where all hosts of the set are on one fabric; elsewhere Ethernet cards alone.
         """
-        fabrics = {self.fabrics[h] for h in hosts}
-        same = len(fabrics) == 1 and "" not in fabrics
-        return self.fabric_nics[host] if same else self.ethernet[host]
+        return self.fabric_nics[host] if one_fabric(self.fabrics[h] for h in hosts) else self.ethernet[host]
 
     def _slowest(self, members: Counter[int]) -> float:
         others = max(sum(members.values()) - 1, 1)
@@ -84,6 +82,12 @@ class Links:
                 remote = (others + 1 - count) / others * count / self.uplink(host, list(members))
             seconds_per_byte = max(seconds_per_byte, local, remote)
         return 1 / seconds_per_byte if seconds_per_byte else self.link[next(iter(members))]
+
+
+def one_fabric(fabrics: Iterable[str]) -> bool:
+    """Whether RDMA reaches among hosts on these fabrics (empty: on none)."""
+    present = set(fabrics)
+    return len(present) == 1 and "" not in present
 
 
 def cluster_links(cluster: Cluster) -> Links:
@@ -100,7 +104,7 @@ def cluster_links(cluster: Cluster) -> Links:
         link = tuple(gbps * 1e9 for gbps in measured.link_gbps)
     if measured.nic_gbit:
         slower_way = tuple(min(ways) * 1e9 / 8 for ways in measured.nic_gbit)
-        same = hosts[0].fabric != "" and len({host.fabric for host in hosts}) == 1
+        same = one_fabric(host.fabric for host in hosts)
         fabric, ethernet = (slower_way, ethernet) if same else (fabric, slower_way)
     return Links(
         hosts=cluster.rank_hosts,

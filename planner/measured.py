@@ -28,6 +28,13 @@ def measured_costs(cluster: Cluster, model: ModelSpec | None = None) -> Costs | 
     return replace(costs, attention=_attention(measured.model)) if measured.model else costs
 
 
+def model_measured_instead(cluster: Cluster, model: ModelSpec) -> str:
+    """The model whose costs `[measured]` has, where they are not this one's; else empty."""
+    measured = cluster.measured
+    other = measured.constants and measured.model and not _same(model, measured.model)
+    return measured.model.name if other and measured.model else ""
+
+
 def _attention(model: MeasuredModel) -> ModelAttention:
     itemsize = 2 if model.dtype == "bf16" else 4
     shape = AttentionShape(heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, itemsize=itemsize)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.placement import Candidate, Decision
 from heteromesh.planner.sites import Site, Sites
-from heteromesh.planner.stages import REMAKE, Placement, placement_from_json, placement_to_json
+from heteromesh.planner.stages import REMAKE, Placement, check_keys, placement_from_json, placement_to_json
 from heteromesh.planner.workload import Workload
 
 
@@ -69,14 +68,14 @@ def why(candidate: Candidate, decision: Decision) -> str:
 def basis_from_json(data: Any, where: str) -> Basis:
     """What `decision_to_json` wrote; raises UserError on missing or unknown keys and values of the wrong kind."""
     known = ("family", "stages", "micro_batches", "predicted", "candidates", "basis")
-    _keys(data, known, where)
-    _keys(data["basis"], ("hosts", "uplink", "work"), f"{where}.basis")
+    check_keys(data, known, where)
+    check_keys(data["basis"], ("hosts", "uplink", "work"), f"{where}.basis")
     basis = data["basis"]
     try:
         hosts = tuple(_host(h, f"{where}.basis.hosts[{i}]") for i, h in enumerate(basis["hosts"]))
         uplink = math.inf if basis["uplink"] is None else float(basis["uplink"])
         names = [f.name for f in fields(Workload)]
-        _keys(basis["work"], names, f"{where}.basis.work")
+        check_keys(basis["work"], names, f"{where}.basis.work")
         work = Workload(**{name: _number(basis["work"][name], f"{where}.basis.work.{name}") for name in names})
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -88,7 +87,7 @@ def basis_from_json(data: Any, where: str) -> Basis:
 
 def _host(data: Any, where: str) -> Site:
     names = [f.name for f in fields(Site)]
-    _keys(data, names, where)
+    check_keys(data, names, where)
     numbers = {n: _number(data[n], f"{where}.{n}") for n in names if n not in ("ranks", "speeds", "fabric")}
     return Site(ranks=tuple(data["ranks"]), speeds=tuple(data["speeds"]), fabric=str(data["fabric"]), **numbers)
 
@@ -97,16 +96,6 @@ def _number(value: Any, where: str) -> Any:
     if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
         raise UserError(f"{where} is {value!r}: it must be a number, at least 0; {REMAKE}")
     return value
-
-
-def _keys(data: Any, names: tuple[str, ...] | list[str], where: str) -> None:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} is {data!r}: it must be an object with {', '.join(names)}; {REMAKE}")
-    unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
-    if unknown:
-        raise UserError(f"{where} has the unknown key {unknown[0]!r}: known keys are {', '.join(names)}")
-    if missing:
-        raise UserError(f"{where} lacks the key {missing[0]!r}: {REMAKE}")
 
 
 def _gb(size: float) -> str:

@@ -10,6 +10,7 @@ from operator import mul
 
 from heteromesh.planner.compositions import Composition
 from heteromesh.planner.errors import UserError
+from heteromesh.planner.links import one_fabric
 from heteromesh.planner.one_f_one_b import Timeline, run_1f1b
 from heteromesh.planner.sites import LATENCY_SECONDS, Site, Sites
 from heteromesh.planner.stages import Placement, Stage
@@ -160,7 +161,7 @@ def composition_of(stage: Stage, sites: Sites, work: Workload) -> Composition:
 
 def uses_rdma(a: Site, b: Site) -> bool:
     """Whether two hosts reach each other by RDMA."""
-    return a.fabric == b.fabric != ""
+    return one_fabric((a.fabric, b.fabric))
 
 
 def _transfer(cut: Sequence[tuple[Site, Site]], work: Workload, uplink: float) -> float:

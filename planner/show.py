@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from heteromesh.planner.make import ANALYTIC, Problem, peak_tokens
+from heteromesh.planner.make import ANALYTIC, Problem, peak_activations
 from heteromesh.planner.plan import Plan, Step
 from heteromesh.planner.timeline import starts
 
@@ -180,12 +180,13 @@ def _header(problem: Problem, lengths: str) -> str:
 
 
 def _memory(plan: Plan, problem: Problem) -> str:
-    peaks = peak_tokens(plan.steps, plan.cluster.ranks)
+    peaks = peak_activations(plan.steps, problem.costs)
     shares = [tokens / room for tokens, room in zip(peaks, problem.costs.capacity, strict=True)]
     fullest = max(range(len(shares)), key=lambda r: shares[r])
     what = "weights, gradients, optimizer and activations" if problem.source == ANALYTIC else "activations alone"
     return (
-        f"Memory   rank {fullest} is fullest: {peaks[fullest]} of {problem.costs.capacity[fullest]} tokens "
+        f"Memory   rank {fullest} is fullest: activations of {peaks[fullest]:.0f} tokens where "
+        f"{problem.costs.capacity[fullest]} fit "
         f"({shares[fullest]:.0%}); at most {max(plan.memory_bytes) / 1e9:.1f} GB a rank ({what})"
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from heteromesh.planner.analytic import USABLE_MEMORY
 from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.links import cluster_links
+from heteromesh.planner.links import cluster_links, one_fabric
 from heteromesh.planner.reduction import plan_reduction
 
 LATENCY_SECONDS = 50e-6
@@ -83,11 +83,6 @@ def cluster_sites(cluster: Cluster) -> Sites:
     return Sites(hosts=tuple(sites))
 
 
-def same_fabric(hosts: Sequence[Site]) -> bool:
-    """Whether RDMA reaches among all of these."""
-    return len({host.fabric for host in hosts}) == 1 and hosts[0].fabric != ""
-
-
 def sum_seconds_per_byte(hosts: Sequence[Site], shards: int, uplink: float) -> float:
     """Of summing the same tensor of all devices of these hosts, and handing it out again (each way, busiest link).
 
@@ -98,7 +93,7 @@ def sum_seconds_per_byte(hosts: Sequence[Site], shards: int, uplink: float) -> f
     inside = max((2 * (k - 1) / k / shards / h.link for h in hosts if (k := len(h.speeds) // shards) > 1), default=0.0)
     if len(hosts) == 1:
         return inside
-    if same_fabric(hosts):
+    if one_fabric(host.fabric for host in hosts):
         return inside + _least([h.rdma for h in hosts])
     fabrics: dict[object, list[Site]] = {}
     for index, host in enumerate(hosts):

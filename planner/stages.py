@@ -7,7 +7,7 @@ micro-batch stays in one pipeline. The gradient of a stage is summed over its re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from typing import Any
@@ -100,13 +100,13 @@ def placement_to_json(placement: Placement) -> dict[str, Any]:
 
 def placement_from_json(data: Any, where: str) -> Placement:
     """What `placement_to_json` wrote; raises UserError on unknown or missing keys and on values of the wrong kind."""
-    raw = _object(Placement, data, where)
+    raw = check_keys(data, [f.name for f in fields(Placement)], where)
     if not isinstance(raw["stages"], list | tuple):
         raise UserError(f"{where}.stages is {raw['stages']!r}: it must be a list of stages; {REMAKE}")
     stages = []
     for index, item in enumerate(raw["stages"]):
         at = f"{where}.stages[{index}]"
-        stage = _object(Stage, item, at)
+        stage = check_keys(item, [f.name for f in fields(Stage)], at)
         ranks = _whole(stage["ranks"], f"{at}.ranks")
         (layers,) = _whole([stage["layers"]], f"{at}.layers")
         (tensor,) = _whole([stage["tensor_parallel"]], f"{at}.tensor_parallel")
@@ -114,8 +114,8 @@ def placement_from_json(data: Any, where: str) -> Placement:
     return Placement(stages=tuple(stages), micro_batches=_whole(raw["micro_batches"], f"{where}.micro_batches"))
 
 
-def _object(kind: type, data: Any, where: str) -> Mapping[str, Any]:
-    names = [f.name for f in fields(kind)]
+def check_keys(data: Any, names: Collection[str], where: str) -> Mapping[str, Any]:
+    """`data` if it is a mapping with exactly these keys; raises UserError else."""
     if not isinstance(data, Mapping):
         raise UserError(f"{where} is {data!r}: it must be an object with {', '.join(names)}; {REMAKE}")
     unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))

@@ -10,11 +10,9 @@ import numpy as np
 import torch
 
 from heteromesh.parallel.layout import Layout, layout_of
+from heteromesh.parallel.losses import IGNORED
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
-
-IGNORED = -100
-"""Label of a token that has nothing to predict (PyTorch's default ignore_index)."""
 
 
 class Sequences(Protocol):

@@ -19,6 +19,7 @@ _COMMANDS = {
     "run": ("heteromesh.runtime.launch", "start a training script on every device: torchrun's flags and launcher"),
     "plan": ("heteromesh.runtime.plan_cli", "plan steps for a cluster, without any device"),
     "explain": ("heteromesh.runtime.explain", "say why a plan is as it is, or how a run went against its plan"),
+    "report": ("heteromesh.runtime.report", "show a run as one HTML page: steps, ranks, members, delays, diagnoses"),
     "simulate": ("heteromesh.runtime.simulate_cli", "play a plan without any device: slow ranks, failures, a trace"),
     "sandbox": ("heteromesh.runtime.sandbox.cli", "run a command on a cluster's hosts as namespaces of this machine"),
     "probe": ("heteromesh.runtime.probe.cli", "measure devices, links and network cards; write a cluster file"),

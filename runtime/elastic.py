@@ -1,7 +1,8 @@
 """The training loop of `Trainer(fault_tolerance=True)`: members come and go, the curve and the data stay the same.
 
-Every member holds the whole state and applies the same committed sums to it (faults/steps.py); a step is planned for
-whoever is in the job (runtime/elastic_step.py). A joining member gets the state from one that has it.
+Every member applies the same committed sums (faults/steps.py) to the optimizer state that it holds, all of it or a part
+(runtime/elastic_shards.py); a step is planned for whoever is in the job (runtime/elastic_step.py). A joining member
+gets the state from one that has it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from heteromesh.runtime.elastic_costs import OwnCosts
 from heteromesh.runtime.elastic_environment import terms_from_environment
 from heteromesh.runtime.elastic_planner import ElasticPlanner
 from heteromesh.runtime.elastic_records import ElasticRecords, StepRecord, repairs
+from heteromesh.runtime.elastic_shards import OptimizerState, ShardedState, WholeState
 from heteromesh.runtime.elastic_step import Result, StepWork
 from heteromesh.runtime.elastic_world import EpochWorld
 from heteromesh.runtime.executor import StepExecutor
-from heteromesh.runtime.failure import PeerLost
+from heteromesh.runtime.failure import JobOver, PeerLost
 from heteromesh.runtime.interrupt import Interrupt
 from heteromesh.runtime.loop import TrainingReport
 from heteromesh.runtime.metrics import HEADER, ProgressBar, StepMetrics
@@ -50,7 +52,7 @@ _TICK_SECONDS = 0.1
 class ElasticLoop:
     """One call of `Trainer.fit` with fault tolerance. Everything it opens is closed by `stack`.
 
-    Raises UserError for bad input and PeerLost when the job can't go on with this member, or at all.
+    Raises UserError for bad input, PeerLost when the job can't go on with this member, and JobOver when it can't at all.
     """
 
     def __init__(self, trainer: Trainer, stack: ExitStack) -> None:
@@ -68,7 +70,12 @@ class ElasticLoop:
         stack.callback(self.records.close)
         self.sampled = trainer.sampler.state_dict()
         """The sampler's state behind the last committed batch."""
-        self.done = self._resume() if self.config.resume else 0
+        self.stopped: int | None = None
+        self.done = self._resume() if self.config.resume or self.records.checkpointed_before else 0
+        self.saved = self.done
+        """Steps behind the state when it was last looked at whether to save it."""
+        self.held: OptimizerState = self._hold()
+        stack.callback(self.held.close)
         unpack_state(self._capture())
         own = OwnCosts(self.executor, trainer.reader, self.config.tokens_per_device)
         planner = ElasticPlanner(self.config.plan_seconds)
@@ -83,7 +90,6 @@ class ElasticLoop:
         self.next: Batch | None = None
         self.losses: list[float] = []
         self.overheads: deque[float] = deque(maxlen=9)
-        self.stopped: int | None = None
         self.progress = ProgressBar(self.config.max_steps)
         self.view: View | None = None
         """Of the last committed step."""
@@ -92,21 +98,23 @@ class ElasticLoop:
         """Trains, saves."""
         try:
             return self._run()
-        except (Fenced, Stopped) as error:
+        except Fenced as error:
             raise PeerLost(f"{error}; {self._way_out()}") from None
+        except Stopped as error:
+            raise JobOver(f"{error}; {self._way_out()}") from None
 
     def _run(self) -> TrainingReport:
         self.steps.start()
         first, waited = self.done + 1, 0.0
         began = mark = time.perf_counter()
         while self.done < self.config.max_steps and self.stopped is None:
-            decided = self.steps.atomic(self._attempt)
+            decided = self._decide()
             metrics = self._apply(decided, mark)
             mark = time.perf_counter()
             waited += metrics.plan_wait_seconds
             self._record(decided, metrics, (mark - began) / max(1, len(self.losses)))
         elapsed = time.perf_counter() - began
-        if self.losses:
+        if self.losses or not self.held.fresh:
             # whoever has rank 0 writes; should it be lost meanwhile, the next one does
             self.steps.atomic(self._save_last)
         return TrainingReport(
@@ -118,12 +126,45 @@ class ElasticLoop:
             signal=self.stopped,
         )
 
-    def _attempt(self, group: Group) -> tuple[Result, str]:
+    def _hold(self) -> OptimizerState:
+        if self.config.shard_optimizer:
+            return ShardedState(self.trainer.optimizer, self.executor.world.recorder)
+        return WholeState(self.trainer.optimizer)
+
+    def _decide(self) -> Decided[Result]:
+        """A committed step; before it whatever else is due is committed."""
+        attempts = 0
+        while True:
+            decided = self.steps.atomic(self._attempt)
+            attempts += decided.attempts
+            if decided.result is not None:
+                return Decided(
+                    step=decided.step,
+                    view=decided.view,
+                    result=decided.result,
+                    digest=decided.digest,
+                    attempts=attempts,
+                )
+            with ticking(self.member):
+                self.held.settled()
+            self.saved = self.done
+            attempts -= 1
+
+    def _attempt(self, group: Group) -> tuple[Result | None, str]:
+        """A body for `Steps.atomic`. What it does follows from what was committed: the same on every member."""
         self.executor.world.recorder.step = self.done + 1
+        every = self.config.checkpoint_every
+        due = bool(every) and self.done % every == 0 and self.saved != self.done
+        if due:
+            self._save(group)
+        if due or not self.held.is_settled(group.view):
+            return None, f"settled {self.done}:{self.held.settle(group, self.own)}"
+        parameters = self.held.refresh(group)
         self.work.stop = self.interrupt.signal or 0
         if self.next is None:
             self.next = self.trainer.sampler.next_batch()
-        return self.work.attempt(group, self.steps, self.done + 1, self.next)
+        result, digest = self.work.attempt(group, self.steps, self.done + 1, self.next)
+        return result, f"{digest}:{parameters}"
 
     def _create(self) -> None:
         self.records.create()
@@ -152,8 +193,7 @@ class ElasticLoop:
                 f"lower the learning rate or use fp32; {self._way_out()}"
             )
         rate = float(self.trainer.optimizer.param_groups[0]["lr"])
-        self.trainer.optimizer.step()
-        self.trainer.optimizer.zero_grad()
+        self.held.step()
         if self.trainer.schedule is not None:
             self.trainer.schedule.step()
         self.done, self.next = number, None
@@ -202,9 +242,6 @@ class ElasticLoop:
             self._say(metrics.line(eta))
             self.progress.show(self.done, eta)
             self.records.write(self._resolved(result), self.done - len(self.losses))
-            every = self.config.checkpoint_every
-            if every and self.done % every == 0:
-                self._save()
             if self.done < self.config.max_steps:
                 self.next = self.trainer.sampler.next_batch()
                 self.work.prepare(self.next, view.members, [t.pace for t in result.told])
@@ -238,10 +275,8 @@ class ElasticLoop:
 
     def _save_last(self, group: Group) -> tuple[None, str]:
         """A body for `Steps.atomic`."""
+        self._save(group)
         if group.view.rank == 0:
-            every = self.config.checkpoint_every
-            if not (every and self.done % every == 0 and self.records.checkpoints is not None):
-                self._save()
             with ticking(self.member):
                 self.records.open_checkpoints().wait()
             self.progress.clear()
@@ -254,16 +289,17 @@ class ElasticLoop:
         EpochWorld(group, self.executor.world.recorder).barrier()
         return None, f"saved {self.done}"
 
-    def _save(self) -> None:
+    def _save(self, group: Group) -> None:
         schedule = self.trainer.schedule
         state = {
             "step": self.done,
             "sampler": self.sampled,
             "schedule": schedule.state_dict() if schedule is not None else None,
         }
-        with ticking(self.member):
-            checkpoints = self.records.open_checkpoints()
-            checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, state)
+        with ticking(self.member), self.held.whole(group):
+            if group.view.rank == 0:
+                checkpoints = self.records.open_checkpoints()
+                checkpoints.save(self.done, self.trainer.model, self.trainer.optimizer, state)
 
     def _resume(self) -> int:
         checkpoints = self.records.open_checkpoints()
@@ -287,18 +323,21 @@ class ElasticLoop:
         return {
             "done": self.done,
             "model": dict(self.trainer.model.state_dict()),
-            "optimizer": self.trainer.optimizer.state_dict(),
+            "optimizer": self.held.capture(),
             "schedule": schedule.state_dict() if schedule is not None else None,
             "sampler": self.sampled,
+            "saved": self.saved,
+            "stopped": self.stopped,
         }
 
     def _adopt(self, state: dict[str, Any]) -> None:
         self.trainer.model.load_state_dict(state["model"])
-        self.trainer.optimizer.load_state_dict(state["optimizer"])
+        self.held.adopt(state["optimizer"])
         if self.trainer.schedule is not None:
             self.trainer.schedule.load_state_dict(state["schedule"])
         self.trainer.sampler.load_state_dict(state["sampler"])
         self.done, self.sampled, self.next = state["done"], state["sampler"], None
+        self.saved, self.stopped = state["saved"], state["stopped"]
 
     def _tick_in_passes(self) -> Any:
         """Every layer is a sign of life; returns what takes the hooks off."""
@@ -332,7 +371,6 @@ def check_settings(trainer: Trainer) -> None:
     """Raises UserError for what doesn't go together with fault tolerance."""
     config = trainer.config
     refused = {
-        "shard_optimizer": config.shard_optimizer,
         "gradient_compression": config.gradient_compression != "none",
         "compare_batches": bool(config.compare_batches),
         "cluster": config.cluster is not None,
@@ -343,7 +381,7 @@ def check_settings(trainer: Trainer) -> None:
         if given:
             raise UserError(
                 f"fault_tolerance=True and {name}={getattr(config, name)!r} don't go together: members come and go, "
-                "each holds the whole optimizer state and is measured when it joins; leave one of the two out"
+                "and each is measured when it joins; leave one of the two out"
             )
     if pick_device().type != "cpu":
         raise UserError(

@@ -6,6 +6,7 @@ So a step that was committed is in the run directory also when its writer died b
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from heteromesh.planner.plan import Step, to_json
 from heteromesh.runtime.checkpoint import Checkpoints
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.metrics import JsonLines, StepMetrics, truncate_lines
-from heteromesh.runtime.rundir import CHECKPOINTS, METRICS, RunDirectory
+from heteromesh.runtime.rundir import CHECKPOINTS, CONFIG, METRICS, RunDirectory
 
 LEDGER = "ledger.jsonl"
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _REMEMBERED = 8
 
 
@@ -42,6 +44,8 @@ class ElasticRecords:
     def __init__(self, config: TrainerConfig, recorder: Recorder) -> None:
         self._config, self._recorder = config, recorder
         self.path = Path(config.run_dir)
+        self._again = int(os.environ.get(RESTARTS, "0")) > 0
+        """Whether this process replaces one that may have begun the run."""
         self._recent: deque[StepRecord] = deque(maxlen=_REMEMBERED)
         self._directory: RunDirectory | None = None
         self._ledger: JsonLines | None = None
@@ -50,7 +54,13 @@ class ElasticRecords:
 
     def create(self) -> None:
         """Rank 0, before the first step of a new or resumed run. Raises UserError where it can't be."""
-        self._directory = RunDirectory(self.path, resume=self._config.resume)
+        begun = self._again and (self.path / CONFIG).exists()
+        self._directory = RunDirectory(self.path, resume=self._config.resume or begun)
+
+    @property
+    def checkpointed_before(self) -> bool:
+        """Whether the process that this one replaces has left a checkpoint: all members may have been lost at once."""
+        return self._again and any((self.path / CHECKPOINTS).glob("step-*[0-9]"))
 
     def remember(self, record: StepRecord) -> None:
         """Every member, after every step."""

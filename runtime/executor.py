@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from heteromesh.comm.native import FlatCollectives
 from heteromesh.comm.reduce import GradientSum
 from heteromesh.comm.world import World
-from heteromesh.parallel.attention import PassContext, active_pass, prepare_pass
+from heteromesh.parallel.attention import PassContext, prepare_pass
 from heteromesh.parallel.layout import layout_of
+from heteromesh.parallel.losses import ModelCall
 from heteromesh.parallel.offload import offload
+from heteromesh.parallel.recompute import keep_activations, recompute_layers
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
-from heteromesh.runtime.batch import IGNORED, PassInput
+from heteromesh.runtime.batch import PassInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +82,17 @@ class StepExecutor:
         self.model, self.world = model, world
         self.speeds = tuple(speeds) or (1.0,) * world.size
         self._autocast = autocast
-        self._losses = _loss_function(model)
+        self._call = ModelCall(model)
         self.gradients = GradientSum(world, collectives)
         self.gradients.attach(model.parameters())
         self.forwards = 2 if checkpoint_activations else 1
         """How often a layer's forward runs in a pass."""
-        self._recomputed = _checkpoint_layers(model) if checkpoint_activations else []
+        self._recomputed = recompute_layers(_outermost_layers(model)) if checkpoint_activations else []
 
     def close(self) -> None:
         """Takes the executor's hooks off the model."""
         self.gradients.detach()
-        for layer in self._recomputed:
-            del layer.forward  # what hid the class's own
+        keep_activations(self._recomputed)
 
     def run(
         self,
@@ -145,8 +141,7 @@ class StepExecutor:
         with context.active():
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
-                losses = _wide(self._losses(tokens, positions, labels).view(-1))
-            losses = losses.masked_fill(labels.view(-1) == IGNORED, 0.0)
+                losses = self._call.losses(tokens, positions, labels)
             (losses.sum() / valid).backward()
         return losses.detach()
 
@@ -239,30 +234,8 @@ def _slots(step: Step) -> list[tuple[int, int]]:
     return [(rank, position) for position, plan in enumerate(step.passes) for rank in plan.ranks]
 
 
-def _loss_function(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(tokens, positions, labels) -> per-token losses, whichever of the two forms the model has."""
-    names = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in names else {}
-    if "targets" in names:
-        return lambda tokens, positions, labels: model(tokens, position_ids=positions, targets=labels)
-
-    def from_logits(tokens: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        output = model(tokens, position_ids=positions, **options)
-        logits = output if isinstance(output, torch.Tensor) else output.logits
-        return functional.cross_entropy(
-            _wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=IGNORED, reduction="none"
-        )
-
-    return from_logits
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _checkpoint_layers(model: nn.Module) -> list[nn.Module]:
-    """Recomputes the elements of the model's outermost module lists in the backward; returns them."""
+def _outermost_layers(model: nn.Module) -> list[nn.Module]:
+    """The elements of the model's outermost module lists."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     layers = [layer for layers in outer for layer in layers]
@@ -271,12 +244,4 @@ def _checkpoint_layers(model: nn.Module) -> list[nn.Module]:
             "checkpoint_activations needs a model whose layers are in an nn.ModuleList, and this one has none: "
             "turn it off or put the layers in a list"
         )
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=_recompute_contexts)
     return layers
-
-
-def _recompute_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    # the recomputation may run on another thread of autograd, which does not know the pass
-    current = active_pass()
-    return nullcontext(), current.active() if current else nullcontext()

@@ -12,7 +12,11 @@ from heteromesh.planner.errors import UserError
 
 
 class PeerLost(RuntimeError):
-    """Another rank is gone and the job can't go on: a failure that one sentence tells better than a traceback."""
+    """Another rank is gone and this one can't go on: a failure that one sentence tells better than a traceback."""
+
+
+class JobOver(PeerLost):
+    """Nobody can go on, so that starting this process again won't help."""
 
 
 UNDER_HETEROMESH_RUN = "HETEROMESH_RUN"

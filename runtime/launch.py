@@ -1,8 +1,8 @@
-"""`heteromesh run`: torchrun's own parser and launcher, and three flags more.
+"""`heteromesh run`: torchrun's own parser and launcher, and some flags more.
 
 A script that knows nothing of Heteromesh runs as under torchrun. A `Trainer` finds the cluster and plan files in the
 environment. Failures are told once: a user's mistake as its sentence (exit code 2), anything else as torchrun's table
-of failed ranks (exit code 1).
+of failed ranks (exit code 1). With --fault-tolerance the agent of runtime/elastic_launch.py starts the workers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch.distributed.run import run as torchrun
 from heteromesh.planner.cluster import load_cluster
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import load
+from heteromesh.runtime.agent_slot import error_text
+from heteromesh.runtime.elastic_launch import add_arguments, launch, refuse_arguments
 from heteromesh.runtime.failure import UNDER_HETEROMESH_RUN
 from heteromesh.runtime.setup import CLUSTER_VARIABLE, DRY_RUN_VARIABLE, PLAN_VARIABLE
 
@@ -39,6 +41,10 @@ def main(argv: list[str]) -> int:
         environment[PLAN_VARIABLE] = str(Path(options.plan).resolve())
     if options.dry_run:
         return _dry_run(options, environment, ranks)
+    if options.fault_tolerance:
+        return launch(options, environment)
+    refuse_arguments(options)
+    options.max_restarts = options.max_restarts or 0
     os.environ.update(environment | {UNDER_HETEROMESH_RUN: "1"})
     if "LOGLEVEL" not in os.environ:
         # the failure is told below, once; the launcher's log would tell it again in ten lines
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="run the script in one process up to Trainer.fit, print the plan of its first steps and stop",
     )
+    add_arguments(parser)
     return parser
 
 
@@ -134,8 +141,7 @@ def _tell(error: ChildFailedError) -> int:
     # a rank that ended with a user's mistake is the cause; its peers then lost it
     for kind, code in (("UserError", 2), ("PeerLost", 1)):
         for failure in failures:
-            told = failure.error_file_data["message"]
-            message = str(told["message"]) if isinstance(told, dict) else str(told)
+            message = error_text(failure.error_file_data)
             if failure.exitcode == code and message.startswith(f"{kind}: "):
                 print(f"heteromesh: error: {message.removeprefix(f'{kind}: ')}", file=sys.stderr)
                 return code

@@ -16,7 +16,8 @@ from heteromesh.planner.cost_file import load_constants
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.fixes import parse_fixes
 from heteromesh.planner.lengths import LengthSource, open_lengths
-from heteromesh.planner.make import make_plan, pose
+from heteromesh.planner.make import ANALYTIC, make_plan, pose
+from heteromesh.planner.measured import model_measured_instead
 from heteromesh.planner.model import MODELS, load_model
 from heteromesh.planner.plan import Step
 from heteromesh.planner.show import plan_text
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         batches = source.batches(args.steps, sequences=sequences, tokens=tokens)
         plan = make_plan(problem, batches, time_limit=args.time_limit, on_step=on_step)
     _say(source, len(plan.steps), args.steps)
+    if problem.source == ANALYTIC and (other := model_measured_instead(cluster, model)):
+        print(_OTHER_MODEL.format(cluster=args.cluster, other=other, model=args.model), file=sys.stderr)
     if args.output:
         _write(plan, args.output)
     if args.json:
@@ -81,6 +84,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 _FIX_HELP = (
     "max_degree=N: ranks of a pass at most; method=NAME: the only way to split, local for none; "
     "max_length=N: drop longer sequences; checkpointing=on: recompute activations (analytic costs)"
+)
+
+
+_OTHER_MODEL = (
+    "the measured constants of cluster file {cluster} are of a model of another shape, {other}: the costs are "
+    "analytic; `heteromesh probe --model {model}` on that cluster measures this one"
 )
 
 

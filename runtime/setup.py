@@ -53,6 +53,16 @@ def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:
     return cluster
 
 
+def described_cluster(config: TrainerConfig) -> Cluster | None:
+    """The hosts of this job, where a cluster file describes them; what is wrong with it `find_cluster` tells later."""
+    if not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+        return None
+    try:
+        return find_cluster(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError:
+        return None
+
+
 def plan_path(config: TrainerConfig) -> str | Path | None:
     """The plan file of the configuration or of `heteromesh run`, if any."""
     return config.plan or os.environ.get(PLAN_VARIABLE) or None

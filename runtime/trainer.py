@@ -17,7 +17,7 @@ from heteromesh.runtime.elastic import ElasticLoop
 from heteromesh.runtime.elastic_environment import COORDINATORS
 from heteromesh.runtime.loop import TrainingLoop, TrainingReport
 from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.setup import DRY_RUN_VARIABLE
+from heteromesh.runtime.setup import DRY_RUN_VARIABLE, described_cluster
 
 
 class Trainer:
@@ -59,7 +59,8 @@ class Trainer:
             if self.config.fault_tolerance and (COORDINATORS in os.environ or "WORLD_SIZE" in os.environ):
                 report = ElasticLoop(self, stack).run()
             else:
-                world = stack.enter_context(join_world(timedelta(seconds=self.config.timeout_seconds)))
+                timeout = timedelta(seconds=self.config.timeout_seconds)
+                world = stack.enter_context(join_world(timeout, described_cluster(self.config)))
                 report = TrainingLoop(self, world, stack).run()
         if report.signal is not None:
             raise SystemExit(128 + report.signal)

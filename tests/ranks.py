@@ -17,7 +17,9 @@ import torch.distributed as dist
 from heteromesh.comm.world import World, join_world
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["ranks", "heteromesh.runtime.trainer", "torch.distributed.checkpoint"])
+_context.set_forkserver_preload(
+    ["ranks", "heteromesh.runtime.trainer", "torch.distributed.checkpoint", "torch._dynamo", "fsspec.core"]
+)
 
 
 def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:

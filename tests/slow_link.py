@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.exchange import Addressed, Exchange
 
 
 class _Sent:
@@ -40,14 +40,13 @@ def slow_link(bytes_per_second: float) -> Iterator[None]:
             dist.isend(operation.tensor, operation.peer, operation.group).wait()
             sent.finish()
 
-    def post(_: Exchange, operations: Sequence[dist.P2POp]) -> list[Any]:
-        works: list[Any] = []
-        for operation in operations:
-            if operation.op is dist.isend:
+    def post(exchange: Exchange, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> list[Any]:
+        group, works = exchange._world.exchange, list[Any]()
+        works += [dist.irecv(t, exchange.ranks[i], group) for i, t in receives if t.numel()]
+        for i, tensor in sends:
+            if tensor.numel():
                 works.append(_Sent())
-                outbox.put((operation, works[-1]))
-            else:
-                works.append(dist.irecv(operation.tensor, operation.peer, operation.group))
+                outbox.put((dist.P2POp(dist.isend, tensor, exchange.ranks[i], group), works[-1]))
         return works
 
     thread, original = threading.Thread(target=deliver, daemon=True), Exchange._post

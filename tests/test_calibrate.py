@@ -1,5 +1,6 @@
 """Measured costs: the fit, and that the bytes a plan predicts are those that are sent."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,3 +106,15 @@ def test_a_slow_device_measures_shorter_passes(power: int, slowness: float) -> N
     assert slowest <= RUN_SECONDS or length == SHORTEST
     assert length == LONGEST or 16 * slowest > RUN_SECONDS  # no shorter than need be
     assert 3 * sum(tried) <= 2 * RUN_SECONDS or length == SHORTEST
+
+
+def test_without_a_limit_the_longest_pass_is_measured_however_long_it_takes() -> None:
+    calibration = Calibration(
+        SimpleNamespace(world=SimpleNamespace(rank=0, gather=lambda mine: [mine])),
+        torch.arange(61),
+        100_000,
+        run_seconds=math.inf,
+    )
+    calibration._act = lambda plan, lengths: lengths[0]
+    calibration._once = lambda length: 1e6 * length
+    assert calibration._affordable() == LONGEST

@@ -9,195 +9,29 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
+from heteromesh.faults import rejoin as rejoining
+from heteromesh.faults.control import connect
 from heteromesh.faults.coordinator import Coordinator
 from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.election import Election
 from heteromesh.faults.member import Member, Terms
-from heteromesh.faults.membership import WORLD, Applicant, Bounds, Membership
-from heteromesh.faults.quorum import holds
+from heteromesh.faults.membership import WORLD, Bounds
 from heteromesh.faults.serve import SECRET, main, read_bounds, read_secret
 from heteromesh.faults.steps import Steps
-from heteromesh.faults.view import view_of
+from heteromesh.faults.view import Fenced
 from heteromesh.planner.errors import UserError
-
-BASE = {"addresses": [["h", 1]], "facts": {}, "name": ""}
-
-
-def applicant(elects=True):
-    return Applicant(name="", addresses=(("h", 1),), facts={}, elects=elects)
-
-
-def started(size, elects=True):
-    """A job whose members all know the first epoch."""
-    membership = Membership(Bounds())
-    for _ in range(size):
-        membership.join(applicant(elects))
-    membership.admit()
-    know(membership)
-    return membership
-
-
-def know(membership, *members):
-    for member in members or membership.world.members:
-        membership.knows(member, membership.world.epoch)
-
-
-def report(membership, member, **changes):
-    """What a member says that has heard of the coordinator's last epoch."""
-    seat = {"committed": 0, "chain": "", "stale": False, **membership.world.config(), "bases": membership.bases}
-    return {"kind": "rejoin", "member": member, "groups": {WORLD: {**seat, **changes}}, **BASE}
 
 
 def free_ports(count):
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [sock.getsockname()[:2] for sock in sockets]
-
-
-@pytest.mark.parametrize(
-    ("there", "base", "wanted"),
-    [
-        ([1, 2], [1, 2, 3], True),
-        ([1], [1, 2, 3], False),
-        ([1, 4], [1, 2, 3, 4], True),
-        ([2, 3], [1, 2, 3, 4], False),
-        ([1], [1, 2], True),
-        ([2], [1, 2], False),
-        ([], [], True),
-        ([1, 2, 9, 8], [1, 2, 3, 4, 5], False),
-    ],
-)
-def test_more_than_half_or_half_with_the_lowest(there, base, wanted):
-    assert holds(there, [base]) == wanted
-    assert holds(there, [base, there]) == wanted
-
-
-def test_a_coordinator_goes_on_while_it_has_a_quorum():
-    membership = started(4)
-    membership.lose(3, "silent")
-    assert membership.outvoted() is None
-    membership.lose(4, "silent")
-    assert membership.outvoted() is None  # exactly half, with the lowest
-    membership.lose(1, "silent")
-    assert "members [2] are not the larger part of [1, 2, 3, 4]" in membership.outvoted()
-
-
-def test_losses_that_the_others_have_heard_of_are_no_split():
-    membership = started(6)
-    for member in (1, 2, 3, 4, 5):
-        membership.lose(member, "died")
-        if len(membership.world.members) > 1:
-            assert membership.outvoted() is None
-            know(membership)
-    assert membership.outvoted() is not None  # of 5 and 6 the higher is left
-    membership = started(6)
-    for member in (1, 2, 3, 4, 5):
-        membership.lose(member, "left")
-        assert membership.outvoted() is None
-
-
-def test_half_of_the_members_without_the_lowest_is_outvoted_only_where_others_could_elect():
-    for elects in (False, True):
-        membership = started(4, elects)
-        membership.lose(1, "silent")
-        membership.lose(2, "silent")
-        assert (membership.outvoted() is not None) == elects
-
-
-def test_an_epoch_that_some_have_not_heard_of_does_not_count_alone():
-    membership = started(5)
-    membership.lose(1, "silent")
-    know(membership, 2, 3)  # 4 and 5 have not said that they know of it
-    membership.lose(2, "silent")
-    membership.lose(3, "silent")
-    assert membership.outvoted() is not None
-
-
-def test_two_sides_never_go_on():
-    """Random losses, joins and deliveries; then no election may succeed beside a coordinator that goes on."""
-    both = elected = 0
-    for seed in range(3000):
-        dice = random.Random(seed)
-        membership = started(dice.randint(2, 6))
-        views = {m: report(membership, m) for m in membership.people}
-        lost = []
-        for _ in range(dice.randint(1, 8)):
-            act = dice.random()
-            if act < 0.5 and len(membership.people) > 1:
-                member = dice.choice(sorted(membership.people))
-                why = dice.choice(["silent", "silent", "silent", "left"])
-                membership.lose(member, why)
-                if why == "left":
-                    views.pop(member, None)
-                else:
-                    lost.append(member)
-            elif act < 0.7:
-                membership.join(applicant())
-                membership._grow(membership.waiting)
-            if membership.outvoted():
-                break
-            for member in membership.world.members:
-                if dice.random() < 0.6:
-                    views[member] = report(membership, member)
-                    if dice.random() < 0.7:
-                        membership.knows(member, membership.world.epoch)
-        election = Election()
-        for member in {m for m in lost if m in views}:
-            assert not isinstance(election.add(views[member]), str)
-        elected += election.quorum()
-        both += election.quorum() and membership.outvoted() is None
-    assert both == 0
-    assert elected > 100
-
-
-def test_commit_that_only_some_have_heard_of_stands():
-    election = Election()
-    assert not election.quorum()
-    for member, committed, stale in ((3, 6, False), (4, 5, True), (1, 5, False)):
-        assert not election.complete()
-        told = {"epoch": 2, "committed": committed, "chain": f"c{committed}", "stale": stale, "members": [1, 2, 3, 4]}
-        assert not isinstance(election.add({"member": member, "groups": {"world": {**told, "bases": []}}, **BASE}), str)
-        assert election.quorum() == (member == 1)
-    membership = Membership(Bounds(), people=dict.fromkeys((1, 3, 4), applicant()))
-    orders = election.conclude(membership)
-    config = orders[0][1]
-    assert [member for member, _ in orders] == [1, 3, 4]
-    assert (config["epoch"], config["committed"], config["chain"], config["stale"]) == (3, 6, "c6", [4])
-    assert config["bases"] == [[1, 2, 3, 4]]
-    assert view_of(config, 3).bases == ((1, 2, 3, 4),)
-    assert membership.join(applicant()) == 5
-    # the old epoch's members have their say until all of the new one's have heard of it
-    membership.lose(4, "silent")
-    membership.lose(3, "silent")
-    assert membership.outvoted() is not None
-
-
-def test_strangers_do_not_vote():
-    election = Election()
-    for message in (
-        {},
-        {"member": 1, "addresses": [["h", 1]], "facts": {}},
-        {"member": 1, "addresses": [["h", 1]], "facts": {}, "groups": {"world": {"epoch": "x"}}},
-    ):
-        assert "malformed" in election.add(message)
-    older, newer = started(3), started(3)
-    newer.lose(3, "silent")
-    know(newer)
-    for member in (3, 2):
-        assert not isinstance(election.add(report(newer if member == 2 else older, member)), str)
-    # the newest epoch that anyone knows has members 1 and 2
-    assert not election.quorum()
-    election.add(report(newer, 1))
-    assert election.complete()
-    membership = Membership(Bounds(), people=dict.fromkeys((1, 2, 3), applicant()))
-    orders = election.conclude(membership)
-    assert [(m, o["kind"]) for m, o in orders] == [(3, "fenced"), (1, "config"), (2, "config")]
 
 
 @pytest.fixture
@@ -207,10 +41,17 @@ def jobs():
         addresses, members = free_ports(3), []
         terms = Terms(coordinators=addresses, secret=b"s", name="")
 
-        def make(size, least):
+        def make(size, least, **timing):
             host, port = addresses[0]
-            timing = Timing(silence=10.0, heartbeat=0.02, gather=0.0 if least == size else 1.0)
-            server = Coordinator(b"s", host=host, port=port, bounds=Bounds(least=least), timing=timing)
+            server = Coordinator(
+                b"s",
+                host=host,
+                port=port,
+                bounds=Bounds(least=least),
+                timing=Timing(
+                    **{"silence": 10.0, "heartbeat": 0.02, "gather": 0.0 if least == size else 1.0, **timing}
+                ),
+            )
             stack.callback(server.start().stop)
             members.extend(Member(replace(terms, name=str(i))) for i in range(size))
             return server, members
@@ -218,6 +59,37 @@ def jobs():
         yield make
         for member in reversed(members):
             member.close()
+
+
+@contextmanager
+def hanging(server):
+    """Within this a coordinator does nothing, as a process that is stopped or hangs; its connections stand."""
+    reached, on = threading.Event(), threading.Event()
+    server._loop.call_soon_threadsafe(lambda: (reached.set(), on.wait()))
+    reached.wait()
+    try:
+        yield
+    finally:
+        on.set()
+
+
+def cut(member):
+    """Ends its control connection, as seen from here."""
+    member._control._sock.shutdown(socket.SHUT_RDWR)
+
+
+def begin(pool, members):
+    steps = [Steps(member.group()) for member in members]
+    list(pool.map(lambda s: s.start(), steps))
+    list(pool.map(lambda s: s.reduce([torch.ones(10)]), steps))
+    return steps
+
+
+def wait_until(true, seconds=20.0):
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
 
 
 def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
@@ -266,6 +138,111 @@ def test_who_waits_to_join_joins_the_next_coordinator(jobs):
     with ThreadPoolExecutor(3) as pool:
         assert [wait.result(30) for wait in [pool.submit(act, member) for member in everyone]] == [1, 2, 3]
     waiting.close()
+
+
+def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs, monkeypatch):
+    """Three of five lose it before it can say anything of the first loss, and cannot reach the other two any more."""
+    monkeypatch.setattr(rejoining, "LIMIT", 3.0)
+    server, members = jobs(5, least=2)
+    with ThreadPoolExecutor(5) as pool:
+        steps = begin(pool, members)
+        apart = free_ports(1)
+        for index, member in enumerate(members):
+            reachable = [server.address] if index < 2 else apart
+            member.terms = replace(member.terms, coordinators=[*reachable, ("127.0.0.1", 1)])
+        with hanging(server):
+            for member in members[2:]:
+                cut(member)
+            wait_until(lambda: all(member._lost_at for member in members[2:]))
+        commits = [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]
+        for wait in commits[2:]:
+            assert wait.result(20).contributors == tuple(m.id for m in members[2:])
+        assert "are not the larger part of [1, 2, 3, 4, 5]" in server.ended
+        for wait in commits[:2]:
+            with pytest.raises(Fenced, match="cut off from the majority"):
+                wait.result(20)
+    assert not server.running
+
+
+def test_members_lost_one_after_another_are_fenced_and_the_others_go_on(jobs, monkeypatch):
+    """Each loss is known to all who are left before the next: what is left is a quorum each time."""
+    monkeypatch.setattr(rejoining, "LIMIT", 0.5)
+    server, members = jobs(5, least=1)
+    with ThreadPoolExecutor(5) as pool:
+        steps = begin(pool, members)
+        members, lost = sorted(members, key=lambda m: m.id), []
+        while len(members) > 1:
+            lost.append(members.pop())
+            lost[-1].terms = replace(lost[-1].terms, coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)])
+            cut(lost[-1])
+            there = [member.id for member in members]
+            wait_until(lambda there=there: server.membership.bases == [there])
+        last = next(s for s in steps if s._group._member is members[0])
+        assert last.reduce([torch.ones(10)]).contributors == (members[0].id,)
+        for member in lost:
+            with pytest.raises(Fenced):
+                member.await_view(WORLD, 1 << 20)
+
+
+def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs):
+    server, members = jobs(3, least=3, hang=0.4)
+    with ThreadPoolExecutor(3) as pool:
+        steps = begin(pool, members)
+        with hanging(server):
+            for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
+                assert len(wait.result(20).contributors) == 3
+        wait_until(lambda: not server.running)
+        assert "are not the larger part" in server.ended
+        for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
+            assert wait.result(20).step == 2
+
+
+def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
+    address = free_ports(1)[0]
+    candidate = Coordinator(b"s", host=address[0], port=address[1], election=Election()).start()
+    with ThreadPoolExecutor(1) as pool:
+        terms = Terms(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=20.0)
+        wait = pool.submit(Member, terms)
+        wait_until(lambda: not candidate.running)  # it has refused it for so long
+        assert not wait.done()
+        server = Coordinator(b"s", host=address[0], port=address[1]).start()
+        member = wait.result(20)
+        assert member.id == 1
+        member.close()
+        server.stop()
+
+
+def test_nobody_answers_for_as_long_as_was_asked_for():
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"reaches no coordinator at 127\.0\.0\.1:1 \(.*refused.*127\.0\.0\.1:2"):
+        Member(Terms(coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)], secret=b"s", name="", connect_seconds=0.3))
+    assert time.monotonic() - start >= 0.3
+
+
+def test_address_that_never_answers_holds_up_nobody():
+    with socket.create_server(("127.0.0.1", 0)) as hung:  # accepts and says nothing
+        server = Coordinator(b"s").start()
+        start = time.monotonic()
+        connect([hung.getsockname()[:2], server.address], b"s", seconds=20).close()
+        assert time.monotonic() - start < 10
+        server.stop()
+        with pytest.raises(ConnectionError, match="no answer"):
+            connect([hung.getsockname()[:2]], b"s", seconds=0.1)
+
+
+def test_jumps_of_the_systems_clock_change_nothing(jobs, monkeypatch):
+    """Hours back and forth while members step, one dies, the coordinator is replaced and leases are watched."""
+    dice, real = random.Random(0), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + dice.choice([-86400.0, 86400.0, 3600.0]))
+    server, members = jobs(3, least=2)
+    with ThreadPoolExecutor(3) as pool:
+        steps = begin(pool, members)
+        server.stop()
+        for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
+            assert len(wait.result(20).contributors) == 3
+        members.pop().close()  # its watchers and those of its lease end, too
+        for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps[:2]]:
+            assert len(wait.result(20).contributors) == 2
 
 
 def command(*words, **environment):

@@ -184,7 +184,7 @@ def test_too_few_members_end_with_the_checkpoint_named(tmp_path: Path) -> None:
         job.start(0, checkpoint_every=2)
         job.start(1, dies_in=6, checkpoint_every=2)
         told = job.result(0) or job.result(1)
-    assert told.startswith("PeerLost: 1 members are left and the job needs 2: nobody joined within 0.5 s; ")
+    assert told.startswith("JobOver: 1 members are left and the job needs 2: nobody joined within 0.5 s; ")
     assert told.endswith(
         f"start the run again with resume=True: it continues at {tmp_path}/run/checkpoints/step-00000004"
     )
@@ -202,7 +202,6 @@ def test_a_bad_run_directory_ends_all_members(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"shard_optimizer": True}, "shard_optimizer=True don't go together"),
         ({"compare_batches": 2}, "compare_batches=2 don't go together"),
         ({"cluster": "c.toml"}, "cluster='c.toml' don't go together"),
     ],

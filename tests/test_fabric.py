@@ -1,13 +1,18 @@
 import random
 from dataclasses import replace
+from datetime import timedelta
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heteromesh.comm import fabric_groups, pipeline, world
 from heteromesh.comm.fabric_groups import group_options
+from heteromesh.comm.world import World, join_world
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import Cluster, Host, Nic
 from heteromesh.planner.errors import UserError
@@ -185,3 +190,90 @@ def test_nccl_gets_the_name_of_its_network(network, name):
 def test_a_host_alone_may_use_rdma_names():
     alone = replace(MIXED, hosts=MIXED.hosts[:1])
     assert groups(alone)[0].network == "rdma"
+
+
+# which groups get which options, with a torch that is said to have NCCL and a device
+
+
+class Nccl:
+    """In place of torch.distributed: remembers what groups were asked for."""
+
+    def __init__(self, size, networks=None):
+        self.size, self.networks, self.asked = size, networks, []
+        self.group = SimpleNamespace(WORLD="world")
+        self.ProcessGroupNCCL = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
+        self.is_initialized = lambda: bool(self.asked)
+        self.is_nccl_available = lambda: True
+        self.get_rank, self.get_world_size = lambda: 0, lambda: size
+        self.all_reduce = self.barrier = self.destroy_process_group = lambda *args, **options: None
+
+    def init_process_group(self, backend, **options):
+        self.asked.append((backend, tuple(range(self.size)), options))
+
+    def new_group(self, ranks=None, **options):
+        self.asked.append((options.pop("backend", None), tuple(ranks or range(self.size)), options))
+        return self.asked[-1][1]
+
+    def all_gather_object(self, values, value, group):
+        values[:] = [value] * self.size if self.networks is None else self.networks
+
+    @property
+    def names(self):
+        """By ranks, the network of the groups that may have device tensors."""
+        return [
+            (ranks, options["pg_options"] and options["pg_options"].config.net_name)
+            for _, ranks, options in self.asked
+            if "pg_options" in options
+        ]
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    def pretend(size, device="cuda", networks=None):
+        fake = Nccl(size, networks)
+        for module in (world, fabric_groups, pipeline):
+            monkeypatch.setattr(module, "dist", fake)
+        monkeypatch.setattr(world, "pick_device", lambda: torch.device(device))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        return fake
+
+    return pretend
+
+
+IB = cluster(("ib", 2, BOTH), ("ib", 2, BOTH))
+
+
+@pytest.mark.parametrize(
+    ("described", "device", "size", "name"),
+    [
+        (MIXED, "cuda", 9, "Socket"),
+        (IB, "cuda", 4, "IB"),
+        (cluster(("ib", 4, BOTH)), "cuda", 4, None),
+        (None, "cuda", 4, None),
+        (MIXED, "cpu", 9, None),
+    ],
+)
+def test_the_world_is_on_the_network_that_reaches_all(nccl, described, device, size, name):
+    fake = nccl(size, device)
+    with join_world(timedelta(seconds=7), described):
+        assert fake.names == [(tuple(range(size)), name)] * 2, "exchanges and gradients"
+    assert all(o["pg_options"] is None or o["pg_options"]._timeout == o["timeout"] for _, _, o in fake.asked[:2])
+    assert [backend for backend, _, options in fake.asked if "pg_options" not in options] == ["gloo"] * 3
+
+
+def test_a_pipelines_groups_are_each_on_their_own_network(nccl):
+    fake = nccl(9)
+    pipeline.join_pipeline(World(0, 9, torch.device("cuda"), cluster=MIXED), [(0, 1, 2, 3), (4, 5, 6, 7), (8, 8, 8, 8)])
+    chains = [((j, 4 + j, 8), "Socket") for j in range(4)]
+    assert fake.names[:4] == chains
+    assert fake.names[4:6] == [((0, 1, 2, 3), "IB"), ((4, 5, 6, 7), "IB")]
+
+
+def test_ranks_that_were_told_other_networks_are_refused_before_they_hang(nccl):
+    fake = nccl(4, networks=["rdma", "rdma", None, "rdma"])
+    refused = pytest.raises(UserError, match="rank 2 would use the network NCCL chooses and rank 0 rdma: give every")
+    with refused, join_world(timedelta(seconds=7), IB):
+        pass
+    assert fake.names[0] == ((0, 1, 2, 3), "IB")

@@ -1,8 +1,10 @@
 """`heteromesh run` as a user types it: torchrun's behaviour, plan and cluster files, exit codes, signals."""
 
+import io
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -10,12 +12,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 
 from heteromesh.planner.cluster import local_cluster
 from heteromesh.planner.plan import Plan, PlannedCluster, dump
+from heteromesh.runtime import cli
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CLUSTER = '[[hosts]]\nnames = ["a"]\ndevice = "cpu"\ncount = {ranks}\n'
@@ -49,10 +53,21 @@ def heteromesh(*words: object, module: str = "heteromesh", seconds: float = 90) 
 def sentence(result: subprocess.CompletedProcess[str]) -> str:
     """The one line of an error that the user can mend."""
     assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
+    return one_line(result.stderr)
+
+
+def one_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
     assert lines[0].startswith("heteromesh: error: ")
     return lines[0]
+
+
+def refused(*words: object) -> str:
+    """The sentence of a mistake that is found before any process starts."""
+    with redirect_stderr(io.StringIO()) as told:
+        assert cli.main(["run", *map(str, words)]) == 2
+    return one_line(told.getvalue())
 
 
 def free_port() -> int:
@@ -82,8 +97,9 @@ def test_a_script_that_knows_nothing_of_heteromesh_runs_as_under_torchrun(tmp_pa
     assert "exitcode  : 3" in failed.stderr
 
 
-def test_help_names_torchruns_flags_and_ours() -> None:
-    text = heteromesh("--help").stdout
+def test_help_names_torchruns_flags_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--help"]) == 0
+    text = capsys.readouterr().out
     for flag in ("--nproc-per-node", "--rdzv-endpoint", "--standalone", "--cluster", "--plan", "--dry-run"):
         assert flag in text
 
@@ -102,14 +118,15 @@ def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> Non
     dump(Plan(cluster=PlannedCluster(fingerprint="0" * 16, ranks=2), model="m"), plan)
     run = [script, tmp_path / "run", 1]
     assert "does not exist" in sentence(heteromesh(tmp_path / "none.py"))
-    assert "unrecognized arguments: --bogus" in sentence(heteromesh("--bogus", *run))
-    assert "--nproc-per-node nine" in sentence(heteromesh("--nproc-per-node", "nine", *run))
-    assert "give at least 1" in sentence(heteromesh("--nproc-per-node", "0", *run))
-    assert "--nnodes many" in sentence(heteromesh("--nnodes", "many", *run))
-    assert "3 ranks" in sentence(heteromesh("--nproc-per-node", 2, "--cluster", cluster, *run))
-    assert "line" in sentence(heteromesh("--cluster", broken, *run))
-    assert "none.json does not exist" in sentence(heteromesh("--plan", tmp_path / "none.json", *run))
-    assert "plan file" in sentence(heteromesh("--nproc-per-node", 3, "--plan", plan, *run))
+    assert "unrecognized arguments: --bogus" in refused("--bogus", *run)
+    assert "--nproc-per-node nine" in refused("--nproc-per-node", "nine", *run)
+    assert "give at least 1" in refused("--nproc-per-node", "0", *run)
+    assert "--nnodes many" in refused("--nnodes", "many", *run)
+    assert "3 ranks" in refused("--nproc-per-node", 2, "--cluster", cluster, *run)
+    assert "line" in refused("--cluster", broken, *run)
+    assert "none.json does not exist" in refused("--plan", tmp_path / "none.json", *run)
+    assert "plan file" in refused("--nproc-per-node", 3, "--plan", plan, *run)
+    # the file names another cluster than the flags: every rank finds it
     assert "make the plan again" in sentence(heteromesh("--nproc-per-node", 2, "--plan", plan, *run))
     assert not (tmp_path / "run").exists()
 
@@ -131,25 +148,33 @@ def test_a_mistake_before_the_trainer_is_told_in_one_sentence(tmp_path: Path) ->
     assert "none" in sentence(result)
 
 
-def test_dry_run_plans_for_more_ranks_and_its_plan_can_be_run(script: Path, tmp_path: Path) -> None:
-    dry = heteromesh("--dry-run", "--nproc-per-node", 2, script, tmp_path / "dry", 5)
-    assert dry.returncode == 0, dry.stderr
-    assert "nothing was trained" in dry.stdout
-    assert not (tmp_path / "dry/metrics.jsonl").exists()
-    plan = json.loads((tmp_path / "dry/plan.json").read_text())
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a dry run for two ranks."""
+    folder = tmp_path_factory.mktemp("dry")
+    (folder / "train.py").write_text(textwrap.dedent(TRAIN))
+    result = heteromesh("--dry-run", "--nproc-per-node", 2, folder / "train.py", folder / "dry", 5)
+    assert result.returncode == 0, result.stderr
+    assert "nothing was trained" in result.stdout
+    assert not (folder / "dry/metrics.jsonl").exists()
+    return folder / "dry"
+
+
+def test_dry_run_plans_for_more_ranks_and_its_plan_can_be_run(dry: Path, script: Path, tmp_path: Path) -> None:
+    plan = json.loads((dry / "plan.json").read_text())
     assert plan["cluster"] == {"fingerprint": local_cluster(2).fingerprint, "ranks": 2}
-    run = heteromesh("--nproc-per-node", 2, "--plan", tmp_path / "dry/plan.json", script, tmp_path / "run", 5)
+    run = heteromesh("--nproc-per-node", 2, "--plan", dry / "plan.json", script, tmp_path / "run", 5)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in (tmp_path / "run/plan.jsonl").read_text().splitlines()]
     assert len(rows) == 5, "beyond the file's three steps it plans anew"
     assert [row["plan"]["passes"] for row in rows[:3]] == [step["passes"] for step in plan["steps"]]
 
 
-def test_a_plan_for_other_data_is_refused(script: Path, tmp_path: Path) -> None:
+def test_a_plan_for_other_data_is_refused(dry: Path, script: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.py"
     other.write_text(script.read_text().replace("batch_tokens=150", "batch_tokens=90"))
-    assert heteromesh("--dry-run", other, tmp_path / "dry", 2).returncode == 0
-    message = sentence(heteromesh("--plan", tmp_path / "dry/plan.json", script, tmp_path / "run", 2))
+    run = ["--nproc-per-node", 2, "--plan", dry / "plan.json", other, tmp_path / "run", 2]
+    message = sentence(heteromesh(*run))
     assert "step 0 of the plan file is for" in message
 
 
@@ -166,26 +191,20 @@ def children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, group: bool, script: Path, tmp_path: Path) -> None:
-    """SIGTERM as a scheduler sends it, to the launcher; Ctrl-C as a terminal does, to the whole group."""
-    metrics = tmp_path / "run/metrics.jsonl"
-    words = [
-        sys.executable,
-        "-m",
-        "heteromesh",
-        "run",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(tmp_path / "run"),
-        "1000000",
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(words, **pipes, text=True, env=ENVIRONMENT, start_new_session=True)
+def interrupt(number: signal.Signals, group: bool, metrics: Path, words: Sequence[object]) -> str:
+    """Starts the command, sends the signal two steps later, and checks the end; what was printed."""
+    begun = metrics.read_text().count("\n") if metrics.exists() else 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "heteromesh", "run", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        while not (metrics.exists() and metrics.read_text().count("\n") > begun + 2) and time.monotonic() < deadline:
             time.sleep(0.05)
         family = children(process.pid)
         assert len(family) >= 3, "two ranks and a planner"
@@ -195,11 +214,23 @@ def test_a_signal_saves_and_leaves_no_child(number: signal.Signals, group: bool,
         process.kill()
     assert process.returncode == 128 + number, err
     assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
-    done = int(re.findall(r"stopped by signal \d+ after step (\d+)", out)[0])
-    assert (tmp_path / f"run/checkpoints/step-{done:08d}/meta.json").exists()
-    again = heteromesh("--nproc-per-node", 2, script, tmp_path / "run", done + 2, "resume")
-    assert again.returncode == 0, again.stderr
-    assert f"at step {done}" in again.stdout
+    return out
+
+
+def test_a_signal_saves_and_leaves_no_child(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM as a scheduler sends it, to the launcher; Ctrl-C as a terminal does, to the whole group."""
+    folder, done = tmp_path / "run", 0
+    for number, group in ((signal.SIGTERM, False), (signal.SIGINT, True)):
+        words = ["--nproc-per-node", 2, script, folder, 1_000_000, *(["resume"] if done else [])]
+        out = interrupt(number, group, folder / "metrics.jsonl", words)
+        assert not done or f"at step {done}" in out
+        (done,) = map(int, re.findall(r"stopped by signal \d+ after step (\d+)", out))
+        assert (folder / f"checkpoints/step-{done:08d}/meta.json").exists()
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder), str(done + 2), "resume"])
+    runpy.run_path(str(script))
+    assert f"at step {done}" in capsys.readouterr().out
 
 
 def test_hosts_may_start_different_numbers_of_processes(script: Path, tmp_path: Path) -> None:

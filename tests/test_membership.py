@@ -15,7 +15,7 @@ from heteromesh.faults.epochs import Epochs
 from heteromesh.faults.member import Member, Terms
 from heteromesh.faults.membership import WORLD, Applicant, Bounds, Membership
 from heteromesh.faults.view import Stopped
-from heteromesh.faults.watch import Pulse, silent, stalled, stuck
+from heteromesh.faults.watch import Answers, Pulse, silent, stalled, stuck
 from heteromesh.faults.wire import MAX_MESSAGE, Wire, WireError
 from heteromesh.planner.errors import UserError
 
@@ -175,6 +175,24 @@ def test_repeated_link_failures_evict_the_one_named_most():
     assert membership.world.members == [1, 2]
 
 
+def test_blocked_ports_are_named_from_where_to_where():
+    """The second member's host cannot reach the first's; both live."""
+    membership = Membership(Bounds())
+    for name, host, port in (("a:0", "10.0.0.1", 4001), ("b:0", "10.0.0.2", 4002), ("c:0", "10.0.0.3", 4003)):
+        membership.join(applicant(name, addresses=((host, port),)))
+    membership.admit()
+    for _ in range(4):
+        told = {"group": WORLD, "epoch": membership.world.epoch, "peer": 1, "reason": "refused"}
+        orders = membership.failed(2, told)
+    fenced = [(member, message["reason"]) for member, message in orders if message["kind"] == "fenced"]
+    assert fenced == [(2, "unreachable: no data from b:0 (10.0.0.2) to a:0 (10.0.0.1:4001)")]
+    assert membership.world.members == [1, 3]
+    # whoever is gone is blamed no more
+    membership.failed(3, {"group": WORLD, "epoch": membership.world.epoch, "peer": 3, "reason": "itself"})
+    membership.failed(3, {"group": WORLD, "epoch": membership.world.epoch, "peer": 2, "reason": "gone"})
+    assert not membership.world.blamed
+
+
 def test_refusal_names_the_difference():
     membership, _ = started(1)
     reason = membership.join(applicant(facts={**FACTS, "plan": "q", "extra": "e"}))
@@ -204,6 +222,32 @@ def test_deadline_follows_the_peer():
         jumpy.add(0.05 if index % 2 else 0.3)
     assert steady.deadline() == 0.2
     assert 1.0 < jumpy.deadline() < 3.0
+
+
+def test_silent_members_wait_for_each_other_but_not_for_long():
+    """Those behind one broken link are lost at once, whatever the phase of their heartbeats."""
+    timing = Timing(silence=1.0)
+    pulses = {m: Pulse(timing, 0.0) for m in (1, 2, 3)}
+    for member, seen in ((1, 0.0), (2, 0.1), (3, 0.95)):
+        pulses[member].beat({}, seen)
+    assert silent(pulses, 1.05) == []  # 2 is late too
+    assert silent(pulses, 1.15) == [1, 2]
+    pulses[2].beat({}, 0.4)
+    assert silent(pulses, 1.2) == []
+    assert silent(pulses, 1.3) == [1]  # whoever is late for long has it to itself
+    pulses[2].beat({}, 1.25)
+    assert silent(pulses, 1.26) == [1]
+
+
+def test_coordinator_that_says_nothing_hangs():
+    answers = Answers(Timing(hang=2.0), 0.0)
+    answers.came(1.0)
+    answers.forgive(-5.0)
+    answers.check(2.9)
+    answers.forgive(10.0)  # this process was stopped itself
+    answers.check(12.9)
+    with pytest.raises(TimeoutError, match=r"said nothing for 2\.1 s"):
+        answers.check(13.1)
 
 
 def test_silent_stuck_and_stalled():
@@ -278,10 +322,11 @@ def test_wrong_secret_is_refused_and_counted(coordinator):
     assert not coordinator.membership.people
 
 
-def test_other_plan_is_refused_by_name(coordinator):
+def test_other_model_plan_or_version_is_refused_by_name(coordinator):
     member = Member(terms(coordinator))
-    with pytest.raises(UserError, match="plan is q, the job's is p"):
-        Member(terms(coordinator, facts={**FACTS, "plan": "q"}))
+    for fact, value in FACTS.items():
+        with pytest.raises(UserError, match=f"{fact} is other, the job's is {value}"):
+            Member(terms(coordinator, facts={**FACTS, fact: "other"}))
     member.close()
 
 
@@ -312,15 +357,18 @@ def test_two_jobs_on_one_port(coordinator):
 
 def test_no_coordinator_names_every_address():
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1 .*127\.0\.0\.1:2 "):
-        connect([("127.0.0.1", 1), ("127.0.0.1", 2)], b"s", seconds=1, silence=1)
+        connect([("127.0.0.1", 1), ("127.0.0.1", 2)], b"s", seconds=1)
 
 
 def test_too_few_members_for_too_long_end_the_job():
-    server = Coordinator(b"secret", bounds=Bounds(least=2), timing=Timing(patience=0.2, silence=5.0)).start()
+    server = Coordinator(b"secret", bounds=Bounds(least=2), timing=Timing(patience=0.5, silence=5.0)).start()
     members = [Member(terms(server)) for _ in range(2)]
     group = members[0].group()
     seat = members[0].await_view(WORLD, -1)
+    assert server.short_seconds is None
     members[1].close()
+    until(lambda: server.short_seconds is not None)
+    assert 0 <= server.short_seconds <= 0.5
     seat[1].close()
     with pytest.raises(Stopped, match="1 members are left and the job needs 2"):
         group.ready()

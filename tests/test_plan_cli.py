@@ -12,7 +12,12 @@ from heteromesh.planner import make
 from heteromesh.planner import plan as plans
 from heteromesh.planner import step as step_planner
 from heteromesh.planner.check import check_step
+from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.cost_file import load_constants
 from heteromesh.planner.cost_json import costs_from_json
+from heteromesh.planner.fixes import Fixes
+from heteromesh.planner.model import load_model
+from heteromesh.planner.show import plan_text
 from heteromesh.runtime import cli, plan_cli
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -289,6 +294,40 @@ def test_exceptions_become_exit_codes(monkeypatch, capsys, error, code, words):
     err = capsys.readouterr().err
     assert words in err
     assert ("Traceback" in err) == (code == 1)
+
+
+def test_activations_that_wait_in_host_memory_do_not_count_as_the_devices(files):
+    cluster, model = load_cluster(files / "cluster.toml"), load_model("gpt-7b")
+    problem = make.pose(cluster, model, load_constants(files / "cost.toml"), Fixes())
+    problem = replace(problem, costs=replace(problem.costs, offload_seconds=(1e-6,) * 4, offload_share=0.5))
+    plan = make.make_plan(problem, [[6000]], time_limit=0.2)
+    assert max(make.peak_tokens(plan.steps, 4)) >= 1500
+    assert "is fullest: activations of 1000 tokens where 1000 fit (100%)" in plan_text(plan, problem, "")
+
+
+MEASURED = """
+[measured]
+seconds_per_token2 = 1e-9
+seconds_per_token = 1e-4
+seconds_per_pass = 0.05
+bytes_per_token = 0
+tokens_per_device = 1000
+model = { name = "small", parameters = 5, layers = 1, heads = 4, kv_heads = 4, head_dim = 8 }
+"""
+
+
+def test_measured_constants_of_another_model_are_told_and_not_used(run, files):
+    cluster = files / "measured.toml"
+    cluster.write_text(CLUSTER + MEASURED)
+    mine = files / "mine.toml"
+    mine.write_text("num_hidden_layers = 2\nhidden_size = 64\nnum_attention_heads = 4\nvocab_size = 100\n")
+    code, out, err = run("--json", cost=None, cluster=cluster, model=mine)
+    assert code == 0
+    assert json.loads(out)["layout"]["cost_source"] == "analytic"
+    (line,) = err.splitlines()
+    assert "measured.toml are of a model of another shape, small: the costs are analytic" in line
+    assert f"`heteromesh probe --model {mine}`" in line
+    assert run(cluster=cluster)[2] == "", "with a cost file neither would be used"
 
 
 def test_terminal_gets_emphasis_and_no_color_does_not(monkeypatch, capsys):

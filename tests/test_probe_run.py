@@ -143,7 +143,10 @@ def test_a_file_for_other_hosts_is_refused_by_the_ranks(tmp_path: Path) -> None:
 def test_an_interrupted_probe_leaves_nothing(tmp_path: Path) -> None:
     words = ["-m", "heteromesh", "probe", "--nproc-per-node", "2", "-o", str(tmp_path / "c.toml")]
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(3.5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1.5)  # until they measure
     process.send_signal(signal.SIGINT)
     assert process.wait(40) == 130
     assert list(tmp_path.iterdir()) == []

@@ -35,4 +35,4 @@ def test_a_failure_is_raised_here() -> None:
 
 def test_a_rank_that_hangs_is_named_and_killed() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[0.*were not done"):
-        run_ranks(2, hang_on_first, seconds=6)
+        run_ranks(2, hang_on_first, seconds=3)

@@ -1,11 +1,13 @@
 """The sandbox with real namespaces: needs root, `ip` and `tc`."""
 
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,9 @@ until = time.monotonic() + float(sys.argv[3])
 while time.monotonic() < until:
     connection.sendall(bytes(1 << 16))
 """
+NAPS = itertools.count(10_000 * os.getpid())
+"""Seconds that a command sleeps: by them it is found, and other tests on this machine have others."""
+NAP = str(next(NAPS))
 
 
 def cluster():
@@ -189,16 +194,16 @@ def test_stop_halts_every_process_and_resume_lets_it_go_on(sandbox):
 
 
 def test_what_a_command_leaves_running_ends_with_it(sandbox):
-    assert sandbox["a"].start(["sh", "-c", "sleep 1234 & exit 3"]).wait(5) == 3
-    assert not ran("sleep", "1234")
-    process = sandbox["a"].start(["sh", "-c", "trap 'exit 5' TERM; sleep 1234 & wait"])
-    assert eventually(lambda: ran("sleep", "1234"))
+    assert sandbox["a"].start(["sh", "-c", f"sleep {NAP} & exit 3"]).wait(5) == 3
+    assert not ran("sleep", NAP)
+    process = sandbox["a"].start(["sh", "-c", f"trap 'exit 5' TERM; sleep {NAP} & wait"])
+    assert eventually(lambda: ran("sleep", NAP))
     process.terminate()
     assert process.wait(5) == 5
-    process = sandbox["a"].start(["sh", "-c", "trap '' TERM; setsid sleep 1234"])
-    assert eventually(lambda: ran("sleep", "1234"))
+    process = sandbox["a"].start(["sh", "-c", f"trap '' TERM; setsid sleep {NAP}"])
+    assert eventually(lambda: ran("sleep", NAP))
     process.kill()
-    assert not ran("sleep", "1234")
+    assert not ran("sleep", NAP)
 
 
 def ran(*words):
@@ -254,21 +259,21 @@ def test_scripted_faults_happen_on_time_and_their_hosts_do_not_count(sandbox, mo
 
 def test_a_job_that_takes_too_long_is_ended(sandbox):
     with pytest.raises(subprocess.TimeoutExpired):
-        Job(sandbox, ["sleep", "1234"]).wait(0.3)
-    assert not ran("sleep", "1234")
+        Job(sandbox, ["sleep", NAP]).wait(0.3)
+    assert not ran("sleep", NAP)
 
 
 def test_an_exception_leaves_nothing():
     before = made(os.getpid())
 
     def fail(sandbox):
-        sandbox.start(["sleep", "1234"])
+        sandbox.start(["sleep", NAP])
         assert len(made(os.getpid())) > len(before)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), Sandbox(cluster(), cores=0.5) as sandbox:
         fail(sandbox)
-    assert not ran("sleep", "1234")
+    assert not ran("sleep", NAP)
     assert made(os.getpid()) == before
 
 
@@ -291,45 +296,48 @@ def command(file, *words, options=()):
     return [sys.executable, "-m", "heteromesh", "sandbox", *options, str(file), "--", *words]
 
 
-def started(file, seconds, before=":"):
-    """A sandbox command whose hosts say that they are up, and sleep after a while."""
+@contextmanager
+def started(file, before=":"):
+    """A sandbox command whose hosts say that they are up, and sleep after a while; and what its sleep is told."""
+    seconds = str(next(NAPS))
     process = subprocess.Popen(
         command(file, "sh", "-c", f"echo up; {before}; sleep {seconds}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    waiting = 3
-    while waiting:
-        line = process.stdout.readline()
-        assert line, process.wait()
-        waiting -= line.endswith(b"up\n")
-    return process
+    try:
+        waiting = 3
+        while waiting:
+            line = process.stdout.readline()
+            assert line, process.wait()
+            waiting -= line.endswith(b"up\n")
+        yield process, seconds
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_end_everything(file, number):
-    process = started(file, 4321)
-    assert made(process.pid)
-    process.send_signal(number)
-    assert process.wait(20) == 128 + number
-    assert not made(process.pid)
-    assert not ran("sleep", "4321")
-    process.stdout.close()
+    with started(file) as (process, nap):
+        assert made(process.pid)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert not made(process.pid)
+        assert not ran("sleep", nap)
 
 
 def test_after_sigkill_nothing_runs_and_the_next_start_removes_the_rest(file):
-    alive, killed = started(file, 4322), started(file, 4323)
-    killed.kill()
-    killed.wait()
-    killed.stdout.close()
-    assert eventually(lambda: not ran("sleep", "4323"))
-    assert len(made(killed.pid)) >= 4
-    assert set(remove_leftovers()) >= set(made(killed.pid))
-    assert not made(killed.pid)
-    assert len(made(alive.pid)) >= 4
-    alive.send_signal(signal.SIGTERM)
-    alive.wait(20)
-    alive.stdout.close()
+    with started(file) as (alive, _), started(file) as (killed, nap):
+        killed.kill()
+        killed.wait()
+        assert eventually(lambda: not ran("sleep", nap))
+        left = set(made(killed.pid))
+        assert len(left) >= 4
+        assert set(remove_leftovers()) >= left
+        assert not made(killed.pid)
+        assert len(made(alive.pid)) >= 4
 
 
 def test_output_is_told_by_host_and_the_first_failure_is_the_exit_status(file):
@@ -367,7 +375,7 @@ def test_heteromesh_run_reduces_across_hosts(file, tmp_path):
 
 
 def test_output_that_nobody_reads_ends_the_job(file):
-    process = started(file, 4324, "while :; do echo x; sleep 0.05; done")
-    process.stdout.close()
-    assert process.wait(20) == 1
-    assert not made(process.pid)
+    with started(file, "while :; do echo x; sleep 0.05; done") as (process, _):
+        process.stdout.close()
+        assert process.wait(20) == 1
+        assert not made(process.pid)

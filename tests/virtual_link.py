@@ -7,7 +7,7 @@ one message after the other at its rate; it receives from all others at once.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.exchange import Addressed, Exchange
 from heteromesh.comm.world import World
 
 LATENCY = 1e-4
@@ -41,12 +41,11 @@ class Clock:
 class _Message:
     """A message and the stamp that follows it; waiting moves the clock to the stamp."""
 
-    def __init__(self, clock: Clock, operation: dist.P2POp) -> None:
+    def __init__(self, clock: Clock, act: Callable[..., Any], tensor: torch.Tensor, peer: int, group: Any) -> None:
         self._clock = clock
-        sends = operation.op is dist.isend
-        self._until = clock.send(operation.tensor.nbytes) if sends else 0.0
+        self._until = clock.send(tensor.nbytes) if act is dist.isend else 0.0
         self._stamp = torch.tensor([self._until + LATENCY], dtype=torch.float64)
-        self._works = [operation.op(t, operation.peer, operation.group) for t in (operation.tensor, self._stamp)]
+        self._works = [act(t, peer, group) for t in (tensor, self._stamp)]
 
     def wait(self) -> None:
         for work in self._works:
@@ -67,8 +66,10 @@ def virtual_link(world: World, bytes_per_second: float, timed: Sequence[Any], hi
         barrier(at)
         clock.now = max(at.gather(clock.now))
 
-    def post(_: Exchange, operations: Sequence[dist.P2POp]) -> list[_Message]:
-        return [_Message(clock, operation) for operation in operations]
+    def post(exchange: Exchange, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> list[_Message]:
+        ordered = [(dist.irecv, *each) for each in receives] + [(dist.isend, *each) for each in sends]
+        group = exchange._world.exchange
+        return [_Message(clock, act, t, exchange.ranks[i], group) for act, i, t in ordered if t.numel()]
 
     tells = SimpleNamespace(perf_counter=lambda: clock.now)
     patches: list[Any] = [patch.object(World, "barrier", meet), patch.object(Exchange, "_post", post)]

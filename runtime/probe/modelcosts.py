@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,20 +98,14 @@ def _longest(spec: ModelSpec, layers: int, limits: Sequence[tuple[float, float]]
     return 0
 
 
-class _WholeLengths(Calibration):
-    """Times the lengths that it is given: a probe has fitted them to its own time, which is more than a run's."""
-
-    def _affordable(self) -> int:
-        return self._longest
-
-
 def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str, rate: Rate | None) -> Costs:
     torch.manual_seed(0)
     model = Decoder(spec, layers).to(world.device)
     executor = StepExecutor(model, world, autocast=torch.bfloat16 if dtype == "bf16" else None)
     try:
         sample = torch.arange(4096) * 7919 % spec.vocab
-        costs = _WholeLengths(executor, sample, tokens).measure(rate=rate)
+        # the length is fitted to the probe's time, which is more than a run's
+        costs = Calibration(executor, sample, tokens, run_seconds=math.inf).measure(rate=rate)
         executor.speeds = costs.speeds
         return replace(costs, seconds_per_step=_step_overhead(executor, costs, sample, tokens // 4))
     finally:
