@@ -246,8 +246,8 @@ def _round(job: Job, part: str, dice: random.Random) -> tuple[dict[str, Any] | N
 def _same(told: dict[str, Any], injection: Injection) -> bool:
     named: tuple[str, ...] = tuple(told["names"])
     if injection.place == "pair":
-        return told["place"] == "link" and sorted(named) == sorted(injection.names)
-    return bool(told["place"] == injection.place) and named == injection.names
+        return bool(told["place"] == "link" and sorted(named) == sorted(injection.names))
+    return bool(told["place"] == injection.place and named == injection.names)
 
 
 def _said(told: dict[str, Any] | None) -> str:

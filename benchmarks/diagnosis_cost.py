@@ -56,7 +56,8 @@ def cost() -> None:
     for process in processes:
         process.join()
     ratios = sorted(b / a for a, b in zip(*results[0][:2], strict=True))
-    without, calls, waits = statistics.median(results[0][0]), *results[0][2:]
+    without = statistics.median(results[0][0])
+    calls, waits = results[0][2:]
     print(
         f"\nAll-reduce of 1 MB, {_SIZE} processes, {_ROUNDS} turns of {_TURN} with and without records: without "
         f"{without * 1e3:.2f} ms (median turn); with / without {statistics.median(ratios):.4f} (median of neighbouring "

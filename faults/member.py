@@ -145,9 +145,14 @@ class Member:
 
     def send(self, message: Message) -> None:
         """To the coordinator; a lost connection shows in the next wait, not here."""
-        if message["kind"] == "healed":
+        kind = message["kind"]
+        if kind in ("healed", "fin"):
             with self._lock:
-                self._seats[message["group"]].stale = False
+                seat = self._seats[message["group"]]
+                if kind == "healed":
+                    seat.stale = False
+                elif message["group"] == WORLD and seat.view is not None and seat.view.epoch == message["epoch"]:
+                    seat.told = seat.view  # whoever has a result of an epoch knows of it
         with suppress(OSError):
             self._control.send(message)
 

@@ -151,8 +151,11 @@ class Monitor:
                 continue
             reports = self._ward(group.name).newest(group.members)
             found = hang(reports, members if why == "silent" else (), deaf=deaf)
-            done = "evicted" if why != "stalled" else "connections are made again"
-            if found is None or (why != "stalled" and found.members != tuple(members)):
+            if why == "stalled":
+                done, fits = "connections are made again", found is not None and found.syndrome == "communication hang"
+            else:
+                done, fits = "evicted", found is not None and found.members == tuple(members)
+            if found is None or not fits:
                 found = _seen(group, reports, why, members)
             self._tell(group, found, done, done)
 

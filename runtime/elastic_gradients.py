@@ -82,10 +82,11 @@ class StepGradients:
         """This member's contribution, one tensor a parameter (zeros where it has none)."""
         sums = []
         for index, parameter in enumerate(self._parameters):
-            parts = [s.gradients[index] for s in self._shares.values() if s.gradients[index] is not None]
             total = torch.zeros_like(parameter)
-            for part in parts:
-                total += part.to_dense() if part.is_sparse else part
+            for share in self._shares.values():
+                part = share.gradients[index]
+                if part is not None:
+                    total += part.to_dense() if part.is_sparse else part
             sums.append(total)
         return sums
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -26,8 +25,8 @@ class Layout:
     @classmethod
     def of(cls, view: View, speeds: Sequence[float], count: int) -> Layout:
         """`count` elements for the members of an epoch, in proportion to their speeds; the same on every member."""
-        total = math.fsum(speeds)
-        bounds = [min(count, round(count * part / total)) for part in accumulate(speeds[:-1], initial=0.0)]
+        sums = list(accumulate(map(float, speeds), initial=0.0))
+        bounds = [min(count, round(count * part / sums[-1])) for part in sums[:-1]]
         return cls(bounds=(*bounds, count), members=view.members, names=view.names)
 
     @property

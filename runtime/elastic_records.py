@@ -49,6 +49,8 @@ class ElasticRecords:
         self._recent: deque[StepRecord] = deque(maxlen=_REMEMBERED)
         self._directory: RunDirectory | None = None
         self._ledger: JsonLines | None = None
+        self._written = 0
+        """The last step that the files have."""
         self.checkpoints: Checkpoints | None = None
         """Of the member that writes, else None."""
 

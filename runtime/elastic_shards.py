@@ -120,7 +120,7 @@ class ShardedState:
         self.layout, self.fresh = Layout(bounds=(0, self._flat.count)), True
         self._arrived_in = -1
         """The epoch in which all parameters have come here, since the last step."""
-        self._next: tuple[Layout, list[Part]] | None = None
+        self._next: tuple[Layout, list[Range], list[Part]] | None = None
         self._hold(self.layout.ranges, [self._part_of_whole(i) for i in range(len(self._flat.parameters))])
 
     def is_settled(self, view: View) -> bool:

@@ -345,6 +345,11 @@ def test_hang_is_said_with_and_without_reports():
     assert bench.lines[1].startswith("communication hang: link rank 0 (a at 10.0.0.a) to rank 3 (d at 10.0.0.d)")
     assert "in broadcast 3 of group world: it has not entered" in bench.lines[2]
     assert bench.lines[2].endswith("done: evicted")
+    # what is said fits what is done: the connections of 1 and 4, whoever else is late
+    bench.monitor.hung(bench.membership, "stalled", (1, 4))
+    assert "communication hang: link rank 0 (a at 10.0.0.a) to rank 3 (d at 10.0.0.d) in broadcast 3" in bench.lines[3]
+    bench.monitor.hung(bench.membership, "silent", [4])
+    assert "non-communication hang: rank 3 (d at 10.0.0.d) in broadcast 3" in bench.lines[4]
 
 
 def test_events_tell_who_came_went_and_why():

@@ -21,6 +21,7 @@ from heteromesh.faults.deadlines import Timing
 from heteromesh.faults.heal import digest_of, pack, unpack
 from heteromesh.faults.membership import Bounds
 from heteromesh.planner.errors import UserError
+from heteromesh.runtime.elastic_costs import OwnCosts, Pace
 from heteromesh.runtime.elastic_environment import environment_of
 from heteromesh.runtime.elastic_gradients import StepGradients
 from heteromesh.runtime.failure import PeerLost
@@ -79,13 +80,16 @@ class Job:
 def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: int, sink: Any, changes: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
+    # equal devices, however busy this machine is: every member has work
+    pace = Pace(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
+    OwnCosts.pace = property(lambda _: pace)  # type: ignore[assignment, method-assign]
     trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
 
     def hook(*_: object) -> None:
         step = trainer.sampler.state_dict()["index"]
-        if dies_in and step == dies_in:
+        if dies_in and step >= dies_in:
             os.kill(os.getpid(), signal.SIGKILL)
-        while waits_in and step == waits_in and not (folder / "go").exists():
+        while waits_in and step >= waits_in and not (folder / "go").exists():
             time.sleep(0.01)
 
     trainer.model.layers[0].register_forward_pre_hook(hook)

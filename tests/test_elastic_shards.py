@@ -37,13 +37,13 @@ class Dead(Exception):
     pass
 
 
-def optimizer_of(shapes: Any, kind: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
+def optimizer_of(shapes: Any) -> torch.optim.Optimizer:
     """Two groups with rates of their own; among the parameters a frozen one and one in double precision."""
     torch.manual_seed(3)
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     parameters[-1] = torch.nn.Parameter(parameters[-1].detach().double())
     frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
-    return kind([{"params": [parameters[0], frozen], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}])
+    return torch.optim.AdamW([{"params": [parameters[0], frozen], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}])
 
 
 def give_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
@@ -76,7 +76,8 @@ class Toy:
         self.optimizer = optimizer_of(shapes)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.held = ShardedState(self.optimizer, Recorder())
-        self.done, self.bytes, self.state = 0, 0, None
+        self.done, self.bytes = 0, 0
+        self.state: Any = None
 
     def run(self, address: Any, begin: threading.Event) -> "Toy":
         member = Member(Terms(coordinators=[address], secret=b"s", name=self.name))
@@ -292,6 +293,7 @@ def test_trainer_losses_stay_and_ordinary_runs_resume_either_way(tmp_path: Path)
         assert job.result(0) is None
         results = job.result(2), job.result(3)
         assert all(isinstance(result, tuple) for result in results), results
+        assert membership.counts["died"] == 2
     (losses, digest), (late, same) = results
     assert losses == pytest.approx(alone[2:STEPS][-len(losses) :], abs=1e-3)
     assert late == losses[-len(late) :]

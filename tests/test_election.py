@@ -342,9 +342,9 @@ class History:
             server.hear(link)
 
     def finish(self, server):
-        nodes = [n for n in self.nodes if n.link is not None and n.view is not None and n.told is n.view]
-        node = self.some(nodes)
+        node = self.some([n for n in self.nodes if n.link is not None and n.view is not None])
         if node is not None:
+            node.told = node.view  # by what it sends now
             told = {"group": WORLD, "epoch": node.view["epoch"], "step": node.committed, "digest": "d"}
             if node.stale:
                 node.link.up.append({**told, "kind": "healed"})
@@ -430,11 +430,11 @@ def test_two_sides_never_go_on_and_one_does(silent):
     Where it may be lost nobody can know whether it was heard, so now and then none does (18 of 6000 such histories).
     """
     elections = ended = 0
-    for seed in range(300):
+    for seed in range(600):
         history = History(seed, silent)
         for _ in range(history.dice.randint(20, 120)):
             history.step()
         ended += not history.settle()
         elections += history.elections
-    assert elections > 200
+    assert elections > 400
     assert ended <= (3 if silent else 0)

@@ -55,6 +55,17 @@ def test_kills_stops_and_joins(collectives):
         assert max(event.attempts for event in lab.history().events) > 1
 
 
+def test_coordinators_process_is_killed():
+    """Nobody is lost with it, no step either: the next one is another coordinator's."""
+    with Lab(Work(bytes=1 << 18), size=3, timing=Timing(silence=2.0), elective=True) as lab:
+        lab.pump(0.2)
+        assert lab.interruption(inject.kill(lab.coordinator)) is not None, lab.describe()
+        lab.pump(0.2)
+        assert lab.history().faults() == []
+        assert not any(worker.ended for worker in lab.workers)
+        assert len(lab.workers) == 3
+
+
 def test_survivors_inputs_are_kept_and_summed_again():
     with job(3) as (_, members, pool):
         inputs = [torch.full((100_000,), float(10**i)) for i in range(3)]

@@ -168,7 +168,13 @@ def test_half_written_last_line_and_damaged_ones(run):
 
 
 def test_values_of_wrong_types_are_left_out(run, capsys):
-    write(run / "metrics.jsonl", metrics(1, loss=math.nan, tokens="many"), metrics(1) | {"step": True}, {"step": "2"}, {"a": 1})
+    write(
+        run / "metrics.jsonl",
+        metrics(1, loss=math.nan, tokens="many"),
+        metrics(1) | {"step": True},
+        {"step": "2"},
+        {"a": 1},
+    )
     write(
         run / "plan.jsonl", {"step": 1, "plan": 3, "measured": None}, plan(2, busy=("x", None)), plan(3, seconds=None)
     )
