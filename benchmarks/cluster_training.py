@@ -115,12 +115,12 @@ def launch(cluster: Path, layout: Layout, steps: int, chosen: argparse.Namespace
         if done.returncode or not output.exists():
             raise RuntimeError(f"{layout.name} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-3000:]}")
         result: dict[str, Any] = json.loads(output.read_text())
-    return Run(**{key: result.get(key) for key in ("seconds", "tokens", "losses", "exposed")})
+    return Run(result["seconds"], result["tokens"], result["losses"], result.get("exposed"))
 
 
 def candidates(system: str, speeds: tuple[float, ...]) -> tuple[list[Layout], list[Layout]]:
     """Static layouts of a peer: whole sequences, and split ones."""
-    flags = ("--system", system)
+    flags: tuple[str, ...] = ("--system", system)
     if len(set(speeds)) > 1:
         flags += ("--speeds", ",".join(f"{v:g}" for v in speeds))
     # FSDP2 has no size of buckets: it is wrapped layer by layer or as a whole

@@ -1,7 +1,7 @@
 """Trains while ranks die: lost ranks cost the others a fraction of a step, and come back.
 
 heteromesh run --fault-tolerance --nproc-per-node 3 examples/elastic.py --run-dir runs/elastic
-heteromesh run --fault-tolerance --nproc-per-node 3 --max-restarts 20 examples/elastic.py --lose-every 9 --run-dir runs/b
+heteromesh run --fault-tolerance --nproc-per-node 3 --max-restarts 9 examples/elastic.py --lose-every 9 --run-dir runs/b
 
 The second one kills a rank every nine seconds (on average). At the end it checks its own files: every sequence of every
 batch was trained once.

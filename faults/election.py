@@ -11,6 +11,7 @@ told so cannot have become known to all, and never will: it has no say, and noth
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,8 @@ from heteromesh.faults.quorum import holds
 from heteromesh.faults.wire import Message
 
 _APART = 1000
-"""Between an elected coordinator's epochs and those that the lost one may have counted on to meanwhile."""
+"""The lost coordinator may have counted on for so many epochs meanwhile."""
+_SPREAD = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +67,8 @@ class Election:
     """The reports that one candidate has."""
 
     reports: dict[int, dict[str, Report]] = field(default_factory=dict)
+    apart: int = field(default_factory=lambda: secrets.randbelow(_SPREAD))
+    """Unlike any other candidate's, so that two elected from the same reports never give two epochs one number."""
 
     def add(self, message: Message) -> tuple[int, Applicant] | str:
         """A member's rejoin message; the reason when it is refused."""
@@ -123,6 +127,7 @@ class Election:
         kept = {m: told for m, told in self.reports.items() if m in staying}
         for name in sorted({name for told in kept.values() for name in told}):
             group = membership.groups[name] = _epochs(name, {m: told[name] for m, told in kept.items() if name in told})
+            group.epoch += _APART + self.apart
             orders += membership.begin(group)
         return orders
 
@@ -131,7 +136,7 @@ def _epochs(name: str, reports: Mapping[int, Report]) -> Epochs:
     newest = max(reports.values(), key=lambda report: report.epoch)
     furthest = max(reports.values(), key=lambda report: report.committed)
     known = max(report.known for report in reports.values())
-    group = Epochs(name, epoch=known + _APART, committed=furthest.committed, chain=furthest.chain)
+    group = Epochs(name, epoch=known, committed=furthest.committed, chain=furthest.chain)
     everyone = dict.fromkeys(m for report in (newest, *reports.values()) for m in report.members)
     group.members = [m for m in everyone if m in reports]
     # one epoch behind may be one commit behind, with the result at hand; a stale one never is

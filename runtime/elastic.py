@@ -52,7 +52,7 @@ _TICK_SECONDS = 0.1
 class ElasticLoop:
     """One call of `Trainer.fit` with fault tolerance. Everything it opens is closed by `stack`.
 
-    Raises UserError for bad input, PeerLost when the job can't go on with this member, and JobOver when it can't at all.
+    Raises UserError for bad input, PeerLost when the job can't go on with this member, JobOver when it can't at all.
     """
 
     def __init__(self, trainer: Trainer, stack: ExitStack) -> None:

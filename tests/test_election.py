@@ -208,6 +208,24 @@ def test_an_epoch_that_one_of_it_has_not_told_of_has_no_say():
     assert not election.quorum()
 
 
+@pytest.mark.parametrize("apart", [(0, 1), (1, 0)])
+def test_rivals_elected_from_the_same_reports_are_told_apart(apart):
+    """1 and 3 elect one whom 3 leaves before it hears of it; 2 and 3 elect another, which may go on with 2 alone."""
+    membership, told = started(3), {}
+    for voters, distance in zip(((1, 3), (2, 3)), apart, strict=True):
+        election = Election(apart=distance)
+        for member in voters:
+            election.add(report(membership, member))
+        assert election.quorum()
+        orders = election.conclude(Membership(Bounds(), people=dict.fromkeys(voters, applicant())))
+        told.update((member, rejoin(member, config)) for member, config in orders)
+    assert told[1]["groups"][WORLD]["epoch"] != told[3]["groups"][WORLD]["epoch"]
+    last = Election()
+    for member in (1, 3):
+        last.add(told[member])
+    assert not last.quorum()
+
+
 @dataclass
 class Node:
     """A member of the simulation."""
@@ -377,7 +395,7 @@ class History:
         self.vote(apart)
 
     def vote(self, nodes):
-        election = Election()
+        election = Election(apart=self.dice.randrange(1 << 20))
         for node in nodes:
             assert not isinstance(election.add(node.report()), str)
         if not election.quorum():
