@@ -190,7 +190,9 @@ class Injection:
 
 def _injected(options: argparse.Namespace, part: str, notes: list[str]) -> bool:
     dice = random.Random(f"{options.seed}-{part}")
-    rights, places, times, missed, extra = 0, 0, [], [], 0
+    rights, places, extra = 0, 0, 0
+    times: list[float] = []
+    missed: list[str] = []
     for size, count in zip((3, 4, 5), _split(options.rounds), strict=True):
         if not count:
             continue
@@ -198,7 +200,7 @@ def _injected(options: argparse.Namespace, part: str, notes: list[str]) -> bool:
             before = sum(e["kind"] == "diagnosis" for e in job.events)
             for _ in range(count):
                 told, injection, seconds = _round(job, part, dice)
-                right = told is not None and told["syndrome"] == _PARTS[part]
+                right = told is not None and bool(told["syndrome"] == _PARTS[part])
                 place = told is not None and right and _same(told, injection)
                 rights, places = rights + right, places + place
                 times.append(seconds)
@@ -215,7 +217,7 @@ def _injected(options: argparse.Namespace, part: str, notes: list[str]) -> bool:
     notes += missed
     if extra:
         notes.append(f"- {part}: {extra} diagnoses before anything was injected")
-    return min(rights, places) >= 0.95 * options.rounds
+    return bool(min(rights, places) >= 0.95 * options.rounds)
 
 
 def _split(rounds: int) -> tuple[int, int, int]:

@@ -443,9 +443,9 @@ class History:
 
 @pytest.mark.parametrize("silent", [False, True])
 def test_two_sides_never_go_on_and_one_does(silent):
-    """Where what was said before a connection ended arrives, one side always goes on.
+    """Where what was said before a connection ended arrives, one side goes on.
 
-    Where it may be lost nobody can know whether it was heard, so now and then none does (18 of 6000 such histories).
+    Where it may be lost nobody can know whether it was heard, so now and then none does.
     """
     elections = ended = 0
     for seed in range(600):
