@@ -22,11 +22,22 @@ class Events:
         self.entries: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._file: IO[str] | None = None
-        if directory is None:
-            return
+        if directory is not None:
+            self.keep_in(directory)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
+
+    def keep_in(self, directory: Path) -> None:
+        """From now on in events.jsonl of this directory, with what is known already. Raises UserError as above."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = (directory / EVENTS).open("a", buffering=1)
+            file = (directory / EVENTS).open("a", buffering=1)
+            with self._lock:
+                file.write("".join(json.dumps(entry) + "\n" for entry in self.entries))
+                self._file = file
         except OSError as error:
             raise UserError(
                 f"run directory {directory} can't be written ({error.strerror}): "

@@ -93,7 +93,6 @@ class Monitor:
         Raises UserError when the directory cannot be written.
         """
         self.events = Events(directory)
-        self._matrices = directory is not None
         self._say, self._steps = say, steps
         self._able: frozenset[Action] = frozenset({"evict"}) if evicts else frozenset()
         self._wards: dict[str, _Ward] = {}
@@ -269,7 +268,7 @@ class Monitor:
             self._say(f"member {member} ({name}) is lost: {reason}; done: the others go on without it")
 
     def _record(self, group: Epochs, windows: dict[int, Window]) -> None:
-        if not self._matrices:
+        if not self.events.kept:
             return
         matrix = delays(windows)
         self.events.add(

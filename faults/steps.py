@@ -93,11 +93,14 @@ class Steps:
             except GroupAborted:
                 continue
 
-    def atomic(self, body: Callable[[Group], tuple[T, str]]) -> Decided[T]:
+    def atomic(
+        self, body: Callable[[Group], tuple[T, str]], meanwhile: Callable[[T], None] | None = None
+    ) -> Decided[T]:
         """Runs `body(group)` in one epoch and commits it; runs all of it again when the epoch ends first.
 
         `body` may call any collectives of the group, must not change its inputs, and returns a result and a digest
-        that must be equal on all members. Raises Fenced and Stopped.
+        that must be equal on all members. `meanwhile(result)` hides the round trip of the commit: work on the result
+        that can be done again, should it not be committed. Raises Fenced and Stopped.
         """
         attempts = 0
         while True:
@@ -106,6 +109,8 @@ class Steps:
                 view = self._enter()
                 result, digest = body(self._group)
                 self._group.tell({"kind": "fin", "step": self.step, "digest": digest})
+                if meanwhile is not None:
+                    meanwhile(result)
                 if not self._group.verdict(self.step):
                     continue
             except GroupAborted:

@@ -89,6 +89,8 @@ class ElasticLoop:
         self.steps = Steps(self.member.group(), self._capture, self._adopt, step=self.done)
         self.next: Batch | None = None
         self.losses: list[float] = []
+        self.norm = 0.0
+        """Of the last step's gradients, before they were clipped."""
         self.overheads: deque[float] = deque(maxlen=9)
         self.progress = ProgressBar(self.config.max_steps)
         self.view: View | None = None
@@ -135,7 +137,7 @@ class ElasticLoop:
         """A committed step; before it whatever else is due is committed."""
         attempts = 0
         while True:
-            decided = self.steps.atomic(self._attempt)
+            decided = self.steps.atomic(self._attempt, self._take)
             attempts += decided.attempts
             if decided.result is not None:
                 return Decided(
@@ -166,13 +168,26 @@ class ElasticLoop:
         result, digest = self.work.attempt(group, self.steps, self.done + 1, self.next)
         return result, f"{digest}:{parameters}"
 
+    def _take(self, result: Result | None) -> None:
+        """The sums become the parameters' gradients, while the coordinator hears that everybody has them."""
+        if result is None:
+            return
+        assert self.next is not None
+        scale = self.next.tokens / max(1, result.valid)
+        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        for parameter, total, present in zip(parameters, result.sums, result.present, strict=True):
+            parameter.grad = total.mul_(scale) if present else None
+        trained = [p for p in parameters if p.grad is not None]
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        self.norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+
     def _create(self) -> None:
         self.records.create()
         self._say(HEADER)
 
     def _apply(self, decided: Decided[Result], mark: float) -> StepMetrics:
         """One update, the same on every member. mark: when the step before ended."""
-        result, batch, number = decided.result, self.next, self.done + 1
+        result, batch, number, norm = decided.result, self.next, self.done + 1, self.norm
         assert batch is not None
         loss = result.loss / max(1, result.valid)
         if not math.isfinite(loss):
@@ -180,13 +195,6 @@ class ElasticLoop:
                 f"the loss is {loss} at step {number}: look at the batch's sequences {list(batch.sequences[:8])}..., "
                 f"lower the learning rate or clip_norm; {self._way_out()}"
             )
-        scale = batch.tokens / max(1, result.valid)
-        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        for parameter, total, present in zip(parameters, result.sums, result.present, strict=True):
-            parameter.grad = total.mul_(scale) if present else None
-        trained = [p for p in parameters if p.grad is not None]
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
         if not math.isfinite(norm):
             raise UserError(
                 f"the gradient norm is {norm} at step {number} although the loss is finite: "

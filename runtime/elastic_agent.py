@@ -74,6 +74,8 @@ class Agent:
         self._finish_at = math.inf
         """When that was decided."""
         self._told: set[str] = set()
+        self._unkept = False
+        """Whether the run directory did not take events."""
 
     def run(self) -> int:
         """Returns the exit code when every worker has ended. Raises UserError when the command can't be started."""
@@ -180,7 +182,21 @@ class Agent:
             slot.due = None
             slot.signal(number)
 
+    def _keep_events(self) -> None:
+        """In the run directory (`elastic_facts` tell where), once a step shows that it is this job's."""
+        coordinator = self._coordinator
+        if coordinator is None or coordinator.monitor.events.kept or self._unkept:
+            return
+        place = coordinator.membership.facts.get("run_dir")
+        if place and coordinator.membership.counts["commits"]:
+            try:
+                coordinator.monitor.events.keep_in(Path(place))
+            except UserError as error:
+                self._unkept = True
+                say(f"events are not kept: {error}")
+
     def _look(self, now: float) -> None:
+        self._keep_events()
         if now >= self._finish_at + self._duty.grace:
             self._kill()
         if self._done_at is not None and self._code is None and now >= self._done_at + self._duty.grace:

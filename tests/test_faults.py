@@ -66,6 +66,31 @@ def test_coordinators_process_is_killed():
         assert len(lab.workers) == 3
 
 
+def test_the_commits_round_trip_is_hidden_behind_work_on_the_result():
+    with job(2) as (_, members, pool):
+        committed = threading.Event()
+        heard = []
+
+        def act(index):
+            steps = Steps(members[index].group())
+            steps.start()
+
+            def body(group):
+                return steps.sum(group, [torch.ones(3)]), "the same"
+
+            def meanwhile(summed):
+                heard.append(summed.sums[0].tolist())
+                # the other has its commit although this one is still at work on the result
+                assert index == 1 or committed.wait(10)
+
+            steps.atomic(body, meanwhile)
+            committed.set()
+
+        for wait in [pool.submit(act, index) for index in range(2)]:
+            wait.result(20)
+        assert heard == [[2.0, 2.0, 2.0]] * 2
+
+
 def test_survivors_inputs_are_kept_and_summed_again():
     with job(3) as (_, members, pool):
         inputs = [torch.full((100_000,), float(10**i)) for i in range(3)]
