@@ -9,6 +9,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ class ElasticRecords:
         if self._directory is None:
             self._directory = RunDirectory(self.path, resume=True)
             self._written = last_step(self.path / METRICS)
+            with suppress(OSError, ValueError):
+                # what the job was started with stays, whoever is left of it
+                resolved = json.loads((self.path / CONFIG).read_text())
         else:
             self._written = first
         self._directory.start(resolved, self._written)

@@ -158,6 +158,8 @@ def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tup
         assert any("+" in members for row in ledger for members in row["trained"]), "some passes have several members"
     for name in ("metrics.jsonl", "plan.jsonl"):
         assert [row["step"] for row in rows(tmp_path / "run" / name)] == list(range(1, STEPS + 1))
+    began = len(rows(tmp_path / "run/plan.jsonl")[0]["measured"]["members"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["ranks"] == began, "the first writer's"
     assert any(row["measured"]["repairs"] for row in rows(tmp_path / "run/plan.jsonl")), "lost work was planned again"
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
     more = make_trainer(tmp_path / "run", max_steps=STEPS + 1, resume=True)
