@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import socket
 import struct
 
 MAGIC = b"hmesh\x00\x00\x01"
@@ -69,6 +70,13 @@ class Acceptor:
         return claim, mac(self._secret, b"acceptor", self._nonce, other, claim)
 
 
+class HandshakeEnded(ConnectionError):
+    """The other end closed the connection before it had proved itself."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection ended within the handshake")
+
+
 class Connector:
     """The connecting end: read HELLO bytes, send `answer(hello)`, read MAC bytes, `check` them."""
 
@@ -79,6 +87,24 @@ class Connector:
         self._nonce = secrets.token_bytes(NONCE)
         self._expected = b""
         self.session = b""
+        self._data, self._answered = b"", False
+
+    def advance(self, sock: socket.socket) -> bool:
+        """The next part of it on a readable socket that doesn't block; True when the acceptor has proved itself.
+
+        Raises OSError, HandshakeEnded and AuthError.
+        """
+        got = sock.recv((MAC if self._answered else HELLO) - len(self._data))
+        if not got:
+            raise HandshakeEnded
+        self._data += got
+        if not self._answered and len(self._data) == HELLO:
+            sock.sendall(self.answer(self._data))
+            self._data, self._answered = b"", True
+        elif self._answered and len(self._data) == MAC:
+            self.check(self._data)
+            return True
+        return False
 
     def answer(self, hello: bytes) -> bytes:
         """What to send. Raises AuthError when the other end speaks another protocol."""

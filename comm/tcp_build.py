@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from heteromesh.comm.tcp import TcpTransport
 from heteromesh.comm.tcp_abort import Abort, GroupAborted
-from heteromesh.comm.tcp_auth import HELLO, MAC, Connector
+from heteromesh.comm.tcp_auth import Connector
 from heteromesh.comm.tcp_listen import Claim, Listener
 
 Address = tuple[str, int]
@@ -46,7 +46,6 @@ class _Dial:
             self.sock.bind((ours[link % len(ours)][0], 0))
         claim = Claim(place.group, place.epoch, place.rank, link)
         self._connector = Connector(secret, claim.pack())
-        self._data, self._answered = b"", False
         with suppress(BlockingIOError):
             self.sock.connect(tuple(target))
 
@@ -55,17 +54,7 @@ class _Dial:
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
-        got = self.sock.recv((MAC if self._answered else HELLO) - len(self._data))
-        if not got:
-            raise ConnectionError("the connection ended within the handshake")
-        self._data += got
-        if not self._answered and len(self._data) == HELLO:
-            self.sock.sendall(self._connector.answer(self._data))
-            self._data, self._answered = b"", True
-        elif self._answered and len(self._data) == MAC:
-            self._connector.check(self._data)
-            return True
-        return False
+        return self._connector.advance(self.sock)
 
 
 def build(

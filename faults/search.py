@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from heteromesh.comm.tcp_auth import HELLO, MAC, AuthError, Connector
+from heteromesh.comm.tcp_auth import AuthError, Connector, HandshakeEnded
 
 Address = tuple[str, int]
 _PAUSE = 0.02
@@ -27,7 +27,6 @@ class _Dial:
         self.sock = socket.socket(family, socket.SOCK_STREAM)
         self.connected = False
         self._connector = Connector(secret, b"member")
-        self._data, self._answered = b"", False
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
@@ -52,17 +51,10 @@ class _Dial:
                 raise ConnectionRefusedError("nobody listens")
             self.connected = True
             return b""
-        got = self.sock.recv((MAC if self._answered else HELLO) - len(self._data))
-        if not got:
-            raise AuthError("the connection ended within the handshake: the secrets differ, or it is no coordinator")
-        self._data += got
-        if not self._answered and len(self._data) == HELLO:
-            self.sock.sendall(self._connector.answer(self._data))
-            self._data, self._answered = b"", True
-        elif self._answered and len(self._data) == MAC:
-            self._connector.check(self._data)
-            return self._connector.session
-        return b""
+        try:
+            return self._connector.session if self._connector.advance(self.sock) else b""
+        except HandshakeEnded as error:
+            raise AuthError(f"{error}: the secrets differ, or it is no coordinator") from None
 
 
 class Search:

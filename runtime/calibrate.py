@@ -89,6 +89,8 @@ class Calibration:
         """
         self._executor, self._world, self._tokens = executor, executor.world, tokens
         self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
+        self._shape: tuple[AttentionShape | None] | None = None
+        """Once it has been looked at."""
 
     def measure(
         self, tokens_per_device: int | None = None, rate: Callable[[Sequence[int]], float] | None = None
@@ -211,7 +213,12 @@ class Calibration:
         return float(sent / max(1e-9, times[1] - times[0]))
 
     def attention_shape(self) -> AttentionShape | None:
-        """One small pass with a look at attention; None when the model never calls it."""
+        """What one small pass shows of attention; None when the model never calls it. The pass runs once."""
+        if self._shape is None:
+            self._shape = (self._look_at_attention(),)
+        return self._shape[0]
+
+    def _look_at_attention(self) -> AttentionShape | None:
         tokens = min(self._longest, 512)
         plain = prepare_pass(even_pass("local", tokens, 1), [tokens], self._world, (1.0,))
         linear = _LinearSpy(plain.layout, 0, None, None)

@@ -317,6 +317,13 @@ def methods_text(kinds: Sequence[PassKind]) -> str:
     )
 
 
+def _title(run: Comparison, shown: int) -> str:
+    text = f"Run      {len(run.steps)} steps"
+    if run.left_out:
+        text += f" ({run.left_out} more, which other ranks trained or some left, are in `heteromesh report`)"
+    return text + (f", the last {shown}:" if shown < len(run.steps) else "")
+
+
 def comparison_text(run: Comparison) -> str:
     """What `heteromesh explain RUN_DIR` prints."""
     shown = run.steps[-STEPS_SHOWN:]
@@ -332,11 +339,6 @@ def comparison_text(run: Comparison) -> str:
         for s in shown
     ]
     heads = ("step", "predicted s", "measured s", "error", "plan wait ms", "<passes")
-    title = f"Run      {len(run.steps)} steps"
-    title += f" ({run.left_out} more, which other ranks trained or some left, are in `heteromesh report`)" * bool(
-        run.left_out
-    )
-    title += f", the last {len(shown)}:" if len(shown) < len(run.steps) else ""
     ranks = [
         (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than the others" * r.slow)
         for r in run.ranks
@@ -365,7 +367,7 @@ def comparison_text(run: Comparison) -> str:
     return "\n\n".join(
         section
         for section in (
-            title + "\n" + table(heads, rows),
+            _title(run, len(shown)) + "\n" + table(heads, rows),
             table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
             table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
             table(method_heads, methods),

@@ -364,7 +364,7 @@ class ElasticLoop:
         return remove
 
     def _way_out(self) -> str:
-        latest = max((self.records.path / "checkpoints").glob("step-*[0-9]"), default=None)
+        latest = self.records.latest
         if latest is None:
             return "no checkpoint had been written (checkpoint_every says how often to)"
         return f"start the run again with resume=True: it continues at {latest}"

@@ -63,7 +63,12 @@ class ElasticRecords:
     @property
     def checkpointed_before(self) -> bool:
         """Whether the process that this one replaces has left a checkpoint: all members may have been lost at once."""
-        return self._again and any((self.path / CHECKPOINTS).glob("step-*[0-9]"))
+        return self._again and self.latest is not None
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, for a member that doesn't write them."""
+        return max((self.path / CHECKPOINTS).glob("step-*[0-9]"), default=None)
 
     def remember(self, record: StepRecord) -> None:
         """Every member, after every step."""

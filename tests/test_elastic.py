@@ -131,10 +131,9 @@ def check_ledger(folder: Path) -> list[dict[str, Any]]:
     return ledger
 
 
-@pytest.mark.parametrize("tokens", [None, 60], ids=["whole sequences", "sequences that one device can't hold"])
-def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tuple[float, ...], tmp_path: Path) -> None:
-    options = {"tokens_per_device": tokens}
-    with Job(tmp_path, least=2, gather=5.0) as job:
+def through_losses_and_a_join(folder: Path, **options: Any) -> Any:
+    """Three members, of whom two die, and one that joins: what the other two returned."""
+    with Job(folder, least=2, gather=5.0) as job:
         membership = job.coordinator.membership
         # the writer too, in its turn: ranks are given in the order of arrival
         job.start(0, dies_in=9, waits_in=6, **options)
@@ -144,12 +143,17 @@ def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tup
         assert job.result(1) is None
         job.start(3, **options)
         eventually(lambda: membership.counts["joined"] == 4)
-        (tmp_path / "go").touch()
+        (folder / "go").touch()
         assert job.result(0) is None
         results = job.result(2), job.result(3)
         assert all(isinstance(result, tuple) for result in results), results
-        (losses, digest), (late, same) = results
         assert membership.counts["died"] == 2
+    return results
+
+
+@pytest.mark.parametrize("tokens", [None, 60], ids=["whole sequences", "sequences that one device can't hold"])
+def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tuple[float, ...], tmp_path: Path) -> None:
+    (losses, digest), (late, same) = through_losses_and_a_join(tmp_path, tokens_per_device=tokens)
     assert losses == pytest.approx(alone, abs=1e-3)
     assert late == losses[-len(late) :], "the joiner goes on where the others are"
     assert digest == same, "the same bits on all members"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_elastic import STEPS, Job, eventually
+from test_elastic import STEPS, Job, eventually, through_losses_and_a_join
 from test_trainer import make_trainer
 
 from heteromesh.comm.records import Recorder
@@ -280,21 +280,7 @@ def test_trainer_losses_stay_and_ordinary_runs_resume_either_way(tmp_path: Path)
     alone = make_trainer(tmp_path / "alone", max_steps=STEPS + 2).fit().losses
     make_trainer(tmp_path / "run", max_steps=2).fit()
     options: dict[str, Any] = {"shard_optimizer": True, "resume": True, "checkpoint_every": 5}
-    with Job(tmp_path, least=2, gather=5.0) as job:
-        membership = job.coordinator.membership
-        job.start(0, dies_in=9, waits_in=6, **options)
-        eventually(lambda: len(membership.people) == 1)
-        job.start(1, dies_in=4, **options)
-        job.start(2, waits_in=6, **options)
-        assert job.result(1) is None
-        job.start(3, **options)
-        eventually(lambda: membership.counts["joined"] == 4)
-        (tmp_path / "go").touch()
-        assert job.result(0) is None
-        results = job.result(2), job.result(3)
-        assert all(isinstance(result, tuple) for result in results), results
-        assert membership.counts["died"] == 2
-    (losses, digest), (late, same) = results
+    (losses, digest), (late, same) = through_losses_and_a_join(tmp_path, **options)
     assert losses == pytest.approx(alone[2:STEPS][-len(losses) :], abs=1e-3)
     assert late == losses[-len(late) :]
     assert digest == same, "the same bits on all members"
