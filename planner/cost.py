@@ -162,19 +162,18 @@ class Costs:
 
     def priced(self, ranks: Sequence[int], method: Method | None, load: Load, offload: float = 0.0) -> Parts:
         """The parts of a pass; method: None on one rank."""
-        degree, split = len(ranks), method is not None and len(ranks) > 1
+        degree = len(ranks)
         fixed = self.seconds_per_pass + (self.seconds_per_split_pass if degree > 1 else 0.0)
         if not sum(load.tokens):
             return Parts(0.0, 0.0, 0.0, 0.0, fixed)
-        speeds, pairs, work, wires = [self.speeds[r] for r in ranks], load.pairs, 1.0, Wires(0.0, 0.0, 0.0, 0.0, 0.0)
-        if method is not None and split:
-            pairs, work, wires = dealt_pairs(method, load, speeds), method.work, self.wires(ranks, method)
+        wires = Wires(0.0, 0.0, 0.0, 0.0, 0.0)
+        if method is not None and degree > 1:
+            wires = self.wires(ranks, method)
             fixed += method.extra_tiles(degree) * load.sequences * self.seconds_per_tile
         hidden = wires.hidden * max(load.tokens) + wires.hidden_latency
         compute = total = moved = 0.0
-        for i, rank in enumerate(ranks):
-            attention = self.seconds_per_token2 * pairs[i] * work / speeds[i]
-            own = attention + self.seconds_per_token * load.tokens[i] * work / speeds[i]
+        for i, (rank, (attention, rest)) in enumerate(zip(ranks, self.computing(ranks, method, load), strict=True)):
+            own = attention + rest
             extra = self.offload_wait(rank, load.tokens[i], own, offload) if offload else 0.0
             waits = wires.exposed * load.tokens[i] + max(0.0, hidden - wires.hides * attention)
             compute, total, moved = max(compute, own), max(total, own + waits + extra), max(moved, own + extra)
@@ -183,6 +182,14 @@ class Costs:
         # of what hides in part, the latency counts in proportion
         late = min(exchange, wires.hidden_latency / hidden * exchange) if hidden else 0.0
         return Parts(compute, exchange - late, late + wires.exposed_latency, moved, fixed)
+
+    def computing(self, ranks: Sequence[int], method: Method | None, load: Load) -> list[tuple[float, float]]:
+        """(seconds of attention, of all else that grows with tokens) of each rank; method: None on one rank."""
+        speeds, pairs, work = [self.speeds[r] for r in ranks], load.pairs, 1.0
+        if method is not None and len(ranks) > 1:
+            pairs, work = dealt_pairs(method, load, speeds), method.work
+        a, b = self.seconds_per_token2 * work, self.seconds_per_token * work
+        return [(a * p / v, b * n / v) for p, n, v in zip(pairs, load.tokens, speeds, strict=True)]
 
     def wires(self, ranks: Sequence[int], method: Method) -> Wires:
         """Seconds of the method's transfers among these ranks."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import pickle
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from heteromesh.planner.correct import Correction
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
@@ -22,16 +23,15 @@ class Request:
     """A batch to plan."""
 
     lengths: tuple[int, ...]
-    seconds_per_step: float
-    """Fixed cost of a step as measured so far."""
+    correction: Correction
+    """Of the costs, as far as steps have shown."""
     time_limit: float
 
 
 def answer(request: Request, costs: Costs) -> Step | UserError:
     """The planned step, or why there is none."""
     try:
-        now = replace(costs, seconds_per_step=request.seconds_per_step)
-        return plan_step(request.lengths, now, time_limit=request.time_limit)
+        return plan_step(request.lengths, request.correction.applied(costs), time_limit=request.time_limit)
     except UserError as error:
         return error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from heteromesh.planner import tomlfile
+from heteromesh.planner.correct import Correction
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_json import costs_from_json
 from heteromesh.planner.errors import UserError
@@ -20,6 +21,7 @@ from heteromesh.planner.why import explain_step
 
 SLOW = 1.1
 """A rank whose measured / predicted is this many times the median rank's is named."""
+SPEEDS_SHOWN = 16
 STEPS_SHOWN = 20
 KINDS_SHOWN = 4
 """Of split passes; --json has all."""
@@ -37,16 +39,22 @@ class MeasuredStep:
     passes: tuple[tuple[int, int, float, int | None], ...]
     """(position in the step, rank, seconds, bytes that the rank sent; None where that was not counted)."""
     plan_wait_seconds: float
+    correction: Correction | None
+    """Of the run's costs, with which the step was planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The measured steps of a run, oldest first, and the costs that they were planned with."""
+    """The measured steps of a run, oldest first, and the costs as they were at its start."""
 
     steps: tuple[MeasuredStep, ...]
     costs: Costs
     left_out: int = 0
     """Steps of a run with fault tolerance that other ranks trained, or that lost some."""
+
+    def costs_of(self, step: MeasuredStep) -> Costs:
+        """Those that the step was planned with."""
+        return step.correction.applied(self.costs) if step.correction else self.costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +126,11 @@ class Comparison:
     degrees: tuple[DegreeComparison, ...]
     methods: tuple[MethodComparison, ...]
     kinds: tuple[PassKind, ...]
-    """What each method would have taken for every kind of split pass."""
+    """What each method would have taken for every kind of split pass, under the last step's costs."""
+    speeds: tuple[float, ...]
+    """Of the ranks, as they were measured before the first step."""
+    last_speeds: tuple[float, ...]
+    """As the last step was planned with, corrected by what the steps before it took."""
     parts: Parts
     predicted: float
     measured: float
@@ -187,6 +199,7 @@ def _measured_step(data: Mapping[str, Any], where: str) -> MeasuredStep:
                 for p in measured["passes"]
             ),
             plan_wait_seconds=float(measured["plan_wait_seconds"]),
+            correction=Correction(**data["correction"]) if "correction" in data else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -215,7 +228,9 @@ def compare_run(run: Run) -> Comparison:
         ranks=_ranks(steps),
         degrees=_degrees(steps),
         methods=_methods(steps),
-        kinds=pass_kinds((s.plan for s in steps), run.costs),
+        kinds=pass_kinds((s.plan for s in steps), run.costs_of(steps[-1])),
+        speeds=run.costs.speeds,
+        last_speeds=run.costs_of(steps[-1]).speeds,
         parts=_parts(run),
         predicted=sum(c.predicted for c in compared),
         measured=measured,
@@ -227,7 +242,7 @@ def compare_run(run: Run) -> Comparison:
 
 
 def _parts(run: Run) -> Parts:
-    reasons = [explain_step(s.plan, run.costs) for s in run.steps]
+    reasons = [explain_step(s.plan, run.costs_of(s)) for s in run.steps]
     return Parts(
         compute=sum(r.compute for r in reasons),
         exchange=sum(r.exchange for r in reasons),
@@ -317,6 +332,15 @@ def methods_text(kinds: Sequence[PassKind]) -> str:
     )
 
 
+def _speeds_text(run: Comparison) -> str:
+    """Empty where no step corrected them."""
+    if run.speeds == run.last_speeds:
+        return ""
+    pairs = [f"{r} {v:g} -> {w:g}" for r, (v, w) in enumerate(zip(run.speeds, run.last_speeds, strict=True)) if v != w]
+    shown = ", ".join(pairs[:SPEEDS_SHOWN]) + (f" and {len(pairs) - SPEEDS_SHOWN} more" * (len(pairs) > SPEEDS_SHOWN))
+    return f"Speeds of ranks, measured before the first step -> in the last step's plan: {shown}"
+
+
 def _title(run: Comparison, shown: int) -> str:
     text = f"Run      {len(run.steps)} steps"
     if run.left_out:
@@ -369,6 +393,7 @@ def comparison_text(run: Comparison) -> str:
         for section in (
             _title(run, len(shown)) + "\n" + table(heads, rows),
             table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
+            _speeds_text(run),
             table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
             table(method_heads, methods),
             methods_text(run.kinds),

@@ -52,7 +52,7 @@ class TrainerConfig:
     """Cost file; without it the model is measured at the start."""
     tokens_per_device: int | None = None
     """Tokens of activations that fit on a device in one pass; None: measured."""
-    plan_ahead: int = 3
+    plan_ahead: int = 2
     """Steps planned ahead of the one that runs."""
     plan_seconds: float = 0.05
     """Time limit of the planner for a step."""

@@ -47,6 +47,8 @@ class StepResult:
     """By (rank, position in the step)."""
     pass_bytes: dict[tuple[int, int], int]
     """The same: what the rank sent in the pass's exchanges."""
+    pass_waits: dict[tuple[int, int], float]
+    """The same: seconds that it waited for them."""
     votes: tuple[float, ...]
     """The votes summed over the ranks."""
     exposed_comm_seconds: float
@@ -162,21 +164,23 @@ class StepExecutor:
         seconds, busy = timer.read()
         ranks = torch.zeros(3, size, dtype=torch.float64)
         ranks[:, rank] = torch.tensor([busy, *self.gradients.take_exposed_seconds()])
-        passes = torch.zeros(2, len(slots), dtype=torch.float64)
+        passes = torch.zeros(3, len(slots), dtype=torch.float64)
         for position, value in seconds.items():
-            passes[:, slots[rank, position]] = torch.tensor([value, timer.sent[position]], dtype=torch.float64)
+            row = [value, timer.sent[position], timer.waited[position]]
+            passes[:, slots[rank, position]] = torch.tensor(row, dtype=torch.float64)
         parts = [torch.tensor([total], dtype=torch.float64), ranks.flatten(), passes.flatten()]
         parts.append(torch.tensor(votes, dtype=torch.float64))
         sums = self.world.sum(torch.cat(parts)).split([len(part) for part in parts])
         loss = float(sums[0]) / max(1, valid)
         busy_seconds, gradients, parameters = sums[1].view(3, size).tolist()
-        took, sent = sums[2].view(2, len(slots)).tolist()
+        took, sent, waited = sums[2].view(3, len(slots)).tolist()
         return StepResult(
             loss=loss,
             valid_tokens=valid,
             busy_seconds=tuple(busy_seconds),
             pass_seconds=dict(zip(slots, took, strict=True)),
             pass_bytes=dict(zip(slots, map(int, sent), strict=True)),
+            pass_waits=dict(zip(slots, waited, strict=True)),
             votes=tuple(sums[3].tolist()),
             exposed_comm_seconds=min(gradients) + max(parameters),
             non_finite=() if math.isfinite(loss) else self._find_non_finite(step, losses),
@@ -201,9 +205,10 @@ class _PassTimer:
         self._world = world
         self._seconds: dict[int, float] = {}
         self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
-        self._waited = 0.0
         self.sent: dict[int, int] = {}
         """Bytes that this rank sent in a pass's exchanges, by position."""
+        self.waited: dict[int, float] = {}
+        """Seconds that it waited for them."""
 
     @contextmanager
     def time(self, position: int, name: str) -> Iterator[None]:
@@ -220,14 +225,14 @@ class _PassTimer:
         self.sent[position] = self._world.recorder.exchanged_bytes - sent
         if cuda:
             self._events[position][1].record()
-        self._waited += self._world.recorder.take_comm_seconds()
+        self.waited[position] = self._world.recorder.take_comm_seconds()
 
     def read(self) -> tuple[dict[int, float], float]:
         """(seconds by position, seconds in passes without waiting for exchanges)."""
         for position, (start, end) in self._events.items():
             end.synchronize()
             self._seconds[position] = start.elapsed_time(end) / 1e3
-        return self._seconds, max(0.0, sum(self._seconds.values()) - self._waited)
+        return self._seconds, max(0.0, sum(self._seconds.values()) - sum(self.waited.values()))
 
 
 def _slots(step: Step) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from heteromesh.comm.world import World
+from heteromesh.planner.correct import Correction
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.batch import PassInput, Reader
@@ -23,6 +24,8 @@ class Planned:
 
     batch: Batch
     step: Step
+    correction: Correction
+    """Of the costs, with which the step was planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Prepared:
 
     batch: Batch
     step: Step
+    correction: Correction
     inputs: dict[int, PassInput]
     valid_tokens: int
     """Of the whole step."""
@@ -55,7 +59,9 @@ class PlanFeed:
     ) -> None:
         self._world, self._reader, self._propose = world, reader, propose
         self._range = range(first, last)
-        self._queue: queue.Queue[Prepared | BaseException | None] = queue.Queue(ahead)
+        self._queue: queue.Queue[Prepared | BaseException] = queue.Queue()
+        self._room = threading.Semaphore(ahead)
+        """For steps that wait or are being planned: none is planned earlier than it must, to know what passes take."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heteromesh-plans", daemon=True)
         self._thread.start()
@@ -65,9 +71,9 @@ class PlanFeed:
         start = time.perf_counter()
         item = self._queue.get()
         end = time.perf_counter()
+        self._room.release()
         if isinstance(item, BaseException):
             raise item
-        assert item is not None, "asked for more steps than the feed has"
         for name, category, until, since in (
             ("wait for the plan", "plan", item.planned_at, start),
             ("wait for data", "data", item.ready_at, max(start, item.planned_at)),
@@ -81,16 +87,13 @@ class PlanFeed:
     def close(self) -> None:
         """Ends the thread. Every rank must call it after the same step."""
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.01)
-            except queue.Empty:
-                continue
+        self._room.release()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             for index in self._range:
+                self._room.acquire()
                 planned = self._world.broadcast(self._decide(index) if self._world.rank == 0 else None)
                 if isinstance(planned, UserError):
                     self._queue.put(PlanningFailed(planned))
@@ -116,6 +119,7 @@ class PlanFeed:
         return Prepared(
             batch=planned.batch,
             step=planned.step,
+            correction=planned.correction,
             inputs=inputs,
             valid_tokens=int(self._world.sum_ahead(valid)),
             planned_at=at,

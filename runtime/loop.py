@@ -16,6 +16,7 @@ import torch
 
 from heteromesh.comm.world import World
 from heteromesh.parallel.sharded import ShardedOptimizer
+from heteromesh.planner.correct import Correction, Learner
 from heteromesh.planner.cost_json import costs_to_json
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
@@ -125,7 +126,9 @@ class TrainingLoop:
         self._write_trace()
         comparisons: tuple[EvenSplit, ...] = ()
         if self.config.compare_batches and self.stopped is None:
-            comparisons = compare(self.executor, self.trainer.reader, tuple(self.recent), self.costs, self._asked)
+            costs = self.world.once(lambda: self.correction).applied(self.costs)
+            self.executor.speeds = costs.speeds
+            comparisons = compare(self.executor, self.trainer.reader, tuple(self.recent), costs, self._asked)
             self.stopped = self._asked()
         return TrainingReport(
             first_step=first,
@@ -186,6 +189,9 @@ class TrainingLoop:
         }
         if self.directory:
             self.directory.start(resolved, self.done)
+        # on a CUDA device nobody waits for an exchange on the host: a split pass's seconds hold what it waited
+        self.learner = Learner(self.costs, waits_known=self.world.device.type == "cpu")
+        self.correction = Correction(seconds_per_step=self.costs.seconds_per_step)
         if self.service:
             self.service.use(self.costs)
         self.feed = PlanFeed(
@@ -196,7 +202,8 @@ class TrainingLoop:
         """Rank 0, in the plan thread: the next batch and its plan."""
         assert self.service
         batch = self.trainer.sampler.next_batch()
-        return Planned(batch, self.service.plan(index, batch.lengths))
+        correction = self.correction
+        return Planned(batch, self.service.plan(index, batch.lengths, correction), correction)
 
     def _step(
         self, prepared: Prepared, plan_wait: float, data_wait: float, mark: float
@@ -207,6 +214,7 @@ class TrainingLoop:
         torch.manual_seed(hash((self.config.seed, number, world.rank)))
         waits = [0.0] * (2 * world.size)
         waits[2 * world.rank : 2 * world.rank + 2] = plan_wait, data_wait
+        self.executor.speeds = prepared.correction.applied(self.costs).speeds
         start, stop = time.perf_counter(), float(self.interrupt.signal is not None)
         result = self.executor.run(step, prepared.inputs, valid_tokens=prepared.valid_tokens, votes=[stop, *waits])
         if result.non_finite or not math.isfinite(result.loss):
@@ -218,7 +226,7 @@ class TrainingLoop:
         if result.votes[0]:
             self.stopped = self._asked()
         seconds = time.perf_counter() - mark
-        self._learn_overhead(time.perf_counter() - start, result)
+        self._learn(step, time.perf_counter() - start, result)
         tokens = sum(step.batch)
         busy = result.busy_seconds
         return (
@@ -277,7 +285,8 @@ class TrainingLoop:
             eta = pace * (self.config.max_steps - self.done)
             self._say(metrics.line(eta))
             self._progress.show(self.done, eta)
-            self.directory.record(metrics, step, _measured(metrics, result))
+            correction = asdict(prepared.correction)
+            self.directory.record(metrics, step, _measured(metrics, result), correction=correction)
         if self.config.checkpoint_every and self.done % self.config.checkpoint_every == 0:
             self.checkpoints.save(self.done, self.trainer.model, self.optimizer, self.state)
 
@@ -287,14 +296,18 @@ class TrainingLoop:
             sizes = self.world.gather(self.optimizer.state_bytes)
             self._say("optimizer state per rank, MB: " + " ".join(f"{size / 1e6:.1f}" for size in sizes))
 
-    def _learn_overhead(self, seconds: float, result: StepResult) -> None:
-        """What a step takes beyond its passes: the exposed gradient sum and the optimizer. The median of late steps."""
+    def _learn(self, step: Step, seconds: float, result: StepResult) -> None:
+        """Corrects the costs: what passes took, and a step beyond them (the exposed gradient sum, the optimizer)."""
+        if not self.service or len(self.losses) < 2:  # the first step has allocations that no other has
+            return
         spent = [0.0] * self.world.size
         for (rank, _), took in result.pass_seconds.items():
             spent[rank] += took
-        if self.service and self.done > 1:  # the first step has allocations that no other has
-            self.overheads.append(max(0.0, seconds - max(spent)))
-            self.service.seconds_per_step = statistics.median(self.overheads)
+        self.overheads.append(max(0.0, seconds - max(spent)))
+        # constants that the user gave stand; what was measured before the first step was measured once
+        if self.config.cost is None:
+            self.learner.add(step, result.pass_seconds, result.pass_waits)
+        self.correction = self.learner.correction(statistics.median(self.overheads))
 
     def _trainer_state(self, batch: Batch) -> dict[str, Any]:
         schedule = self.trainer.schedule
@@ -358,7 +371,13 @@ def _measured(metrics: StepMetrics, result: StepResult) -> dict[str, Any]:
         "seconds": metrics.measured_seconds,
         "busy_seconds": list(result.busy_seconds),
         "passes": [
-            {"position": position, "rank": rank, "seconds": seconds, "sent_bytes": result.pass_bytes[rank, position]}
+            {
+                "position": position,
+                "rank": rank,
+                "seconds": seconds,
+                "waited_seconds": result.pass_waits[rank, position],
+                "sent_bytes": result.pass_bytes[rank, position],
+            }
             for (rank, position), seconds in result.pass_seconds.items()
         ],
         "plan_wait_seconds": metrics.plan_wait_seconds,

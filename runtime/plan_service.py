@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from heteromesh.planner.check import check_feasible
+from heteromesh.planner.correct import Correction
 from heteromesh.planner.cost import Costs
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Plan, Step
@@ -23,8 +24,6 @@ class PlanService:
     def __init__(self, time_limit: float, given: Plan | None = None) -> None:
         self._limit, self._given = time_limit, given
         self._costs: Costs | None = None
-        self.seconds_per_step = 0.0
-        """Fixed cost of a step; may be set to what is measured."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> PlanService:
@@ -38,7 +37,7 @@ class PlanService:
 
     def use(self, costs: Costs) -> None:
         """Sets the cost model; once, before the first plan. The process has started up meanwhile."""
-        self._costs, self.seconds_per_step = costs, costs.seconds_per_step
+        self._costs = costs
         self._send(costs)
 
     def __exit__(
@@ -53,11 +52,14 @@ class PlanService:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
 
-    def plan(self, index: int, lengths: Sequence[int]) -> Step:
-        """The plan of step `index` over sequences of these lengths; raises UserError where there can be none."""
+    def plan(self, index: int, lengths: Sequence[int], correction: Correction) -> Step:
+        """The plan of step `index` over sequences of these lengths under the corrected costs.
+
+        Raises UserError where there can be none.
+        """
         if self._given is not None and index < len(self._given.steps):
             return self._from_file(self._given.steps[index], index, lengths)
-        self._send(Request(tuple(lengths), self.seconds_per_step, self._limit))
+        self._send(Request(tuple(lengths), correction, self._limit))
         assert self._process
         assert self._process.stdout
         try:

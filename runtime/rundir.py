@@ -47,10 +47,10 @@ class RunDirectory:
             self._plans, self._metrics = JsonLines(self.path / PLANS), JsonLines(self.path / METRICS)
             self._tensorboard = Tensorboard(self.path / "tensorboard", done_steps)
 
-    def record(self, metrics: StepMetrics, plan: Step, measured: Mapping[str, Any]) -> None:
-        """Appends one step to plan.jsonl and metrics.jsonl."""
+    def record(self, metrics: StepMetrics, plan: Step, measured: Mapping[str, Any], **more: Any) -> None:
+        """Appends one step to plan.jsonl and metrics.jsonl. more: goes to plan.jsonl too."""
         with _named(self.path):
-            self._plans.write({"step": metrics.step, "plan": to_json(plan), "measured": measured})
+            self._plans.write({"step": metrics.step, "plan": to_json(plan), "measured": measured, **more})
             self._metrics.write(asdict(metrics))
             self._tensorboard.write(metrics)
 
