@@ -1,6 +1,6 @@
 """Training on emulated clusters: Heteromesh against DDP, DeepSpeed ZeRO-1 and FSDP2 on the same work.
 
-    python benchmarks/cluster_training.py [CLUSTER.toml ...] [--workloads tail,short] [--repeats 2] [--steps 5]
+    python benchmarks/cluster_training.py [CLUSTER.toml ...] [--workloads tail,short] [--repeats 2] [--steps 6]
 
 Root on Linux (see docs/sandbox.md); DeepSpeed is left out where it is not installed (`pip install -e '.[deepspeed]'`).
 Every system trains the same model on the same batches with the same loss (`training_peers.py`; checked). Each peer is
@@ -29,7 +29,7 @@ from typing import Any
 from heteromesh.planner.cluster import load_cluster
 
 HERE = Path(__file__).parent
-CLUSTERS = [HERE.parent / "examples/clusters" / f"sandbox-{name}.toml" for name in ("unequal", "equal")]
+CLUSTERS = [HERE.parent / "examples/clusters" / f"sandbox-{name}.toml" for name in ("motley", "unequal", "equal")]
 WORKLOADS = {
     "tail": ("--lengths", "lognormal:7.2,1.5,16384", "--batch-tokens", "16384"),
     "short": ("--max-length", "2048", "--batch-tokens", "16384"),
@@ -73,8 +73,8 @@ def options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("clusters", nargs="*", type=Path, default=CLUSTERS)
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tuning-steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tuning-steps", type=int, default=2)
     parser.add_argument("--systems", default="ddp,zero1,fsdp2")
     parser.add_argument("--kinds", default="whole,split", help="of the peers' layouts")
     parser.add_argument("--ours", default="heteromesh")

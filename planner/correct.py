@@ -33,7 +33,7 @@ RANK_PRIOR, SPLIT_PRIOR, METHOD_PRIOR, ATTENTION_PRIOR = 0.25, 0.2, 0.1, 0.3
 ROUNDS = 20
 FURTHEST = 3.0
 """Of ln(slowness): beyond a factor of 20 it isn't a speed that is wrong."""
-ALIKE = 0.95
+ALIKE = 0.93
 """Ranks at least this fast, relative to the fastest, count as equal: then shards are even."""
 WORK = 0.95, 2.0
 """Parts of a sequence hardly compute faster than the whole."""

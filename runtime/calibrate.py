@@ -1,8 +1,8 @@
 """Measures what passes cost on the devices at hand, all ranks at once, and fits the cost model to it.
 
-The constants of planner/cost.py: a, b, c from passes of one rank; the exchange's rate and latency from messages, and
-the compute of the methods that matter here from passes that are split over all ranks. Nothing of the model changes:
-gradients are dropped, no optimizer runs.
+The constants of planner/cost.py: a, b, c and speeds from passes of one rank, each as long as its rank is fast; the
+exchange's rate and latency from messages, and the compute of the methods that matter here from passes that are split
+over all ranks. Nothing of the model changes: gradients are dropped, no optimizer runs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from heteromesh.planner.cost import Costs, Method, RateByDegree
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.batch import PassInput
 from heteromesh.runtime.executor import StepExecutor
+from heteromesh.runtime.fit import fit_jointly
 
 REPEATS = 3
 SLOW_SECONDS = 0.5
@@ -89,6 +90,8 @@ class Calibration:
         """
         self._executor, self._world, self._tokens = executor, executor.world, tokens
         self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
+        self._shared = self._longest
+        """Tokens of measuring passes over all ranks: what the slowest of them could do alone."""
         self._shape: tuple[AttentionShape | None] | None = None
         """Once it has been looked at."""
 
@@ -97,24 +100,23 @@ class Calibration:
     ) -> Costs:
         """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
-        self._longest = self._affordable()
-        short = min(SHORTEST, self._longest)
-        packs = [(self._longest,), (-(-self._longest // 2),), (short,) * max(1, self._longest // short // 2), (short,)]
+        own = self._affordable()
+        lengths = self._world.gather(own)
+        self._longest, self._shared = max(lengths), min(lengths)
+        short = min(SHORTEST, own)
+        packs = [(own,), (-(-own // 2),), (short,) * max(1, own // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
-        times = self._world.gather([self._local_seconds(pack) for pack in packs])
-        fastest = min(times, key=sum)
-        speeds = tuple(relative(fastest, seconds) for seconds in times)
-        # what ranks of the reference speed take as they are, not the luckiest of them
-        fastest = np.median([t for t, v in zip(times, speeds, strict=True) if v == 1.0], axis=0).tolist()
-        a, b, c = fit_nonnegative(rows, np.array(fastest)).tolist()
-        if not a and not b:
-            b = fastest[0] / rows[0][1]  # too small a model to tell tokens from passes: an upper bound will do
+        everyone = self._world.gather((rows, [self._local_seconds(pack) for pack in packs]))
+        fit, speeds = fit_jointly([rows for rows, _ in everyone], [seconds for _, seconds in everyone])
+        a, b, c = fit.tolist()
+        if not a and not b:  # too small a model to tell tokens from passes: an upper bound will do
+            b = min(seconds[0] / rows[0][1] for rows, seconds in everyone)
         hosts, forwards = _hosts(self._world), self._executor.forwards
         costs = Costs(
             seconds_per_token2=a,
             seconds_per_token=b,
             seconds_per_pass=c,
-            speeds=tuple(v if v == 1.0 else relative(fastest, t) for t, v in zip(times, speeds, strict=True)),
+            speeds=speeds,
             capacity=self._capacity(shape, tokens_per_device),
             methods=shape.methods(forwards, hosts) if shape else (),
             rate=RateByDegree({}),
@@ -126,17 +128,18 @@ class Calibration:
         return self._with_exchanges(costs, rate) if self._world.size > 1 else costs
 
     def _affordable(self) -> int:
-        """Tokens of a pass that takes the slowest rank at most `run_seconds`, however it grows with its length."""
-        length = min(SHORTEST, self._longest)
-        while length < self._longest:
-            seconds = max(self._world.gather(self._once(self._act(self._alone([length]), [length]))))
+        """Tokens of a pass that takes this rank at most `run_seconds`, however it grows with its length."""
+        length, found = min(SHORTEST, self._longest), 0
+        while not min(self._world.gather(found)):
+            seconds = self._once(self._act(self._alone([length]), [length]))
             reach = length * math.sqrt(self._run_seconds / max(1e-9, seconds))
             if reach >= self._longest:
-                return self._longest
-            if reach < 2 * length:
-                break
-            length *= 2
-        return min(length, self._longest)
+                found = self._longest
+            elif reach < 2 * length:
+                found = max(length, int(reach))
+            else:
+                length *= 2
+        return found
 
     def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
         """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
@@ -149,7 +152,7 @@ class Calibration:
             works[method.name] = self._split_work(method, costs)
             if len(works) == 1:
                 first = replace(costs, methods=(replace(method, work=works[method.name]),))
-                rest = self._beyond(first, method, max(size, self._longest // 8))
+                rest = self._beyond(first, method, max(size, self._shared // 8))
             if max(self._world.gather(time.perf_counter() - began)) > SPLIT_SECONDS:
                 break
         usual = statistics.median(works.values()) if works else 1.0
@@ -164,7 +167,7 @@ class Calibration:
 
     def _split_work(self, method: Method, costs: Costs) -> float:
         """Compute of the longest sequence split over all ranks, relative to what the constants have its slowest do."""
-        length = max(self._world.size, self._longest)
+        length = max(self._world.size, self._shared)
         plan = even_pass(method.name, length, self._world.size)
         compute = costs.pass_parts(plan.ranks, method.name, [length], plan.shards).compute
         # parts of a sequence hardly compute faster than the whole: one noisy pass must not promise that they do
@@ -301,23 +304,6 @@ def even_pass(method: str, length: int, degree: int) -> Pass:
     return Pass(ranks=tuple(range(degree)), method=method, sequences=(0,), shards=shards, seconds=0.0)
 
 
-def fit_nonnegative(rows: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Least squares of relative errors with non-negative coefficients; rows (n, k), seconds (n,) -> (k,).
-
-    Tries every set of non-zero coefficients (k is 2 or 3), so the answer is the exact optimum.
-    """
-    scaled = rows / np.maximum(seconds, 1e-9)[:, None]
-    best, best_error = np.zeros(rows.shape[1]), np.inf
-    for mask in range(1, 2 ** rows.shape[1]):
-        chosen = [i for i in range(rows.shape[1]) if mask >> i & 1]
-        solution = np.linalg.lstsq(scaled[:, chosen], np.ones(len(seconds)), rcond=None)[0]
-        error = float(((scaled[:, chosen] @ solution - 1.0) ** 2).sum())
-        if (solution >= 0).all() and error < best_error:
-            best, best_error = np.zeros(rows.shape[1]), error
-            best[chosen] = solution
-    return best
-
-
 def free_bytes(world: World) -> float:
     """Memory that this rank may count on: of its device, or its share of the host's."""
     if world.device.type == "cuda":
@@ -336,12 +322,6 @@ def _free_host_bytes() -> float:
     if limit.exists() and limit.read_text().strip() != "max":
         free = min(free, float(limit.read_text()) - float(used.read_text()))
     return max(0.0, free)
-
-
-def relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
-    """Speed relative to the fastest rank; 1 within the 10 % that a short measurement can't tell from noise."""
-    ratio = statistics.median(f / s for f, s in zip(fastest, seconds, strict=True))
-    return 1.0 if ratio > 0.9 else max(0.05, round(ratio, 2))
 
 
 def _hosts(world: World) -> tuple[int, ...]:

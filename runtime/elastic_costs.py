@@ -11,8 +11,9 @@ import torch
 
 from heteromesh.planner.cost import Costs, RateByDegree
 from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.calibrate import Calibration, relative
+from heteromesh.runtime.calibrate import Calibration
 from heteromesh.runtime.executor import StepExecutor
+from heteromesh.runtime.fit import relative
 
 _REMEMBERED = 9
 """Passes over whose median a device's slowness is taken."""

@@ -75,7 +75,8 @@ def learned(measured: Costs, truth: Costs, *, steps: int, disturbed: float = 0.0
     rng = random.Random(seed)
     learner, correction = Learner(measured), Correction()
     for _ in range(steps):
-        step = plan_step(batch_of(rng), correction.applied(measured))
+        # a limit that even a busy machine does not reach, but too short for the integer program
+        step = plan_step(batch_of(rng), correction.applied(measured), time_limit=0.9)
         learner.add(step, *times(step, truth, rng, disturbed))
         correction = learner.correction(0.5)
     return correction
@@ -88,7 +89,7 @@ def test_planted_errors_are_found(seed: int) -> None:
     correction = learned(measured, truth, steps=12, disturbed=0.05, seed=seed)
     assert correction.seconds_per_step == 0.5
     now = correction.applied(measured)
-    assert now.speeds == pytest.approx(truth.speeds, rel=0.15)
+    assert now.speeds == pytest.approx(truth.speeds, rel=0.2)
     ratios, rng = [], random.Random(100 + seed)
     for _ in range(5):
         batch = batch_of(rng)
