@@ -12,8 +12,12 @@ demo: $(INSTALLED)
 	$(BIN)/heteromesh run --nproc-per-node $(RANKS) examples/train.py \
 		--compare-batches 2 --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# two tests at a time keep two cores busy, as most wait for processes; then those that other tests would disturb;
+# a second part also when tests of the first failed, but not after Ctrl-C
 test: check
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal; first=$$?; \
+	[ $$first -le 1 ] && $(BIN)/python -m pytest -m alone && { \
+		[ $$first -eq 0 ] || echo "tests of the first part failed: see its summary above"; exit $$first; }
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ class Collectives:
         self.rank, self.size = transport.rank, transport.size
         self.sent_bytes = 0
         """By collectives that were waited for; of gloo's ring, what a ring sends."""
-        self._transport, self._ring = transport, ring
+        self.transport, self._ring = transport, ring
         self._count = 0
         self._progress = Progress(window(reduction.seconds_per_byte))
 
@@ -94,8 +94,8 @@ class Collectives:
             self._check(tensor)
         receives[self.rank].copy_(sends[self.rank])
         tag, peers = self._next_tag(), [(self.rank + i) % self.size for i in range(1, self.size)]
-        works: list[Work] = [self._transport.recv(p, receives[p], tag) for p in peers if receives[p].numel()]
-        works += [self._transport.send(p, sends[p], tag) for p in peers if sends[p].numel()]
+        works: list[Work] = [self.transport.recv(p, receives[p], tag) for p in peers if receives[p].numel()]
+        works += [self.transport.send(p, sends[p], tag) for p in peers if sends[p].numel()]
         held = (tuple(sends), tuple(receives))
 
         def finish() -> None:
@@ -113,7 +113,7 @@ class Collectives:
         self._check(flat)
         if self._progress.error is not None:
             raise RuntimeError("an earlier collective failed here: no other can follow") from self._progress.error
-        flow = Flow(self._transport, self.reduction, flat.view(-1), self._next_tag(), sources, spread)
+        flow = Flow(self.transport, self.reduction, flat.view(-1), self._next_tag(), sources, spread)
         wait = self._progress.start(flow)
 
         def finish() -> None:

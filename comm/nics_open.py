@@ -28,6 +28,7 @@ def open_nics(
     split: Split,
     *,
     seconds: float = SECONDS,
+    connect_seconds: float = SECONDS,
 ) -> NicTransport:
     """A transport over every card. All ranks of the group call it.
 
@@ -38,7 +39,8 @@ def open_nics(
         hosts: per rank, its host.
         cards: per host, how many it has.
         split: planner/nic_split.py's.
-        seconds: how long connecting may take, and afterwards how long a peer may be silent to the kernel.
+        seconds: how long a peer may be silent to the kernel.
+        connect_seconds: how long connecting may take.
 
     Raises UserError for addresses that this machine does not have, or too few or too many, and GroupAborted when not
     all could be connected.
@@ -51,10 +53,12 @@ def open_nics(
         if problems := [its for _, its in told if its]:
             raise UserError(problems[0])
         assert listener is not None
-        sockets = _connect(listener, secret, rank, [given for given, _ in told], max(cards), seconds)
+        sockets = _connect(listener, secret, rank, [given for given, _ in told], max(cards), connect_seconds)
     finally:
         if listener is not None:
             listener.close()
+    for sock in (sock for ends in sockets.values() for sock in ends):
+        _limit(sock, seconds)
     return NicTransport(rank=rank, sockets=sockets, abort=Abort(), hosts=hosts, cards=cards, split=split)
 
 
@@ -94,10 +98,7 @@ def _connect(
         late.join()
         abort.close()
     abort.check()  # it may have come between the last connection and the end of the wait
-    sockets = {peer: [link.sock for link in built.links_to(peer)] for peer in range(len(given)) if peer != rank}
-    for sock in (sock for ends in sockets.values() for sock in ends):
-        _limit(sock, seconds)
-    return sockets
+    return {peer: [link.sock for link in built.links_to(peer)] for peer in range(len(given)) if peer != rank}
 
 
 def _too_late(seconds: float, missing: set[int]) -> GroupAborted:

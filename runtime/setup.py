@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from heteromesh.comm.collectives import Collectives, open_collectives
-from heteromesh.comm.gloo import GlooTransport
 from heteromesh.comm.native import FlatCollectives, NativeCollectives
 from heteromesh.comm.quantise import QuantisedSum, seconds_per_value
+from heteromesh.comm.tcp_abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.parallel.sharded_check import check_elementwise
 from heteromesh.planner.cluster import Cluster, load_cluster, local_cluster
@@ -22,13 +22,17 @@ from heteromesh.planner.cost import Costs
 from heteromesh.planner.cost_file import bind, load_constants
 from heteromesh.planner.errors import UserError
 from heteromesh.planner.links import cluster_links
+from heteromesh.planner.nic_split import over_one_card
 from heteromesh.planner.plan import Plan, load
 from heteromesh.planner.reduction import Reduction, reduction_for
 from heteromesh.planner.shard_memory import largest_fractions
 from heteromesh.runtime.batch import Reader
 from heteromesh.runtime.calibrate import Calibration
+from heteromesh.runtime.cards import open_card_collectives
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.executor import StepExecutor
+from heteromesh.runtime.failure import PeerLost
+from heteromesh.runtime.peers import SILENCE_SECONDS
 from heteromesh.runtime.probe.known import known_costs
 
 CLUSTER_VARIABLE, PLAN_VARIABLE = "HETEROMESH_CLUSTER", "HETEROMESH_PLAN"
@@ -113,17 +117,25 @@ def find_collectives(
 ) -> Iterator[FlatCollectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
+    Where hosts are described with several Ethernet cards and all can be used, over all of them (runtime/cards.py).
     None in a world of one rank. Raises UserError when the optimizer is to be sharded and can't be, or its state fits
-    nowhere.
+    nowhere, and where the user named cards that can't be used.
     """
     if world.size == 1:
         yield None
         return
-    reduction = world.once(lambda: _reduction(config, cluster, optimizer))
+    limits = world.once(lambda: _limits(config, cluster, optimizer))
     if world.device.type != "cpu":
-        yield NativeCollectives(world, reduction.fractions)
+        yield NativeCollectives(world, world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions)
+        return
+    # the watch of the peers is to be the first to see that a host is silent: its sentence says more
+    over_cards = open_card_collectives(world, cluster, limits, 1.5 * min(SILENCE_SECONDS, config.timeout_seconds))
+    if over_cards is not None:
+        with _closing(over_cards, world) as collectives:
+            yield collectives
         return
     assert world.gradients
+    reduction = world.once(lambda: over_one_card(cluster, max_fraction=limits))
     collectives = open_collectives(world.gradients, reduction)
     try:
         yield collectives
@@ -131,14 +143,35 @@ def find_collectives(
         collectives.close()
 
 
-def _reduction(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> Reduction:
+@contextmanager
+def _closing(collectives: Collectives, world: World) -> Iterator[Collectives]:
+    """Closes the transport too; not before the peers are done with it, unless something went wrong."""
+    try:
+        yield collectives
+    except BaseException as error:
+        collectives.transport.close()  # first: it ends what the collectives still wait for
+        collectives.close()
+        if isinstance(error, GroupAborted):
+            # the watch of the peers, if it saw who is gone, says so instead
+            sentence = (
+                f"the connections over all cards of the hosts failed ({error}): look at the other ranks' output and at "
+                "each card and its cable, then start the run again (resume=True continues at the last checkpoint)"
+            )
+            raise PeerLost(sentence).with_traceback(error.__traceback__) from error
+        raise
+    collectives.close()
+    world.barrier()
+    collectives.transport.close()
+
+
+def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
+    """Per rank, the largest fraction of a sharded optimizer that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
     if not config.shard_optimizer or not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
-        return reduction_for(cluster)
+        return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
-    limits = largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
-    return reduction_for(cluster, max_fraction=limits)
+    return largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
 
 
 @contextmanager
@@ -162,8 +195,7 @@ def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs
     if config.gradient_compression == "auto" and _int8_saves(config, executor, collectives.reduction, costs) <= 0:
         yield None
         return
-    assert world.gradients
-    compression = QuantisedSum(GlooTransport(world.gradients), collectives)
+    compression = QuantisedSum(collectives.transport, collectives)
     try:
         yield compression
     finally:

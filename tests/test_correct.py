@@ -177,6 +177,7 @@ def train_weary(world: World, folder: Path) -> tuple[float, ...]:
     return hm.Trainer(model, optimizer, data, config).fit().losses
 
 
+@pytest.mark.alone
 def test_training_moves_work_away_from_a_rank_that_became_slow(tmp_path: Path) -> None:
     losses = run_ranks(2, train_weary, tmp_path / "run", seconds=120)
     assert losses[0] == losses[1]

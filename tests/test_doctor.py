@@ -22,6 +22,7 @@ def raiser(error):
     return check
 
 
+@pytest.mark.alone
 def test_everything_here_works(capsys):
     """The real checks, on this machine."""
     code = cli.main(["doctor", "--json"])

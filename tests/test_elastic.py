@@ -29,6 +29,7 @@ from heteromesh.runtime.sampler import Sampler
 from llama import Llama
 from steps import TINY
 
+pytestmark = pytest.mark.alone  # a member that says nothing for 3 s is lost
 STEPS = 12
 SECRET = "0123456789abcdef" * 2
 context = multiprocessing.get_context("forkserver")

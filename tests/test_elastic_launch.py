@@ -139,6 +139,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.alone
 def test_others_go_on_without_a_killed_worker_and_it_comes_back(member, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("heteromesh.runtime.elastic_agent._PAUSE", 0.1)
     assert run("--nproc-per-node", 3, member, tmp_path / "logs", [3, 2, 2, 2, 3, 3], 1) == 0
@@ -298,6 +299,7 @@ def test_nothing_outlives_a_killed_agent(tmp_path):
         assert agent.end() == (-signal.SIGKILL, "")
 
 
+@pytest.mark.alone
 def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(member, tmp_path):
     """Two agents on loopback stand for two hosts."""
     ports = free_ports(2)

@@ -116,6 +116,7 @@ class Done:
         pass
 
 
+@pytest.mark.alone
 def test_sending_hides_behind_work_on_a_slow_link() -> None:
     # four visits and three messages of 50 ms each: 200 ms overlapped, 350 ms one after the other
     overlapped, serial = (max(run_ranks(4, seconds, overlap)) for overlap in (True, False))
@@ -139,6 +140,7 @@ def slowly(*args):
     return kernels.forward_block(*args)
 
 
+@pytest.mark.alone
 def test_the_trace_shows_transfers_as_long_as_they_travel_and_counts_only_the_wait() -> None:
     for spans in run_ranks(2, spans_of):
         assert [name for name, _, _ in spans] == ["agree on shapes", "ring k, v"]

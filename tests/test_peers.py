@@ -128,6 +128,7 @@ def test_one_rank_has_nobody_to_watch() -> None:
         raise RuntimeError("mine")
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
 def test_a_cut_cable_ends_both_hosts_and_the_run_resumes(tmp_path: Path) -> None:
     cluster, script = tmp_path / "cluster.toml", tmp_path / "train.py"

@@ -21,6 +21,7 @@ from heteromesh.faults.monitor import Monitor
 from heteromesh.faults.steps import Steps
 
 
+@pytest.mark.alone
 def test_each_collective_is_recorded_with_bytes_and_waits():
     with mesh(3) as (transports, pool):
 

@@ -18,7 +18,7 @@ from heteromesh.planner.errors import UserError
 from heteromesh.runtime.sandbox import Job, Sandbox, parse_fault, why_not
 from heteromesh.runtime.sandbox.leftovers import remove_leftovers
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")
+pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")]
 FILE = """
 [devices.slow]
 tflops = 0.025

@@ -155,6 +155,7 @@ def test_connections_leave_by_every_given_address():
         assert {link.sock.getsockname()[0] for link in one.links_to(1)} == {"127.0.0.1", "127.0.0.2"}
 
 
+@pytest.mark.alone
 def test_abort_ends_a_blocked_wait_at_once():
     with mesh(3) as (transports, pool):
 
