@@ -101,9 +101,10 @@ class Learner:
         found = []
         for position, plan in enumerate(step.passes):
             split = len(plan.ranks) > 1
-            if plan.offload or (split and not self._waits_known):
-                continue
             method = self._costs.method(plan.method) if split else None
+            # a plan file may have methods that the costs don't know
+            if plan.offload or (split and (method is None or not self._waits_known)):
+                continue
             load = load_of([step.batch[k] for k in plan.sequences], plan.shards)
             fixed = self._costs.priced(plan.ranks, method, load).fixed
             for rank, (attention, rest) in zip(

@@ -145,6 +145,16 @@ def test_split_passes_do_not_count_where_waiting_is_not_known() -> None:
     assert learner.correction(0) == Correction()
 
 
+def test_passes_that_the_costs_cannot_price_do_not_count() -> None:
+    measured = costs((1.0,) * 4)
+    step = plan_step([16000], measured)
+    for change in ({"method": "of a plan file"}, {"offload": 0.5}):
+        learner = Learner(measured)
+        other = replace(step, passes=tuple(replace(p, **change) for p in step.passes))
+        learner.add(other, *times(step, costs((0.5,) * 4), random.Random(0)))
+        assert learner.correction(0) == Correction()
+
+
 def test_a_correction_survives_json() -> None:
     correction = learned(costs((1.0,) * 4), costs((1.0, 1.0, 0.5, 0.5)), steps=3)
     assert Correction(**json.loads(json.dumps(asdict(correction)))).applied(costs((1.0,) * 4)).speeds == (
