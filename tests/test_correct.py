@@ -196,7 +196,7 @@ def test_training_moves_work_away_from_a_rank_that_became_slow(tmp_path: Path) -
         [sum(p.tokens(p.ranks.index(r)) for p in s.plan.passes if r in p.ranks) for r in (0, 1)] for s in run.steps
     ]
     first, last = (a / b for a, b in (tokens[0], tokens[-1]))
-    assert first < 1.4 < 2 < last, tokens
+    assert first < 1.6 < 1.9 < last, tokens
     compared = compare_run(run)
-    assert compared.last_speeds[1] < 0.5
-    assert "1 1 -> " in comparison_text(compared)
+    assert compared.last_speeds[1] < 0.65 < compared.speeds[1]
+    assert f"-> {compared.last_speeds[1]:g}" in comparison_text(compared)
