@@ -187,6 +187,8 @@ class Coordinator:
             self._gone(message["member"], "died")
         elif kind == "leave":
             self._gone(line.member, "left")
+        elif kind == "over":
+            self._end(str(message.get("reason")))
         elif kind == "records" and self.monitor.heard(line.member, message, now):
             pass
         else:

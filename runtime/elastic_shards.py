@@ -15,7 +15,7 @@ import torch
 
 from heteromesh.comm.records import Recorder
 from heteromesh.faults.group import Group
-from heteromesh.faults.view import View
+from heteromesh.faults.view import Stopped, View
 from heteromesh.parallel.sharded_check import check_elementwise
 from heteromesh.parallel.sharded_fragments import Fragment
 from heteromesh.runtime.elastic_costs import OwnCosts
@@ -129,7 +129,7 @@ class ShardedState:
     def refresh(self, group: Group) -> str:
         view = group.view
         if not self.fresh and self._arrived_in != view.epoch:
-            sources = [view.members.index(m) for m in self.layout.sources(view.members)]
+            sources = [view.members.index(m) for m in self._sources(group)]
             kept = self.layout.held_by(view.members[view.rank])
             with self._recorder.span("parameters gathered, exposed", "wait"):
                 parts = list(zip(self.layout.ranges, sources, strict=True))
@@ -223,10 +223,18 @@ class ShardedState:
             if state:
                 self._optimizer.state[fragment.tensor] = state
 
+    def _sources(self, group: Group) -> list[int]:
+        try:
+            return self.layout.sources(group.view.members)
+        except Stopped as error:
+            # all are to hear of the first cause, not of who then gave up
+            group.tell({"kind": "over", "reason": str(error)})
+            raise
+
     def _travel(self, group: Group, wanted: Sequence[Sequence[Range]]) -> list[Part]:
         """What this rank wants (by rank, the ranges that it wants), from those who hold it."""
         view = group.view
-        sources = self.layout.sources(view.members)
+        sources = self._sources(group)
         mine: list[Part] = []
         outgoing: list[list[Part]] = [[] for _ in view.members]
         incoming: set[int] = set()

@@ -135,6 +135,15 @@ class Toy:
         self.held.adopt(state["held"])
 
 
+class Late(Toy):
+    """Looks at what two members have left of the optimizer only when it is told to go on."""
+
+    def _attempt(self, group: Group) -> tuple[bool, str]:
+        if group.view.size == 2:
+            self.go.wait(20)
+        return super()._attempt(group)
+
+
 class Toys:
     """A coordinator and members in threads, which arrive in the order in which they are started, first four at once."""
 
@@ -234,10 +243,14 @@ def test_two_that_are_no_neighbours_may_be_lost_at_once_and_each_holds_a_part() 
 
 def test_owner_and_mirror_lost_at_once_end_the_job_with_a_sentence() -> None:
     with toys() as job:
-        futures = job.start(*(Toy(name, BIG, dies_in=3 if name in "bc" else -1) for name in "abcd"))
-        for future in (futures[0], futures[3]):
-            with pytest.raises(Stopped, match="c and b were lost at once, and with them both copies of a part"):
-                future.result(20)
+        late = Late("d", BIG)
+        futures = job.start(*(Toy(name, BIG, dies_in=3 if name in "bc" else -1) for name in "abc"), late)
+        with pytest.raises(Stopped, match="c and b were lost at once, and with them both copies of a part"):
+            futures[0].result(20)
+        # it hears of the cause although the one that found it has left meanwhile
+        late.go.set()
+        with pytest.raises(Stopped, match="c and b were lost at once"):
+            futures[3].result(20)
 
 
 def test_what_is_not_element_wise_is_refused() -> None:
