@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,13 @@ from heteromesh.parallel.linear import LinearAttention
 from heteromesh.planner.attention import AttentionShape as LayerShape
 from heteromesh.planner.attention import ModelAttention, split_methods
 from heteromesh.planner.cost import Costs, Method, RateByDegree
+from heteromesh.planner.links import Links
 from heteromesh.planner.plan import Pass
+from heteromesh.planner.shards import make_pass
 from heteromesh.runtime.batch import PassInput
 from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.fit import fit_jointly
+from heteromesh.runtime.probe.network import measure_links
 
 REPEATS = 3
 SLOW_SECONDS = 0.5
@@ -90,8 +94,6 @@ class Calibration:
         """
         self._executor, self._world, self._tokens = executor, executor.world, tokens
         self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
-        self._shared = self._longest
-        """Tokens of measuring passes over all ranks: what the slowest of them could do alone."""
         self._shape: tuple[AttentionShape | None] | None = None
         """Once it has been looked at."""
 
@@ -101,8 +103,6 @@ class Calibration:
         """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
         own = self._affordable()
-        lengths = self._world.gather(own)
-        self._longest, self._shared = max(lengths), min(lengths)
         short = min(SHORTEST, own)
         packs = [(own,), (-(-own // 2),), (short,) * max(1, own // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
@@ -143,16 +143,16 @@ class Calibration:
 
     def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
         """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
-        size = self._world.size
-        costs = replace(costs, rate=rate or RateByDegree({size: self.exchange_rate()}))
+        costs = replace(costs, rate=rate or self._rates(costs.hosts))
         costs = replace(costs, seconds_per_round=self.round_seconds())
         works: dict[str, float] = {}
         rest, began = 0.0, time.perf_counter()
         for method in self._candidates(costs):
-            works[method.name] = self._split_work(method, costs)
+            length = self._bearable(method, costs)
+            works[method.name] = self._split_work(method, costs, length)
             if len(works) == 1:
                 first = replace(costs, methods=(replace(method, work=works[method.name]),))
-                rest = self._beyond(first, method, max(size, self._shared // 8))
+                rest = self._beyond(first, self._together(method, max(self._world.size, length // 8), costs))
             if max(self._world.gather(time.perf_counter() - began)) > SPLIT_SECONDS:
                 break
         usual = statistics.median(works.values()) if works else 1.0
@@ -165,19 +165,32 @@ class Calibration:
         found = [costs.method_for(ranks, float(n)) for n in (self._longest, 8 * self._longest, self._longest // 8 + 1)]
         return list({m.name: m for m in found if m is not None}.values())
 
-    def _split_work(self, method: Method, costs: Costs) -> float:
-        """Compute of the longest sequence split over all ranks, relative to what the constants have its slowest do."""
-        length = max(self._world.size, self._shared)
-        plan = even_pass(method.name, length, self._world.size)
-        compute = costs.pass_parts(plan.ranks, method.name, [length], plan.shards).compute
-        # parts of a sequence hardly compute faster than the whole: one noisy pass must not promise that they do
-        return min(1.25, max(0.95, 1 + self._beyond(costs, method, length) / max(1e-9, compute)))
+    def _bearable(self, method: Method, costs: Costs) -> int:
+        """Tokens of the longest sequence that takes all ranks together half as long as their own passes may take."""
+        low, high = self._world.size, max(self._world.size, self._longest)
+        while low < high:
+            middle = (low + high + 1) // 2
+            bearable = self._together(method, middle, costs).seconds <= self._run_seconds / 2
+            low, high = (middle, high) if bearable else (low, middle - 1)
+        return low
 
-    def _beyond(self, costs: Costs, method: Method, length: int) -> float:
-        """Seconds that a pass over all ranks takes beyond what the constants have it take."""
-        plan = even_pass(method.name, length, self._world.size)
-        measured: float = max(self._world.gather(self._seconds(plan, [length])))
-        return measured - costs.pass_seconds(plan.ranks, method.name, [length], plan.shards)
+    def _together(self, method: Method, length: int, costs: Costs) -> Pass:
+        """A sequence over all ranks as the planner splits it, to each as much as it is fast, whatever it can hold."""
+        roomy = replace(costs, capacity=(sys.maxsize,) * self._world.size)
+        return make_pass(range(self._world.size), method.name, [0], [length], roomy)
+
+    def _split_work(self, method: Method, costs: Costs, length: int) -> float:
+        """Compute of a sequence split over all ranks, relative to what the constants have its slowest do."""
+        plan = self._together(method, length, costs)
+        compute = costs.pass_parts(plan.ranks, plan.method, [length], plan.shards).compute
+        # parts of a sequence hardly compute faster than the whole: one noisy pass must not promise that they do
+        return min(1.25, max(0.95, 1 + self._beyond(costs, plan) / max(1e-9, compute)))
+
+    def _beyond(self, costs: Costs, plan: Pass) -> float:
+        """Seconds that a pass of one sequence takes beyond what the constants have it take."""
+        lengths = [sum(shard for (shard,) in plan.shards)]
+        measured: float = max(self._world.gather(self._seconds(plan, lengths, costs.speeds)))
+        return measured - costs.pass_seconds(plan.ranks, plan.method, lengths, plan.shards)
 
     def round_seconds(self) -> float:
         """Latency of a round of messages."""
@@ -203,6 +216,16 @@ class Calibration:
         everyone = tuple(self._world.gather(seconds))
         return everyone if any(everyone) else ()
 
+    def _rates(self, hosts: Sequence[int]) -> RateByDegree | Links:
+        """Of exchanges. Of several hosts, the cards of each one, at most what they come to when all exchange."""
+        ranks, everyone = range(self._world.size), self.exchange_rate()
+        if len(set(hosts)) == 1:
+            return RateByDegree({self._world.size: everyone})
+        links = measure_links(self._world, hosts)
+        shared = min(1.0, everyone / links(ranks))
+        cards = tuple(rate * shared for rate in links.ethernet)
+        return replace(links, fabric_nics=cards, ethernet=cards)
+
     def exchange_rate(self) -> float:
         """Bytes per second each way of a rank that exchanges with all others at once."""
         exchange = Exchange(self._world, range(self._world.size))
@@ -223,7 +246,7 @@ class Calibration:
 
     def _look_at_attention(self) -> AttentionShape | None:
         tokens = min(self._longest, 512)
-        plain = prepare_pass(even_pass("local", tokens, 1), [tokens], self._world, (1.0,))
+        plain = prepare_pass(self._alone([tokens]), [tokens], self._world, (1.0,) * self._world.size)
         linear = _LinearSpy(plain.layout, 0, None, None)
         seen: list[tuple[torch.Size, torch.Size, int, bool]] = []
 
@@ -259,12 +282,14 @@ class Calibration:
         shards = (tuple(lengths),)
         return Pass(ranks=(self._world.rank,), method="local", sequences=everything, shards=shards, seconds=0.0)
 
-    def _seconds(self, plan: Pass, lengths: Sequence[int]) -> float:
-        """Of a pass that starts on every rank at once."""
-        return self._timed(self._act(plan, lengths))
+    def _seconds(self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()) -> float:
+        """Of a pass that starts on every rank at once. speeds: of all ranks, where it is split."""
+        return self._timed(self._act(plan, lengths, speeds))
 
-    def _act(self, plan: Pass, lengths: Sequence[int]) -> Callable[[], object]:
-        context = prepare_pass(plan, lengths, self._world, (1.0,) * self._world.size)
+    def _act(self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()) -> Callable[[], object]:
+        if self._world.rank not in plan.ranks:  # too slow for a token
+            return lambda: None
+        context = prepare_pass(plan, lengths, self._world, speeds or (1.0,) * self._world.size)
         batch = self._input(context)
         return lambda: self._executor.forward_backward(context, batch, max(1, batch.valid))
 
@@ -298,12 +323,6 @@ class Calibration:
         return tuple(self._world.gather(max(1, int(0.5 * free_bytes(self._world) / per_token))))
 
 
-def even_pass(method: str, length: int, degree: int) -> Pass:
-    """One sequence over ranks 0..degree in even shards."""
-    shards = tuple(((length * (i + 1) // degree) - (length * i // degree),) for i in range(degree))
-    return Pass(ranks=tuple(range(degree)), method=method, sequences=(0,), shards=shards, seconds=0.0)
-
-
 def free_bytes(world: World) -> float:
     """Memory that this rank may count on: of its device, or its share of the host's."""
     if world.device.type == "cuda":
@@ -326,4 +345,5 @@ def _free_host_bytes() -> float:
 
 def _hosts(world: World) -> tuple[int, ...]:
     names = world.gather(os.environ.get("GROUP_RANK", "0"))
-    return tuple(names.index(name) for name in names)
+    order = list(dict.fromkeys(names))
+    return tuple(order.index(name) for name in names)

@@ -53,7 +53,7 @@ class TrainerConfig:
     tokens_per_device: int | None = None
     """Tokens of activations that fit on a device in one pass; None: measured."""
     plan_ahead: int = 2
-    """Steps planned ahead of the one that runs."""
+    """Steps planned ahead of the one that runs, at most: one where planning takes little of a step."""
     plan_seconds: float = 0.05
     """Time limit of the planner for a step."""
     timeout_seconds: float = 600.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ from heteromesh.planner.errors import UserError
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.batch import PassInput, Reader
 from heteromesh.runtime.sampler import Batch
+
+LATE = 3
+"""Of a step's predicted seconds: a plan that takes a third of it may come too late, as predictions err."""
+PREPARATIONS = 4
+"""Of late steps, whose longest counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,11 @@ class PlanningFailed(Exception):
 
 
 class PlanFeed:
-    """Prepares steps first..last (excluded). `propose(index)` is called on rank 0 only, in the thread."""
+    """Prepares steps first..last (excluded). `propose(index)` is called on rank 0 only, in the thread.
+
+    A step is planned while the one before it runs, so that the plan knows what passes lately took; earlier, at most
+    `ahead` steps, where that might come too late.
+    """
 
     def __init__(
         self, world: World, reader: Reader, propose: Callable[[int], Planned], first: int, last: int, ahead: int
@@ -60,9 +70,11 @@ class PlanFeed:
         self._world, self._reader, self._propose = world, reader, propose
         self._range = range(first, last)
         self._queue: queue.Queue[Prepared | BaseException] = queue.Queue()
-        self._room = threading.Semaphore(ahead)
-        """For steps that wait or are being planned: none is planned earlier than it must, to know what passes take."""
-        self._stop = threading.Event()
+        self._ahead, self._taken, self._allowed = ahead, first, first + 1
+        """Steps before this one may be planned; only rank 0 asks, the others follow it."""
+        self._preparations: deque[float] = deque(maxlen=PREPARATIONS)
+        self._changed = threading.Condition()
+        self._stop = False
         self._thread = threading.Thread(target=self._run, name="heteromesh-plans", daemon=True)
         self._thread.start()
 
@@ -71,9 +83,13 @@ class PlanFeed:
         start = time.perf_counter()
         item = self._queue.get()
         end = time.perf_counter()
-        self._room.release()
         if isinstance(item, BaseException):
             raise item
+        self._taken += 1
+        with self._changed:
+            late = LATE * max(self._preparations) > item.step.seconds
+            self._allowed = max(self._allowed, self._taken + (self._ahead if late else 1))
+            self._changed.notify()
         for name, category, until, since in (
             ("wait for the plan", "plan", item.planned_at, start),
             ("wait for data", "data", item.ready_at, max(start, item.planned_at)),
@@ -86,26 +102,36 @@ class PlanFeed:
 
     def close(self) -> None:
         """Ends the thread. Every rank must call it after the same step."""
-        self._stop.set()
-        self._room.release()
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
         try:
             for index in self._range:
-                self._room.acquire()
+                self._await_room(index)
+                began = time.perf_counter()
                 planned = self._world.broadcast(self._decide(index) if self._world.rank == 0 else None)
                 if isinstance(planned, UserError):
                     self._queue.put(PlanningFailed(planned))
                     return
                 if planned is None:
                     return
-                self._queue.put(self._prepare(planned))
+                prepared = self._prepare(planned)
+                with self._changed:
+                    self._preparations.append(prepared.ready_at - began)
+                self._queue.put(prepared)
         except BaseException as error:
             self._queue.put(error)
 
+    def _await_room(self, index: int) -> None:
+        with self._changed:
+            while self._world.rank == 0 and index >= self._allowed and not self._stop:
+                self._changed.wait()
+
     def _decide(self, index: int) -> Planned | UserError | None:
-        if self._stop.is_set():
+        if self._stop:
             return None
         try:
             return self._propose(index)

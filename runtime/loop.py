@@ -298,16 +298,18 @@ class TrainingLoop:
 
     def _learn(self, step: Step, seconds: float, result: StepResult) -> None:
         """Corrects the costs: what passes took, and a step beyond them (the exposed gradient sum, the optimizer)."""
-        if not self.service or len(self.losses) < 2:  # the first step has allocations that no other has
+        if not self.service:
             return
         spent = [0.0] * self.world.size
         for (rank, _), took in result.pass_seconds.items():
             spent[rank] += took
-        self.overheads.append(max(0.0, seconds - max(spent)))
+        if len(self.losses) > 1:  # the first step has allocations that no other has
+            self.overheads.append(max(0.0, seconds - max(spent)))
         # constants that the user gave stand; what was measured before the first step was measured once
         if self.config.cost is None:
             self.learner.add(step, result.pass_seconds, result.pass_waits)
-        self.correction = self.learner.correction(statistics.median(self.overheads))
+        beyond = statistics.median(self.overheads) if self.overheads else self.correction.seconds_per_step
+        self.correction = self.learner.correction(beyond)
 
     def _trainer_state(self, batch: Batch) -> dict[str, Any]:
         schedule = self.trainer.schedule

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from heteromesh.parallel.attention import prepare_pass
+from heteromesh.planner.plan import Pass
+from heteromesh.planner.static import even_shards
 from heteromesh.planner.traffic import AGREEMENT_BYTES, pass_bytes
 from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.calibrate import LONGEST, RUN_SECONDS, SHORTEST, Calibration, even_pass
+from heteromesh.runtime.calibrate import LONGEST, RUN_SECONDS, SHORTEST, Calibration
 from heteromesh.runtime.executor import StepExecutor
 from heteromesh.runtime.fit import fit_jointly, fit_nonnegative
 from llama import Llama
@@ -61,7 +63,8 @@ def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, floa
     hosts = tuple(r // 2 for r in range(world.size))
     for method in shape.methods(executor.forwards, hosts):
         length = 12 * world.size
-        plan = even_pass(method.name, length, world.size)
+        team = tuple(range(world.size))
+        plan = Pass(ranks=team, method=method.name, sequences=(0,), shards=even_shards([length], world.size), seconds=0)
         context = prepare_pass(plan, [length], world, (1.0,) * world.size)
         batch = Reader([torch.arange(length) % 61]).pass_input(context.layout, [0], world.rank)
         executor.forward_backward(context, batch, 1)  # the first one also compares what the ranks hold

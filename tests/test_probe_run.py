@@ -17,7 +17,7 @@ from virtual_link import LATENCY, virtual_link
 
 from heteromesh.planner.cluster import load_cluster
 from heteromesh.planner.errors import UserError
-from heteromesh.planner.links import cluster_links
+from heteromesh.planner.links import Links, cluster_links
 from heteromesh.planner.measured import measured_costs
 from heteromesh.planner.model import ModelSpec
 from heteromesh.runtime import launch
@@ -33,7 +33,7 @@ from heteromesh.runtime.probe.decoder import Decoder
 from heteromesh.runtime.probe.interfaces import Interface
 from heteromesh.runtime.probe.known import known_costs
 from heteromesh.runtime.probe.modelcosts import measure_model
-from heteromesh.runtime.probe.network import Network, measure_network
+from heteromesh.runtime.probe.network import Network, measure_links, measure_network
 from heteromesh.runtime.probe.sockets import CardRate, measure_cards
 from heteromesh.runtime.setup import find_costs
 from ranks import World, run_ranks
@@ -204,6 +204,30 @@ def test_two_ranks_of_a_host_share_its_link_to_another() -> None:
     assert [p.ranks for p in found.local] == [(0, 1)]
     assert found.local[0].both == pytest.approx(2e7)
     assert len(found.between) == 1
+
+
+def quick_links(world: World, hosts: tuple[int, ...]) -> Links:
+    with virtual_link(world, 2e7 if world.rank < 3 else 5e6, (network, pairs)):
+        return measure_links(world, hosts)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "inside", "cards"),
+    [
+        ((0, 1, 2, 3), [2e7] * 4, [2e7, 2e7, 2e7, 5e6]),
+        ((0, 0, 1, 1), [2e7, 5e6], [2.5e7, 2.5e7]),
+        ((0, 1, 0, 2), [2e7] * 3, [2e7, 2e7, 5e6]),
+        ((0, 0, 0, 1), [2e7, 5e6], [5e6, 5e6]),
+    ],
+)
+def test_quick_rates_are_those_inside_hosts_and_of_their_cards(
+    hosts: tuple[int, ...], inside: list[float], cards: list[float]
+) -> None:
+    found = run_ranks(4, quick_links, hosts)
+    assert all(links == found[0] for links in found)
+    assert found[0].hosts == hosts
+    assert found[0].link == pytest.approx(inside, rel=0.01)
+    assert found[0].ethernet == found[0].fabric_nics == pytest.approx(cards, rel=0.01)
 
 
 def cards_of(world: World) -> list[CardRate]:

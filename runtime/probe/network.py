@@ -11,6 +11,7 @@ import torch
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
+from heteromesh.planner.links import Links
 from heteromesh.runtime.probe.compute import synchronise
 from heteromesh.runtime.probe.fit import AlphaBeta
 from heteromesh.runtime.probe.pairs import WAYS, Pair, PairReading, Way
@@ -22,6 +23,10 @@ LEAST_SECONDS = 0.05
 """Of one of them."""
 FASTER = 1.15
 NEAR = 1.3
+TURNS = 7
+"""Hosts that each host exchanges with where time is short."""
+
+Ranks = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,42 @@ def measure_network(world: World, hosts: Sequence[Sequence[int]]) -> Network:
         into = [_settle(r, _fan(world, ranks, between, h)) for h, r in enumerate(into)]
     together = _together(world, ranks, between) if len(ranks) > 3 else None
     return Network(hosts=ranks, local=local, between=between, out=tuple(out), into=tuple(into), together=together)
+
+
+def measure_links(world: World, hosts: Sequence[int]) -> Links:
+    """Rates inside hosts and of their cards, in about a second. hosts: of every rank, 0, 1, ...; two hosts at least.
+
+    Neighbours of a host exchange, then hosts in turn with others, both ways at once. Every rank of the world must call
+    it; all get the same.
+    """
+    ranks = tuple(tuple(r for r, host in enumerate(hosts) if host == h) for h in range(max(hosts) + 1))
+    inside = [(own[i], own[i + 1]) for own in ranks for i in range(0, len(own) - 1, 2)]
+    found: dict[int, list[float]] = {h: [] for h in range(len(ranks))}
+    if inside:
+        for (first, _), rate in _both_ways(world, inside).items():
+            found[hosts[first]].append(rate)
+    cards = [0.0] * len(ranks)
+    for turn in tournament(len(ranks))[:TURNS]:
+        members = {pair: list(zip(ranks[pair[0]], ranks[pair[1]], strict=False)) for pair in turn}
+        rates = _both_ways(world, [p for pairs in members.values() for p in pairs])
+        for pair, pairs in members.items():
+            for host in pair:
+                cards[host] = max(cards[host], sum(rates[p] for p in pairs))
+    # a host with one rank needs no rate inside
+    fastest = max(cards)
+    return Links(
+        hosts=tuple(hosts),
+        link=tuple(statistics.median(own) if own else fastest for own in found.values()),
+        fabrics=("",) * len(ranks),
+        fabric_nics=tuple(cards),
+        ethernet=tuple(cards),
+    )
+
+
+def _both_ways(world: World, pairs: Sequence[Ranks]) -> dict[Ranks, float]:
+    """Bytes per second each way of disjoint pairs, side by side."""
+    lines = _round(world, pairs, ("both",))[1]
+    return {pair: lines[pair, "both"].bytes_per_second for pair in pairs}
 
 
 def _best(hosts: int, between: Sequence[HostPair], ways: Callable[[HostPair], dict[int, float]]) -> list[float]:
@@ -145,9 +186,6 @@ def _between(world: World, hosts: tuple[tuple[int, ...], ...]) -> tuple[HostPair
                 )
             )
     return tuple(sorted(found, key=lambda p: p.hosts))
-
-
-Ranks = tuple[int, int]
 
 
 def _round(
