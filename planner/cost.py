@@ -44,6 +44,9 @@ class Topology(Protocol):
     def around(self, ranks: Sequence[int], inner: int) -> float:
         """The same when every rank sends to the one `inner` places before it."""
 
+    def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
+        """Seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it."""
+
 
 class Wires(NamedTuple):
     """Seconds that a method's transfers take on a set of ranks."""
@@ -168,7 +171,7 @@ class Costs:
             return Parts(0.0, 0.0, 0.0, 0.0, fixed)
         wires = Wires(0.0, 0.0, 0.0, 0.0, 0.0)
         if method is not None and degree > 1:
-            wires = self.wires(ranks, method)
+            wires = self.wires(ranks, method, load.tokens)
             fixed += method.extra_tiles(degree) * load.sequences * self.seconds_per_tile
         hidden = wires.hidden * max(load.tokens) + wires.hidden_latency
         compute = total = moved = 0.0
@@ -191,10 +194,15 @@ class Costs:
         a, b = self.seconds_per_token2 * work, self.seconds_per_token * work
         return [(a * p / v, b * n / v) for p, n, v in zip(pairs, load.tokens, speeds, strict=True)]
 
-    def wires(self, ranks: Sequence[int], method: Method) -> Wires:
-        """Seconds of the method's transfers among these ranks."""
+    def wires(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> Wires:
+        """Seconds of the method's transfers among these ranks. tokens: of their shards, or in proportion to these."""
         degree, rate = len(ranks), self.rate(ranks)
-        once = method.exchanged(degree) / self._inner_rate(ranks, method)
+        if method.scaling == "peers" and isinstance(self.rate, Topology):
+            whole = sum(tokens)
+            seconds = self.rate.gathering(ranks, [n / whole for n in tokens]) * whole / max(tokens)
+            once = method.bytes_per_token * seconds
+        else:
+            once = method.exchanged(degree) / self._inner_rate(ranks, method)
         messages = [n * self.seconds_per_round for n in method.messages(degree)]
         hides = method.hidden_share(degree)
         if method.overlap != "rounds":

@@ -134,7 +134,7 @@ class Fleet:
         power, degree, work, wire = sum(speeds), len(ranks), 1.0, 0.0
         fixed, uneven = costs.seconds_per_pass, 1.0
         if method is not None:
-            wires, work = costs.wires(ranks, method), method.work
+            wires, work = costs.wires(ranks, method, speeds), method.work
             wire = wires.exposed
             fixed += costs.seconds_per_split_pass + wires.exposed_latency
             fixed += method.extra_tiles(degree) * costs.seconds_per_tile

@@ -59,6 +59,24 @@ class Links:
             rate = self._memo[key] = min([*local, *(self.uplink(h, present) / n for h, n in leaving.items())])
         return rate
 
+    def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
+        """Seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it.
+
+        A rank sends its share to each other one and receives theirs, both ways at once; so a slow card costs less the
+        smaller the share behind it. With equal shares, equal to the rate of an exchange of everyone with everyone.
+        """
+        held: dict[int, list[float]] = {}
+        for rank, share in zip(ranks, shares, strict=True):
+            held.setdefault(self.hosts[rank], []).append(share)
+        hosts, slowest = list(held), 0.0
+        for host, own in held.items():
+            inside, count = sum(own), len(own)
+            local = max(max(share * (count - 1), inside - share) for share in own) / self.link[host]
+            leaving, arriving = inside * (len(ranks) - count), (1 - inside) * count
+            remote = max(leaving, arriving) / self.uplink(host, hosts) if len(hosts) > 1 else 0.0
+            slowest = max(slowest, local, remote)
+        return slowest
+
     def ring_rate(self) -> float:
         """Bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
         present = sorted(set(self.hosts))

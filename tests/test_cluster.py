@@ -1,3 +1,5 @@
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from heteromesh.planner.catalog import CATALOG
 from heteromesh.planner.cluster import load_cluster, local_cluster
 from heteromesh.planner.errors import UserError
-from heteromesh.planner.links import LINK_UTILISATION, NIC_UTILISATION, cluster_links
+from heteromesh.planner.links import LINK_UTILISATION, NIC_UTILISATION, Links, cluster_links
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "clusters"
 GOOD = """
@@ -247,6 +249,49 @@ def test_exchange_rates_follow_links_and_nics(tmp_path):
     assert links((0, 1, 4)) == pytest.approx(ethernet)
     assert links.ring_rate() == pytest.approx(ethernet)
     assert cluster_links(local_cluster(2)).ring_rate() == pytest.approx(4e9 * LINK_UTILISATION)
+
+
+def gathered_seconds(links, ranks, shares):
+    """Message by message: what leaves and reaches every rank's host and every rank's own link."""
+    hosts = [links.hosts[r] for r in ranks]
+    out, into, sent, got = Counter(), Counter(), Counter(), Counter()
+    for i, share in enumerate(shares):
+        for j in range(len(ranks)):
+            if hosts[i] != hosts[j]:
+                out[hosts[i]] += share
+                into[hosts[j]] += share
+            elif i != j:
+                sent[i] += share
+                got[j] += share
+    cards = [max(out[h], into[h]) / links.uplink(h, hosts) for h in hosts if len(set(hosts)) > 1]
+    return max(*cards, *(max(sent[i], got[i]) / links.link[hosts[i]] for i in range(len(ranks))))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gathering_unequal_shares_takes_what_the_busiest_card_or_link_takes(seed):
+    rng = random.Random(seed)
+    hosts = sorted(rng.choices(range(rng.randint(1, 4)), k=rng.randint(2, 8)))
+    hosts = tuple(sorted(set(hosts)).index(h) for h in hosts)
+    link, cards = ([rng.uniform(1, 100) for _ in range(max(hosts) + 1)] for _ in range(2))
+    links = Links(
+        hosts=hosts, link=tuple(link), fabrics=("",) * len(link), fabric_nics=tuple(cards), ethernet=tuple(cards)
+    )
+    ranks = sorted(rng.sample(range(len(hosts)), rng.randint(2, len(hosts))))
+    shares = [rng.random() for _ in ranks]
+    shares = [share / sum(shares) for share in shares]
+    assert links.gathering(ranks, shares) == pytest.approx(gathered_seconds(links, ranks, shares))
+    # with equal shares each rank exchanges all but its own with everyone
+    equal = [1 / len(ranks)] * len(ranks)
+    assert links.gathering(ranks, equal) == pytest.approx((len(ranks) - 1) / len(ranks) / links(ranks))
+
+
+def test_a_slow_host_with_a_small_share_costs_a_gathering_little():
+    links = Links(
+        hosts=(0, 1, 2), link=(1.0,) * 3, fabrics=("",) * 3, fabric_nics=(10.0, 10.0, 1.0), ethernet=(10.0, 10.0, 1.0)
+    )
+    # it receives the others' parts, and sends little; with a large part it would have to send that twice
+    assert links.gathering((0, 1, 2), (0.45, 0.45, 0.1)) == pytest.approx(0.9)
+    assert links.gathering((0, 1, 2), (0.1, 0.1, 0.8)) == pytest.approx(1.6)
 
 
 def test_hosts_on_no_fabric_meet_over_ethernet_only(tmp_path):
