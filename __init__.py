@@ -9,24 +9,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from heteromesh.parallel.attention import attention, linear_attention
-    from heteromesh.planner.errors import UserError
-    from heteromesh.planner.step import plan_step
+    from heteromesh.errors import UserError
+    from heteromesh.parallel.attention.api import attention, linear_attention
+    from heteromesh.planner.sequences.step import plan_step
     from heteromesh.runtime.config import TrainerConfig
-    from heteromesh.runtime.executor import StepExecutor
+    from heteromesh.runtime.engine.passes import StepExecutor
     from heteromesh.runtime.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "linear_attention", "plan_step"]
 
 _HOME = {
-    "StepExecutor": "heteromesh.runtime.executor",
+    "StepExecutor": "heteromesh.runtime.engine.passes",
     "Trainer": "heteromesh.runtime.trainer",
     "TrainerConfig": "heteromesh.runtime.config",
-    "UserError": "heteromesh.planner.errors",
-    "attention": "heteromesh.parallel.attention",
-    "linear_attention": "heteromesh.parallel.attention",
-    "plan_step": "heteromesh.planner.step",
+    "UserError": "heteromesh.errors",
+    "attention": "heteromesh.parallel.attention.api",
+    "linear_attention": "heteromesh.parallel.attention.api",
+    "plan_step": "heteromesh.planner.sequences.step",
 }
 
 

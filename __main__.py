@@ -1,5 +1,5 @@
 """`python -m heteromesh` is the `heteromesh` command."""
 
-from heteromesh.runtime.cli import main
+from heteromesh.runtime.cli.main import main
 
 raise SystemExit(main())

@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from heteromesh.comm.collectives import Collectives, open_collectives
-from heteromesh.comm.gloo import GlooTransport
-from heteromesh.comm.nics_open import open_nics
-from heteromesh.planner.catalog import CATALOG
-from heteromesh.planner.cluster import Cluster, Host, Nic
-from heteromesh.planner.nic_split import card_rates, split
-from heteromesh.planner.reduction import reduction_for
+from heteromesh.comm.collectives.gloo import GlooTransport
+from heteromesh.comm.collectives.uneven import Collectives, open_collectives
+from heteromesh.comm.nics.connect import open_nics
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
+from heteromesh.planner.cluster.nics import card_rates, split
+from heteromesh.planner.reduction.reduction import reduction_for
 
 CLUSTERS: dict[str, tuple[tuple[float, ...], ...]] = {
     "2 + 2": ((1.0,),) * 2 + ((0.2,),) * 2,

@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from heteromesh.planner.catalog import CATALOG
-from heteromesh.planner.cluster import Cluster, Host, Nic
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.runtime.sandbox import Process, Sandbox, why_not
 
 OURS = ("ulysses", "gather", "ring", "trimmed_ring", "bidirectional_ring", "token_ring", "ulysses_ring")
@@ -44,7 +44,7 @@ def work(kind: str, options: argparse.Namespace, world: Any) -> tuple[Callable[[
     """(one forward and backward, the output) of this rank's share."""
     import torch
 
-    from heteromesh.planner.layout import method_layout
+    from heteromesh.planner.splitting.layout import method_layout
 
     size, tokens = world.size, options.tokens // world.size
     shards = [[tokens]] * size
@@ -81,7 +81,7 @@ def work(kind: str, options: argparse.Namespace, world: Any) -> tuple[Callable[[
 
 
 def ours(kind: str, options: argparse.Namespace, shards: Any, world: Any) -> Callable[..., Any]:
-    from heteromesh.parallel.attention import attention, prepare_pass
+    from heteromesh.parallel.attention.api import attention, prepare_pass
     from heteromesh.planner.plan import Pass
 
     plan = Pass(

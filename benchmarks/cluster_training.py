@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.cluster.cluster import load_cluster
 
 HERE = Path(__file__).parent
 CLUSTERS = [HERE.parent / "examples/clusters" / f"sandbox-{name}.toml" for name in ("motley", "unequal", "equal")]

@@ -28,8 +28,8 @@ from typing import Any
 
 from diagnosis_member import BEGIN, Order, write_order  # type: ignore[import-not-found]
 
-from heteromesh.planner.catalog import CATALOG
-from heteromesh.planner.cluster import Cluster, Host, Nic
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.runtime.sandbox import Sandbox
 from heteromesh.runtime.sandbox.network import Interface
 

@@ -9,11 +9,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from heteromesh.comm.tcp_abort import Abort
-from heteromesh.comm.tcp_build import Place, build
-from heteromesh.comm.tcp_collectives import all_reduce
-from heteromesh.comm.tcp_listen import Listener
-from heteromesh.comm.tcp_records import Records
+from heteromesh.comm.tcp.abort import Abort
+from heteromesh.comm.tcp.collectives import all_reduce
+from heteromesh.comm.tcp.connect import Place, build
+from heteromesh.comm.tcp.listen import Listener
+from heteromesh.comm.tcp.records import Records
 
 _SIZE, _ROUNDS, _TURN = 4, 60, 25
 _SECRET = b"cost"

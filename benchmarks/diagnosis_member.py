@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from heteromesh.faults import inject
-from heteromesh.faults.coordinator import Coordinator
-from heteromesh.faults.deadlines import Timing
-from heteromesh.faults.member import Member, Terms
-from heteromesh.faults.membership import Bounds
-from heteromesh.faults.monitor import Monitor
-from heteromesh.faults.steps import Steps
-from heteromesh.faults.view import Fenced
+from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.faults.diagnosis.monitor import Monitor
+from heteromesh.faults.member.commit import Steps
+from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.membership.view import Fenced
+from heteromesh.faults.testing import inject
 
 PORT = 29400
 BEGIN = "listening"

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 import heteromesh as hm
-from heteromesh.faults.heal import digest_of
-from heteromesh.runtime.sampler import Sampler
+from heteromesh.faults.member.state_transfer import digest_of
+from heteromesh.runtime.work.sampler import Sampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from llama import Llama, LlamaConfig

@@ -21,17 +21,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from heteromesh.comm.world import World, join_world
-from heteromesh.planner.cluster import local_cluster
-from heteromesh.planner.step import plan_step
-from heteromesh.runtime.batch import Reader
+from heteromesh.planner.cluster.cluster import local_cluster
+from heteromesh.planner.sequences.step import plan_step
 from heteromesh.runtime.config import TrainerConfig
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.even_split import EvenSplit, compare
-from heteromesh.runtime.executor import StepExecutor
-from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.setup import find_costs
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import open_tokens
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import open_tokens
+from heteromesh.runtime.engine.baselines import EvenSplit, compare
+from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.training.build import find_costs
+from heteromesh.runtime.work.reader import Reader
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/faults.py [--kills 100] [--processes 4] [--megabytes 1 64] [--parts kill,stop] [--peer torchft]
 
-Our side runs checked steps (faults/lab.py): a sum counts when all survivors have committed it. Plain gloo runs the same
-all-reduce in a loop; a survivor counts as done when its all-reduce has ended, which is an error after the group's time
-limit. Prints Markdown. Exit code 1 when a sum was wrong, a commit disagreed or a survivor hung.
+Our side runs checked steps (faults/testing/lab.py): a sum counts when all survivors have committed it. Plain gloo runs
+the same all-reduce in a loop; a survivor counts as done when its all-reduce has ended, which is an error after the
+group's time limit. Prints Markdown. Exit code 1 when a sum was wrong, a commit disagreed or a survivor hung.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from heteromesh.faults import inject
-from heteromesh.faults.coordinator import Coordinator
-from heteromesh.faults.deadlines import Timing
-from heteromesh.faults.lab import Lab, Work, Worker
-from heteromesh.faults.member import Member, Terms
-from heteromesh.faults.membership import Bounds
-from heteromesh.faults.steps import Steps
+from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.faults.member.commit import Steps
+from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.testing import inject
+from heteromesh.faults.testing.lab import Lab, Work, Worker
 
 _GLOO_LIMIT = 5.0
 _SECRET = b"benchmark"
@@ -40,7 +40,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def main() -> int:
     options = _options()
-    _context.set_forkserver_preload(["heteromesh.faults.lab", "torch.distributed"])
+    _context.set_forkserver_preload(["heteromesh.faults.testing.lab", "torch.distributed"])
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at start, torch {torch.__version__}\n")
     wrong: list[str] = []
     parts = options.parts.split(",")

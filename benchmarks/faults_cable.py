@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from heteromesh.faults.member import Member, Terms
-from heteromesh.faults.serve import SECRET
-from heteromesh.faults.steps import Steps
-from heteromesh.faults.view import Fenced
-from heteromesh.planner.catalog import CATALOG
-from heteromesh.planner.cluster import Cluster, Host, Nic
+from heteromesh.faults.coordinator.main import SECRET
+from heteromesh.faults.member.commit import Steps
+from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.membership.view import Fenced
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.runtime.sandbox import Sandbox
 
 _PORT = 29400

@@ -18,9 +18,9 @@ import sys
 import time
 from functools import partial
 
-from heteromesh.faults import inject
-from heteromesh.faults.deadlines import Timing
-from heteromesh.faults.lab import Lab, Work, Worker
+from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.testing import inject
+from heteromesh.faults.testing.lab import Lab, Work, Worker
 
 
 def main() -> int:

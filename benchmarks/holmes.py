@@ -24,11 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from heteromesh.planner.placement import place
-from heteromesh.planner.predict import predict
-from heteromesh.planner.sites import Site, Sites
-from heteromesh.planner.stages import Placement, Stage
-from heteromesh.planner.workload import Workload
+from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.placement import place
+from heteromesh.planner.stages.predict import predict
+from heteromesh.planner.stages.stages import Placement, Stage
+from heteromesh.planner.stages.workload import Workload
 
 MICRO_BATCH, LENGTH, HIDDEN, LAYERS, VOCABULARY = 4, 2048, 3072, 30, 51_200
 DEVICES = 8

@@ -23,14 +23,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from heteromesh.comm.world import World, join_world
-from heteromesh.parallel.pipeline import PipelineExecutor, PipelineResult
-from heteromesh.parallel.pipeline_packs import pack_step
-from heteromesh.planner.stages import Placement, Stage
-from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.sampler import Batch, Sampler
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import open_tokens
+from heteromesh.parallel.pipeline.engine import PipelineExecutor, PipelineResult
+from heteromesh.parallel.pipeline.packs import pack_step
+from heteromesh.planner.stages.stages import Placement, Stage
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import open_tokens
+from heteromesh.runtime.work.reader import Reader
+from heteromesh.runtime.work.sampler import Batch, Sampler
 from llama import Llama, LlamaConfig
 
 CLUSTER = """

@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from heteromesh.planner.check import check_step
-from heteromesh.planner.cost import Costs, Method, RateByDegree
-from heteromesh.planner.step import plan_step
+from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
+from heteromesh.planner.report.check import check_step
+from heteromesh.planner.sequences.step import plan_step
 from schedulers import Peers
 
 RANKS, SEQUENCES = 64, 512

@@ -28,15 +28,15 @@ sys.path.insert(0, str(ROOT / "examples"))
 import torch
 
 from heteromesh.comm.world import World, join_world
-from heteromesh.planner.cluster import load_cluster
-from heteromesh.planner.cost import Costs
-from heteromesh.planner.measured import measured_costs
+from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.planner.cost.measured import measured_costs
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.shards import costed
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.shards import costed
-from heteromesh.planner.step import plan_step
-from heteromesh.planner.timeline import starts, timed_step
-from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.executor import StepExecutor
+from heteromesh.planner.sequences.step import plan_step
+from heteromesh.planner.sequences.timeline import starts, timed_step
+from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.work.reader import Reader
 from llama import Llama, LlamaConfig
 
 SHAPE = LlamaConfig(vocab=258, layers=2, hidden=128, heads=4, kv_heads=2, intermediate=352)

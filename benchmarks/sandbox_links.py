@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from heteromesh.planner.cluster import load_cluster
+from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.runtime.sandbox import Sandbox, SandboxHost
 
 PORT = 5201

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from heteromesh.planner.cost import Costs
-from heteromesh.planner.fleet import Fleet
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.ranksets import Fleet
 
 MORE_MICRO_BATCHES = 4
 """FlexSP tries this many numbers of micro-batches from the smallest on (its training script's value)."""

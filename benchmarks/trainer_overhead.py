@@ -23,7 +23,7 @@ import torch.nn.functional as functional
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import heteromesh as hm
-from heteromesh.runtime.sampler import Sampler
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
 
 WARM = 2

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import heteromesh as hm
 from heteromesh.comm.world import World
-from heteromesh.parallel.attention import prepare_pass
-from heteromesh.planner.lengths import open_lengths
+from heteromesh.parallel.attention.api import prepare_pass
+from heteromesh.planner.model.lengths import open_lengths
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.static import even_shards
-from heteromesh.runtime.batch import IGNORED, PassInput, Reader, Sequences
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import open_tokens
+from heteromesh.planner.sequences.static import even_shards
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import open_tokens
+from heteromesh.runtime.work.reader import IGNORED, PassInput, Reader, Sequences
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"

@@ -13,12 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from heteromesh.comm.fabric_groups import device_options
+from heteromesh.comm.interfaces import Transport
+from heteromesh.comm.networks import device_options
 from heteromesh.comm.records import Recorder
-from heteromesh.comm.transport import Transport
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
-from heteromesh.planner.fabric import network_of
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.stages.fabric import network_of
 
 T = TypeVar("T")
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 import heteromesh as hm
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import TokenStore, open_tokens
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import TokenStore, open_tokens
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"

@@ -17,10 +17,10 @@ import torch.nn.functional as functional
 from torch import nn
 
 import heteromesh as hm
-from heteromesh.parallel.attention import linear_attention
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import open_tokens
+from heteromesh.parallel.attention.api import linear_attention
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import open_tokens
 from llama import Block, LlamaConfig, rotate
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "heteromesh"

@@ -15,20 +15,20 @@ from torch import nn
 
 import heteromesh as hm
 from heteromesh.comm.world import World, join_world
-from heteromesh.parallel.pipeline import PipelineExecutor, PipelineResult
-from heteromesh.parallel.pipeline_packs import pack_step
-from heteromesh.planner.analytic import analytic_costs
-from heteromesh.planner.model import ModelSpec
-from heteromesh.planner.placement import place
-from heteromesh.planner.sites import cluster_sites
-from heteromesh.planner.stages import Placement, Stage
-from heteromesh.planner.workload import workloads
-from heteromesh.runtime.batch import Reader
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.setup import described_cluster, find_cluster
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import open_tokens
+from heteromesh.parallel.pipeline.engine import PipelineExecutor, PipelineResult
+from heteromesh.parallel.pipeline.packs import pack_step
+from heteromesh.planner.cost.analytic import analytic_costs
+from heteromesh.planner.model.spec import ModelSpec
+from heteromesh.planner.stages.hosts import cluster_sites
+from heteromesh.planner.stages.placement import place
+from heteromesh.planner.stages.stages import Placement, Stage
+from heteromesh.planner.stages.workload import workloads
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import open_tokens
+from heteromesh.runtime.training.build import described_cluster, find_cluster
+from heteromesh.runtime.work.reader import Reader
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "heteromesh"

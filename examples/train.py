@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import heteromesh as hm
-from heteromesh.runtime.documents import open_corpus
-from heteromesh.runtime.tokenizer import load_tokenizer
-from heteromesh.runtime.tokens import Progress, open_tokens
+from heteromesh.runtime.data.documents import open_corpus
+from heteromesh.runtime.data.tokenizer import load_tokenizer
+from heteromesh.runtime.data.tokens import Progress, open_tokens
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "heteromesh"

@@ -9,7 +9,7 @@ from typing import Any
 import highspy
 import numpy as np
 
-from heteromesh.planner.envelope import Floats
+from heteromesh.planner.cost.envelope import Floats
 
 
 def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> float:

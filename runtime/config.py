@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from heteromesh.comm.world import join_world
-from heteromesh.runtime.batch import Reader, Sequences
 from heteromesh.runtime.config import TrainerConfig
-from heteromesh.runtime.dry_run import dry_run
-from heteromesh.runtime.elastic import ElasticLoop
-from heteromesh.runtime.elastic_environment import COORDINATORS
-from heteromesh.runtime.loop import TrainingLoop, TrainingReport
-from heteromesh.runtime.sampler import Sampler
-from heteromesh.runtime.setup import DRY_RUN_VARIABLE, described_cluster
+from heteromesh.runtime.process.environment import COORDINATORS
+from heteromesh.runtime.training.build import DRY_RUN_VARIABLE, described_cluster
+from heteromesh.runtime.training.dry_run import dry_run
+from heteromesh.runtime.training.loop import TrainingLoop, TrainingReport
+from heteromesh.runtime.training.loop2 import ElasticLoop
+from heteromesh.runtime.work.reader import Reader, Sequences
+from heteromesh.runtime.work.sampler import Sampler
 
 
 class Trainer:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from heteromesh.planner.catalog import CATALOG, Device
-from heteromesh.planner.cluster import Cluster, Host, Measured, Nic
-from heteromesh.planner.cost_file import Constants
-from heteromesh.planner.errors import UserError
-from heteromesh.runtime.probe.device import catalogue_name, describe
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.catalog import CATALOG, Device
+from heteromesh.planner.cluster.cluster import Cluster, Host, Measured, Nic
+from heteromesh.planner.model.constants import Constants
+from heteromesh.runtime.probe.devices.device import catalogue_name, describe
 from heteromesh.runtime.probe.findings import Findings
-from heteromesh.runtime.probe.modelcosts import ModelCosts
+from heteromesh.runtime.probe.model.costs import ModelCosts
 
 
 def assemble(findings: Findings, described: Cluster | None, name: str) -> Cluster:

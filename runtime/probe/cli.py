@@ -9,9 +9,9 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from heteromesh.planner.cluster import load_cluster
-from heteromesh.planner.errors import UserError
-from heteromesh.planner.model import load_model
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.planner.model.spec import load_model
 from heteromesh.runtime.probe.worker import add_flags, check_output
 
 WORKER = "heteromesh.runtime.probe.worker"
@@ -19,7 +19,7 @@ WORKER = "heteromesh.runtime.probe.worker"
 
 def main(argv: Sequence[str]) -> int:
     """Starts the probe on every device; returns the exit code."""
-    from heteromesh.runtime import launch
+    from heteromesh.runtime.launch import run
 
     parser = _parser()
     options = parser.parse_args([*argv, "-m", WORKER])
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_flags(own)
     ours, of_torchrun = own.parse_known_args(list(argv))
-    return launch.main([*of_torchrun, "-m", WORKER, *_words(ours)])
+    return run.main([*of_torchrun, "-m", WORKER, *_words(ours)])
 
 
 def _parser() -> argparse.ArgumentParser:

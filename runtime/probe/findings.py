@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from heteromesh.comm.world import World
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
-from heteromesh.runtime.probe.compute import Compute, measure_compute
-from heteromesh.runtime.probe.facts import Facts, collect_facts
-from heteromesh.runtime.probe.network import Network, measure_network
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.runtime.probe.devices.compute import Compute, measure_compute
+from heteromesh.runtime.probe.devices.facts import Facts, collect_facts
+from heteromesh.runtime.probe.links.network import Network, measure_network
+from heteromesh.runtime.probe.links.sockets import CardRate, measure_cards
 from heteromesh.runtime.probe.outliers import Reading, outliers
-from heteromesh.runtime.probe.sockets import CardRate, measure_cards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.show import table
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.report.text import table
 from heteromesh.runtime.probe.findings import Findings
-from heteromesh.runtime.probe.modelcosts import ModelCosts
+from heteromesh.runtime.probe.model.costs import ModelCosts
 
 
 def report_text(

@@ -12,16 +12,16 @@ from datetime import timedelta
 from pathlib import Path
 
 from heteromesh.comm.world import World, join_world
-from heteromesh.planner.cluster import Cluster, load_cluster
-from heteromesh.planner.cluster_toml import cluster_toml
-from heteromesh.planner.errors import UserError
-from heteromesh.planner.links import cluster_links
-from heteromesh.planner.model import ModelSpec, load_model
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster, load_cluster
+from heteromesh.planner.cluster.files import cluster_toml
+from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.model.spec import ModelSpec, load_model
+from heteromesh.runtime.cli.terminal import say
 from heteromesh.runtime.probe.assemble import assemble, with_costs
 from heteromesh.runtime.probe.findings import collect, find_outliers
-from heteromesh.runtime.probe.modelcosts import measure_model
+from heteromesh.runtime.probe.model.costs import measure_model
 from heteromesh.runtime.probe.report import report_json, report_text
-from heteromesh.runtime.terminal import say
 
 TIMEOUT = timedelta(minutes=2)
 """For the slowest answer of a peer."""

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from heteromesh.planner.cluster import load_cluster
-from heteromesh.planner.errors import UserError
-from heteromesh.runtime.arguments import Parser
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.runtime.cli.arguments import Parser
 from heteromesh.runtime.sandbox.faults import SYNTAX, parse_fault
 from heteromesh.runtime.sandbox.machine import check_machine
 from heteromesh.runtime.sandbox.network import lay_out

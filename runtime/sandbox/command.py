@@ -12,7 +12,7 @@ LAUNCHERS = ("run", "probe")
 PORT = 29500
 """Hosts have ports of their own, so any does."""
 CLUSTER_VARIABLE = "HETEROMESH_CLUSTER"
-"""runtime/setup.py reads it; importing that would import torch."""
+"""runtime/training/build.py reads it; importing that would import torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.runtime.sandbox.network import check_rate, lay_out
 from heteromesh.runtime.sandbox.sandbox import Sandbox
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
 from heteromesh.runtime.sandbox.machine import ToolError, call
 from heteromesh.runtime.sandbox.quota import find_controller, remove_group
 

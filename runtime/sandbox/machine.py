@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
 
 
 class ToolError(RuntimeError):

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.runtime.sandbox.machine import ToolError, batch, call
 
 MOST_GBIT = 20.0

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
 
 PERIOD_US = 20_000
 """Short, so that a throttled host is slow rather than stopped now and then."""

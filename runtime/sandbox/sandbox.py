@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.errors import UserError
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.runtime.sandbox.command import Seat
 from heteromesh.runtime.sandbox.leftovers import free_name, remove_leftovers
 from heteromesh.runtime.sandbox.machine import check_machine

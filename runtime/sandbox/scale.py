@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from heteromesh.planner.cluster import Cluster
-from heteromesh.planner.cluster_toml import cluster_toml
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.cluster.files import cluster_toml
 
 
 def scaled(cluster: Cluster, factor: float) -> Cluster:

@@ -1,0 +1,176 @@
+"""The way of one tensor through a reduction, as this rank sees it: messages to post and sums to form.
+
+Piece by piece: the ranks of a host send their contributions to the host's representative (stage GATHER), which sums
+them and sends the partial sum to the owner (PARTIAL); the owner adds up the hosts' partial sums in host order and
+sends the result to its own host and to the other representatives (RESULT), which hand it out on their hosts (HAND_OUT).
+A host with several devices so sends each byte over its uplink once. One owner sums in one order: all get the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from heteromesh.comm.dtypes import wide, wide_dtype
+from heteromesh.comm.interfaces import Transport, Work
+from heteromesh.planner.reduction.reduction import Reduction
+from heteromesh.planner.reduction.schedule import Piece, pieces, representatives
+
+GATHER, PARTIAL, RESULT, HAND_OUT = range(4)
+"""Stages, told apart by the tags of their messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    """Something to do when these messages have arrived."""
+
+    stage: int
+    waits: Sequence[Work]
+    act: Callable[[], None]
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece's sends that wait for nothing, and what tells that the piece's result is here."""
+
+    nbytes: int
+    sends: Sequence[tuple[int, torch.Tensor, int]]
+    """(peer, tensor, stage)"""
+    arrived: Callable[[], object] | None
+
+
+@dataclass(slots=True)
+class Flow:
+    """One collective's messages on this rank.
+
+    `sources` are the ranks whose tensors are summed (None: each piece's owner alone); `spread`: everybody gets the
+    result, else only the owner has it. Results arrive in `flat` itself: an owner sends a piece's result only after
+    it has received the whole contribution that was sent from there.
+    """
+
+    transport: Transport
+    reduction: Reduction
+    flat: torch.Tensor
+    tag: int
+    sources: frozenset[int] | None
+    spread: bool
+    duties: list[Duty] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    sends: list[Work] = field(default_factory=list)
+    """Those of the duties."""
+    sent_bytes: int = 0
+    _buffers: list[torch.Tensor] = field(default_factory=list)
+
+    def post(self) -> None:
+        """Posts all receives and lists the duties and the steps."""
+        members: dict[int, list[int]] = {}
+        for rank, host in enumerate(self.reduction.hosts):
+            members.setdefault(host, []).append(rank)
+        for piece in pieces(self.reduction, self.flat.numel(), self.flat.element_size()):
+            self._post(piece, members, representatives(self.reduction, piece))
+
+    def send(self, peer: int, tensor: torch.Tensor, stage: int) -> Work:
+        """Posts a send of this flow, which keeps the tensor alive."""
+        self._buffers.append(tensor)
+        self.sent_bytes += tensor.nbytes
+        return self.transport.send(peer, tensor, self.tag + stage)
+
+    def _post(self, piece: Piece, members: dict[int, list[int]], speakers: dict[int, int]) -> None:
+        me, mine = self.transport.rank, self.flat[piece.start : piece.stop]
+        host = self.reduction.hosts[me]
+        sources = frozenset((piece.owner,)) if self.sources is None else self.sources
+        speaker = speakers[host]
+        if me != speaker:
+            stage = RESULT if speaker == piece.owner else HAND_OUT
+            arrival = self._recv(speaker, mine, stage) if self.spread else None
+            self._step(mine, [(speaker, mine, GATHER)] if me in sources else [], arrival.wait if arrival else None)
+            return
+        parts, waits = [], []
+        for rank in members[host]:
+            if rank in sources:
+                parts.append(mine if rank == me else self._buffer(mine, mine.dtype))
+                if rank != me:
+                    waits.append(self._recv(rank, parts[-1], GATHER))
+        if me == piece.owner:
+            self._own(mine, parts, waits, members, speakers, sources)
+            return
+        if waits:
+            self.duties.append(Duty(GATHER, waits, lambda: self._pass_on([piece.owner], _sum(parts), PARTIAL)))
+        arrived = self._hand_out(piece.owner, mine, [r for r in members[host] if r != me]) if self.spread else None
+        self._step(mine, [(piece.owner, parts[0], PARTIAL)] if parts and not waits else [], arrived)
+
+    def _own(
+        self,
+        mine: torch.Tensor,
+        parts: list[torch.Tensor],
+        waits: list[Work],
+        members: dict[int, list[int]],
+        speakers: dict[int, int],
+        sources: frozenset[int],
+    ) -> None:
+        """The hosts' partial sums in host order, summed and sent back."""
+        me, home = self.transport.rank, self.reduction.hosts[self.transport.rank]
+        sums: list[list[torch.Tensor]] = []
+        for host in sorted(members):
+            count = sum(r in sources for r in members[host])
+            if host == home:
+                sums.append(parts)
+            elif count:
+                # several contributions were summed there already, and are not rounded on their way
+                sums.append([self._buffer(mine, mine.dtype if count == 1 else wide_dtype(mine.dtype))])
+                waits.append(self._recv(speakers[host], sums[-1][0], PARTIAL))
+        peers: list[int] = []
+        if self.spread:
+            peers = [r for r in members[home] if r != me] + [speakers[h] for h in sorted(members) if h != home]
+        if not waits:
+            self._step(mine, [(peer, mine, RESULT) for peer in peers], None)
+            return
+
+        def act() -> None:
+            _store(_sum([_sum(part) for part in sums if part]), mine)
+            self._pass_on(peers, mine, RESULT)
+
+        self.duties.append(Duty(PARTIAL, waits, act))
+
+    def _hand_out(self, owner: int, mine: torch.Tensor, peers: Sequence[int]) -> Callable[[], object]:
+        arrival = self._recv(owner, mine, RESULT)
+        if not peers:
+            return arrival.wait
+        self.duties.append(Duty(RESULT, [arrival], lambda: self._pass_on(peers, mine, HAND_OUT)))
+        return self.duties[-1].ended.wait
+
+    def _pass_on(self, peers: Sequence[int], tensor: torch.Tensor, stage: int) -> None:
+        self.sends += [self.send(peer, tensor, stage) for peer in peers]
+
+    def _step(
+        self, mine: torch.Tensor, sends: Sequence[tuple[int, torch.Tensor, int]], arrived: Callable[[], object] | None
+    ) -> None:
+        if sends or arrived:
+            self.steps.append(Step(mine.nbytes, sends, arrived))
+
+    def _buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        buffer = torch.empty(like.numel(), dtype=dtype)
+        self._buffers.append(buffer)
+        return buffer
+
+    def _recv(self, peer: int, tensor: torch.Tensor, stage: int) -> Work:
+        return self.transport.recv(peer, tensor, self.tag + stage)
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """In the order given, in the wide type; the first tensor may be overwritten. One part is returned as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    total = wide(parts[0])
+    for part in parts[1:]:
+        total.add_(part)
+    return total
+
+
+def _store(total: torch.Tensor, target: torch.Tensor) -> None:
+    if total.data_ptr() != target.data_ptr():
+        target.copy_(total)

@@ -1,0 +1,1 @@
+"""One connection over several NICs of a host."""

@@ -1,0 +1,116 @@
+"""Opens connections between all cards of all hosts, with a gloo group to exchange addresses."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from heteromesh.comm.nics.transport import NicTransport, card_pair
+from heteromesh.comm.tcp.abort import Abort, GroupAborted
+from heteromesh.comm.tcp.connect import Address, Place, build
+from heteromesh.comm.tcp.listen import Listener
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.nics import Split
+
+SECONDS = 60.0
+
+
+def open_nics(
+    group: dist.ProcessGroup,
+    addresses: Sequence[str],
+    hosts: Sequence[int],
+    cards: Sequence[int],
+    split: Split,
+    *,
+    seconds: float = SECONDS,
+    connect_seconds: float = SECONDS,
+) -> NicTransport:
+    """A transport over every card. All ranks of the group call it.
+
+    Args:
+        group: a gloo group that sees nothing else meanwhile; it stays the caller's.
+        addresses: this host's cards, one address each, in the order of `split`. A socket bound to an address must
+            leave by that card (a routing rule for each source address).
+        hosts: per rank, its host.
+        cards: per host, how many it has.
+        split: planner/cluster/nics.py's.
+        seconds: how long a peer may be silent to the kernel.
+        connect_seconds: how long connecting may take.
+
+    Raises UserError for addresses that this machine does not have, or too few or too many, and GroupAborted when not
+    all could be connected.
+    """
+    rank = group.rank()
+    secret = _tell(group, secrets.token_bytes(32) if rank == 0 else b"")[0]
+    listener, problem = _listen(rank, secret, addresses, cards[hosts[rank]])
+    try:
+        told = _tell(group, (listener.addresses if listener else (), problem))
+        if problems := [its for _, its in told if its]:
+            raise UserError(problems[0])
+        assert listener is not None
+        sockets = _connect(listener, secret, rank, [given for given, _ in told], max(cards), connect_seconds)
+    finally:
+        if listener is not None:
+            listener.close()
+    for sock in (sock for ends in sockets.values() for sock in ends):
+        _limit(sock, seconds)
+    return NicTransport(rank=rank, sockets=sockets, abort=Abort(), hosts=hosts, cards=cards, split=split)
+
+
+def _tell(group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    told = [None] * group.size()
+    dist.all_gather_object(told, mine, group=group)
+    return told
+
+
+def _listen(rank: int, secret: bytes, addresses: Sequence[str], count: int) -> tuple[Listener | None, str]:
+    """Or what is wrong: every rank must hear of it."""
+    if len(addresses) != count:
+        return None, f"rank {rank} has {len(addresses)} addresses and its host {count} cards: give one address a card"
+    try:
+        return Listener(secret, addresses), ""
+    except OSError as error:
+        where = ", ".join(addresses)
+        return None, f"rank {rank} can't listen at {where} ({error.strerror}): give the addresses of its own cards"
+
+
+def _connect(
+    listener: Listener, secret: bytes, rank: int, given: Sequence[Sequence[Address]], most: int, seconds: float
+) -> dict[int, list[socket.socket]]:
+    """By peer, a connection for each `card_pair`."""
+    # `build` takes address i of both ends for connection i: as many addresses as connections, here in both orders
+    pairs = [card_pair(i, most, most, most) for i in range(most**2)]
+    places = [[theirs[there % len(theirs)] for _, there in pairs] for theirs in given]
+    places[rank] = [given[rank][here % len(given[rank])] for here, _ in pairs]
+    abort, missing = Abort(), set[int]()
+    late = threading.Timer(seconds, lambda: abort.set(_too_late(seconds, missing)))
+    late.start()
+    try:
+        place = Place(addresses=places, rank=rank, epoch=0, group="cards", links=len(pairs))
+        built = build(listener, place, secret, abort, missing)
+    finally:
+        late.cancel()
+        late.join()
+        abort.close()
+    abort.check()  # it may have come between the last connection and the end of the wait
+    return {peer: [link.sock for link in built.links_to(peer)] for peer in range(len(given)) if peer != rank}
+
+
+def _too_late(seconds: float, missing: set[int]) -> GroupAborted:
+    ranks = ", ".join(map(str, sorted(missing)))
+    return GroupAborted(
+        f"no connection over every card with ranks {ranks} within {seconds:g} s: check the cards' routes"
+    )
+
+
+def _limit(sock: socket.socket, seconds: float) -> None:
+    """A peer that the kernel hears nothing from for so long is lost, whether something is under way to it or not."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(int(seconds / 2), 1))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(int(seconds / 6), 1))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

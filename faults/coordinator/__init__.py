@@ -1,0 +1,1 @@
+"""The coordinator of a job of changing members, and the election of a new one."""

@@ -1,0 +1,376 @@
+"""The coordinator: one small asyncio server that decides epochs and commits for a job.
+
+It moves no tensors. It can run in a thread of the launcher or of a member (`Coordinator.start`), or stand-alone on any
+host: `python -m heteromesh.faults.coordinator --port 29400 --secret-file FILE --members 4:8`
+(faults/coordinator/main.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+
+from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor
+from heteromesh.comm.tcp.info import tcp_info
+from heteromesh.errors import UserError
+from heteromesh.faults.coordinator.ballot import Ballot
+from heteromesh.faults.coordinator.election import Election
+from heteromesh.faults.diagnosis.monitor import Monitor
+from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.membership.liveness import Pulse, silent, stalled, stuck
+from heteromesh.faults.membership.membership import WORLD, Applicant, Bounds, Membership, Order, Why
+from heteromesh.faults.wire.messages import Message, Wire
+
+_READ = 1 << 16
+
+
+class _Line:
+    """One member's control connection."""
+
+    def __init__(self, wire: Wire, writer: asyncio.StreamWriter, pulse: Pulse) -> None:
+        self.wire, self.writer, self.pulse = wire, writer, pulse
+        self.member: int | None = None
+        self.spoke = 0.0
+
+    def send(self, message: Message) -> None:
+        self.spoke = time.monotonic()
+        if not self.writer.is_closing():
+            self.writer.write(self.wire.pack(message))
+
+    def deaf(self) -> bool:
+        """Whether the member's kernel does not acknowledge what was sent."""
+        with suppress(OSError):
+            return tcp_info(self.writer.get_extra_info("socket")).retrying > 0
+        return False
+
+
+class Coordinator:
+    """Serves one job until `stop`. Its `membership` tells what happened (counts), read from any thread."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        bounds: Bounds | None = None,
+        timing: Timing | None = None,
+        election: Election | None = None,
+        monitor: Monitor | None = None,
+    ) -> None:
+        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `monitor`:
+        gathers reports and says diagnoses; without one the lines go to the log and events stay in memory."""
+        self._secret, self._host, self._port = secret, host, port
+        self.timing = timing or Timing()
+        self.membership = Membership(bounds or Bounds(), electing=election is not None)
+        self._ballot = Ballot(election, self.timing, self._conclude, self._give_up) if election is not None else None
+        self.monitor = monitor or Monitor()
+        self.address = (host, port)
+        self.ended = ""
+        """Why it ended by itself: members that may have elected another coordinator outvote those it has left."""
+        self._lines: dict[int, _Line] = {}
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._short = 0.0
+        self._held: list[Order] = []
+        """What is not said before it is known whether the members that are left may go on."""
+        self._patience: asyncio.TimerHandle | None = None
+
+    def start(self) -> Coordinator:
+        """Serves in a thread of its own; `address` is valid then. Raises UserError when the port is taken."""
+        try:
+            server = self._loop.run_until_complete(self._listen())
+        except OSError as error:
+            self._loop.close()
+            raise UserError(
+                f"the coordinator cannot listen on {self._host}:{self._port} ({error.strerror or error}): "
+                "give each job a port of its own, or 0 for any free one"
+            ) from None
+        self._thread = threading.Thread(target=self._run, args=(server,), name="heteromesh-coordinator", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ends the job's coordination: members lose their connections."""
+        if self._thread is not None and self._thread.is_alive():
+            with suppress(RuntimeError):  # it has just ended by itself and closed its loop
+                self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        """From `start` to `stop`, or until it has ended by itself (`ended` says why)."""
+        return self._thread is not None and self._thread.is_alive()
+
+    async def _listen(self) -> asyncio.Server:
+        server = await asyncio.start_server(self._serve, self._host, self._port, limit=_READ, backlog=256)
+        self.address = server.sockets[0].getsockname()[:2]
+        return server
+
+    def _run(self, server: asyncio.Server) -> None:
+        try:
+            self._loop.run_until_complete(self._until_stopped(server))
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _until_stopped(self, server: asyncio.Server) -> None:
+        watching = asyncio.ensure_future(self._watch())
+        if self._ballot is not None:
+            self._ballot.begin()
+        await self._stopping.wait()
+        server.close()
+        watching.cancel()
+        if self._ballot is not None:
+            self._ballot.end()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        mine = asyncio.current_task()
+        # the readers see the end of their connections; cancelling them would be reported as an error
+        await asyncio.gather(*(t for t in asyncio.all_tasks() if t is not mine), return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        line: _Line | None = None
+        try:
+            async with asyncio.timeout(self.timing.leave):
+                line = await self._prove(reader, writer)
+            while data := await reader.read(_READ):
+                for message in line.wire.feed(data):
+                    self._heard(line, message)
+        except (OSError, asyncio.IncompleteReadError, TimeoutError):
+            # a dead member's reset is no foreign traffic; an unproved connection and a broken seal are
+            if line is None or line.member is None:
+                self.membership.counts["foreign"] += 1
+        finally:
+            self._writers.discard(writer)
+            if line is not None and line.member is not None:
+                self._gone(line.member, "died")
+            writer.transport.abort()
+
+    async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Line:
+        acceptor = Acceptor(self._secret)
+        writer.write(acceptor.hello)
+        head = await reader.readexactly(ANSWER_HEAD)
+        _, proof = acceptor.check(head, await reader.readexactly(acceptor.rest(head)))
+        writer.write(proof)
+        return _Line(Wire(acceptor.session, "coordinator"), writer, Pulse(self.timing, time.monotonic()))
+
+    def _heard(self, line: _Line, message: Message) -> None:
+        kind, now = message["kind"], time.monotonic()
+        if kind == "join" and line.member is None:
+            self._join(line, message)
+        elif kind == "rejoin" and line.member is None:
+            self._rejoin(line, message)
+        elif line.member is None or line.member not in self._lines:
+            self.membership.counts["fenced"] += 1  # what a member says after its eviction
+        elif kind == "hb":
+            line.pulse.beat(message, now)
+            self.membership.knows(line.member, message.get("epoch"))
+            if self._patience is not None:
+                self._act(())
+        elif kind == "fin":
+            self._act(self.membership.finish(line.member, message))
+        elif kind == "healed":
+            self._act(self.membership.healed(line.member, message))
+        elif kind == "fail":
+            self._loop.call_later(self.timing.verdict, self._failed, line.member, message)
+        elif kind == "group":
+            self._act(self.membership.declare(line.member, message))
+        elif kind == "dead" and isinstance(message.get("member"), int):
+            self._gone(message["member"], "died")
+        elif kind == "leave":
+            self._gone(line.member, "left")
+        elif kind == "over":
+            self._end(str(message.get("reason")))
+        elif kind == "records" and self.monitor.heard(line.member, message, now):
+            pass
+        else:
+            self.membership.counts["malformed"] += 1
+
+    def _join(self, line: _Line, message: Message) -> None:
+        if self.membership.electing:
+            line.writer.close()  # it comes again when there is a job to join
+            return
+        applicant = Applicant.read(message)
+        answer = "a join message that is malformed" if applicant is None else self.membership.join(applicant)
+        if isinstance(answer, str):
+            line.send({"kind": "refused", "reason": answer})
+            return
+        line.member = answer
+        self._lines[answer] = line
+        line.send(self._welcome(answer))
+        full = len(self.membership.people) >= self.membership.bounds.most
+        if not self.membership.started and self.timing.gather and not full:
+            self._loop.call_later(self.timing.gather, lambda: self._act(self.membership.admit()))
+        else:
+            self._act(self.membership.admit())
+
+    def _rejoin(self, line: _Line, message: Message) -> None:
+        if self._ballot is None or not self.membership.electing:
+            if self._patience is not None:
+                line.writer.close()  # it comes again when this is decided
+            else:
+                line.send({"kind": "refused", "reason": f"member {message.get('member')} was put out of the job"})
+            return
+        answer = self._ballot.add(message)
+        if isinstance(answer, str):
+            line.send({"kind": "refused", "reason": answer})
+            return
+        line.member, person = answer
+        self.membership.facts = self.membership.facts or dict(person.facts)
+        self.membership.people[line.member] = person
+        self._lines[line.member] = line
+        line.send(self._welcome(line.member))
+        self._ballot.look()
+
+    def _conclude(self) -> None:
+        # some may have died while the others were waited for
+        election = self._ballot.election if self._ballot is not None else None
+        if election is not None and self.membership.electing and election.quorum():
+            self._act(election.conclude(self.membership))
+
+    def _give_up(self) -> None:
+        if self.membership.electing:
+            self._step_down("no quorum of the last epoch's members came to this candidate")
+
+    def _step_down(self, reason: str) -> None:
+        """Ends without a word: all members, those that seemed lost too, look for a coordinator that has a quorum."""
+        if not self.ended:
+            self.monitor.ended(reason)
+        self.ended = self.ended or reason  # members that leave afterwards would change the reason
+        self._stopping.set()
+
+    def _welcome(self, member: int) -> Message:
+        return {
+            "kind": "welcome",
+            "member": member,
+            "bounds": asdict(self.membership.bounds),
+            "timing": asdict(self.timing),
+        }
+
+    def _failed(self, member: int, message: Message) -> None:
+        self._act(self.membership.failed(member, message))
+
+    def _gone(self, member: int, why: Why) -> None:
+        self._lost([member], why)
+
+    def _lost(self, members: Sequence[int], why: Why) -> None:
+        lost = [m for m in members if m in self.membership.people]
+        if lost:
+            self._act(self.membership.lose_all(lost, why))
+        if self._ballot is not None and self.membership.electing:
+            for member in members:
+                self._ballot.lose(member)
+
+    def _act(self, orders: Iterable[Order]) -> None:
+        self._held += orders
+        outvoted = self.membership.outvoted()
+        if outvoted is not None:
+            self._hold(outvoted)
+            return
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        orders, self._held = self._held, []
+        for _, message in orders:
+            if message["kind"] == "config" and message["group"] == WORLD:
+                message["bases"] = self.membership.bases
+        gone: list[int] = []
+        self.monitor.observe(self.membership, orders)
+        for member, message in orders:
+            line = self._lines.get(member)
+            if line is not None:
+                line.send(message)
+                if message["kind"] == "fenced":
+                    gone.append(member)
+        for member in [*gone, *(m for m in self._lines if m not in self.membership.people)]:
+            line = self._lines.pop(member, None)
+            if line is not None:
+                line.writer.close()
+        reason = self.membership.lost_state()
+        if reason is not None:
+            self._end(reason)
+
+    def _hold(self, outvoted: str) -> None:
+        """Says nothing more: ends, unless those who are left may still turn out to be a quorum of a newer epoch."""
+        if not self.membership.hopeful():
+            self._step_down(outvoted)
+        elif self._patience is None:
+            self._patience = self._loop.call_later(self.timing.silence, self._step_down, outvoted)
+
+    def _end(self, reason: str) -> None:
+        self.monitor.ended(reason)
+        for member, line in list(self._lines.items()):
+            line.send({"kind": "stop", "reason": reason})
+            del self.membership.people[member]
+            line.writer.close()
+        self._lines.clear()
+        self.membership.world.members = []
+
+    async def _watch(self) -> None:
+        period = min(self.timing.heartbeat, self.timing.silence / 10)
+        due = time.monotonic() + period
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            late = now - due
+            if late > period:
+                # this process did not run: what the others sent meanwhile is still unread
+                for line in self._lines.values():
+                    line.pulse.forgive(late)
+            due = now + period
+            with suppress(ConnectionError):
+                self._inspect(now)
+                for line in self._lines.values():
+                    # one that has become quiet is spoken to: its kernel answers, or it does not
+                    quiet = now - line.pulse.seen > self.timing.silence / 4
+                    if quiet or now - line.spoke > self.timing.hang / 8:
+                        line.send({"kind": "alive"})
+
+    def _inspect(self, now: float) -> None:
+        pulses = {m: line.pulse for m, line in self._lines.items()}
+        quiet = [m for m in silent(pulses, now) if not self.monitor.moves(m, now)]
+        for member in quiet:
+            self.monitor.hung(self.membership, "silent", [member], deaf=self._lines[member].deaf())
+        self._lost(quiet, "silent")
+        for member in stuck(pulses, self.membership.groups, now):
+            self.monitor.hung(self.membership, "stuck", [member])
+            self._gone(member, "stuck")
+        for group in list(self.membership.groups.values()):
+            pairs = stalled({m: line.pulse for m, line in self._lines.items()}, group, now)
+            pairs = pairs or self.monitor.dead_links(group, now, 2 * self.timing.silence)
+            if pairs:
+                self.monitor.hung(self.membership, "stalled", pairs[0])
+                self.membership.counts["stalled links"] += len(pairs)
+                self._act(self.membership.suspect_links(group, pairs))
+                for member in group.members:
+                    if member in self._lines:
+                        self._lines[member].pulse.ticked = now
+        for member in self.monitor.slow(self.membership, now):
+            self._gone(member, "slow")
+        self._count_down(now)
+
+    def _count_down(self, now: float) -> None:
+        world = self.membership.world
+        if not world.members or len(world.members) >= self.membership.bounds.least:
+            self._short = 0.0
+            return
+        self._short = self._short or now
+        if now - self._short > self.timing.patience:
+            self._end(
+                f"{len(world.members)} members are left and the job needs {self.membership.bounds.least}: "
+                f"nobody joined within {self.timing.patience:g} s"
+            )
+
+    @property
+    def short_seconds(self) -> float | None:
+        """How long a job that has lost too many members still waits for others; None while it has enough."""
+        since = self._short
+        return max(0.0, since + self.timing.patience - time.monotonic()) if since else None

@@ -1,0 +1,1 @@
+"""What is slow or stuck and why, from the members' reports."""

@@ -1,0 +1,319 @@
+"""The coordinator's view of how the job goes: gathers reports, says each diagnosis in one line, keeps the events."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from heteromesh.faults.diagnosis.diagnosis import Finding, Window, dead_links, delays, hang, slow
+from heteromesh.faults.diagnosis.events import Events
+from heteromesh.faults.diagnosis.policy import Action, Choice, Situation, choose
+from heteromesh.faults.diagnosis.reports import PERIOD, Report, read
+from heteromesh.faults.membership.epochs import Epochs
+from heteromesh.faults.membership.membership import Membership, Order
+from heteromesh.faults.wire.messages import Message
+
+SPAN = 2.0
+"""Seconds of reports that a diagnosis of slowness compares."""
+_EVERY = 0.5
+"""Seconds between two looks for slowness."""
+_TIMES = 3
+"""Looks in a row that must find the same before it is said."""
+_RECORD = 10.0
+"""Seconds between two delay matrices among the events."""
+_FRESH = 1.0
+_log = logging.getLogger("heteromesh.faults")
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """A slowness that lasts."""
+
+    finding: Finding
+    looks: int = 1
+    missed: int = 0
+    steps: int = 0
+    """Steps when it was first seen."""
+    said: Action | None = None
+    """What the last line about it says was done."""
+
+
+@dataclass(slots=True)
+class _Ward:
+    """What is known of one group."""
+
+    reports: dict[int, deque[tuple[float, Report]]] = field(default_factory=dict)
+    commits: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
+    trouble: _Trouble | None = None
+    epoch: int = 0
+    looked: float = 0.0
+    recorded: float = 0.0
+    dead: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Links on which nothing is acknowledged, and since when."""
+
+    def newest(self, members: Collection[int]) -> dict[int, Report]:
+        """Of the newest epoch that anybody has reported of."""
+        last = {m: held[-1][1] for m, held in self.reports.items() if held and m in members}
+        epoch = max((r.epoch for r in last.values()), default=0)
+        return {m: r for m, r in last.items() if r.epoch == epoch}
+
+    def windows(self, members: Sequence[int], now: float) -> dict[int, Window]:
+        """Of all members, or none: who is missing may be the one that all wait for."""
+        found = {}
+        for member in members:
+            held = self.reports.get(member, ())
+            recent = [(t, r) for t, r in held if now - t <= SPAN + _FRESH]
+            if not recent or now - recent[-1][0] > _FRESH or recent[-1][1].epoch != self.epoch:
+                return {}
+            base = next((r for t, r in recent if now - t <= SPAN), recent[-1][1])
+            window = Window(base, recent[-1][1])
+            if window.seconds < SPAN / 2:
+                return {}
+            found[member] = window
+        return found
+
+
+class Monitor:
+    """Used by the coordinator's thread; `events.entries` may be read by any."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path | None = None,
+        say: Callable[[str], None] = _log.warning,
+        evicts: bool = False,
+        steps: int | None = None,
+    ) -> None:
+        """`directory`: of the run, for events.jsonl. `say` gets each line. `evicts`: a member that is only slow is put
+        out when that costs the job less than to keep it. `steps`: of the whole job, where that is known.
+
+        Raises UserError when the directory cannot be written.
+        """
+        self.events = Events(directory)
+        self._say, self._steps = say, steps
+        self._able: frozenset[Action] = frozenset({"evict"}) if evicts else frozenset()
+        self._wards: dict[str, _Ward] = {}
+        self._names: dict[int, str] = {}
+
+    def heard(self, member: int, message: Message, now: float) -> bool:
+        """A report; False when it is malformed."""
+        report = read(message)
+        if report is None:
+            return False
+        held = self._ward(report.group).reports.setdefault(member, deque(maxlen=32))
+        if held and held[-1][1].epoch != report.epoch:
+            held.clear()
+        held.append((now, report))
+        return True
+
+    def observe(self, membership: Membership, orders: Iterable[Order]) -> None:
+        """What has changed: who came, who went and why, which epochs began."""
+        reasons = {member: str(message.get("reason")) for member, message in orders if message["kind"] == "fenced"}
+        for member in [m for m in self._names if m not in membership.people]:
+            self._lost(member, reasons.get(member, "left"))
+        for member, person in membership.people.items():
+            if member not in self._names:
+                self._names[member] = f"{person.name} at {person.addresses[0][0]}"
+                self.events.add("joined", member=member, name=person.name, address=person.addresses[0][0])
+        for name, group in membership.groups.items():
+            ward = self._ward(name)
+            if ward.epoch != group.epoch:
+                ward.epoch, ward.trouble = group.epoch, None
+                ward.dead.clear()
+                names = [membership.people[m].name for m in group.members if m in membership.people]
+                self.events.add(
+                    "epoch",
+                    group=name,
+                    epoch=group.epoch,
+                    members=list(group.members),
+                    names=names,
+                    committed=group.committed,
+                )
+        for name in [n for n in self._wards if n not in membership.groups]:
+            del self._wards[name]
+
+    def ended(self, reason: str) -> None:
+        """The job, or this coordinator's part in it, is over."""
+        self.events.add("ended", reason=reason)
+
+    def hung(self, membership: Membership, why: str, members: Sequence[int], *, deaf: bool = False) -> None:
+        """Says what holds a group up, before something is done about it.
+
+        `why`: "silent" or "stuck", the member is put out; "stalled", the two members' group connects again. `deaf`:
+        the silent member's kernel does not acknowledge what it is sent.
+        """
+        for group in membership.groups.values():
+            if not set(members) <= set(group.members):
+                continue
+            reports = self._ward(group.name).newest(group.members)
+            found = hang(reports, members if why == "silent" else (), deaf=deaf)
+            if why == "stalled":
+                done, fits = "connections are made again", found is not None and found.syndrome == "communication hang"
+            else:
+                done, fits = "evicted", found is not None and found.members == tuple(members)
+            if found is None or not fits:
+                found = _seen(group, reports, why, members)
+            self._tell(group, found, done, done)
+
+    def moves(self, member: int, now: float) -> bool:
+        """Whether others have just got bytes of a member, who cannot be dead then: its heartbeats are held up."""
+        for ward in self._wards.values():
+            for other, held in ward.reports.items():
+                if other == member or len(held) < 2 or now - held[-1][0] > 2 * PERIOD:
+                    continue
+                window = Window(held[-2][1], held[-1][1])
+                if window.received(member):
+                    return True
+        return False
+
+    def dead_links(self, group: Epochs, now: float, seconds: float) -> list[tuple[int, int]]:
+        """Pairs of members for whose bytes somebody has waited so long while none were acknowledged."""
+        ward = self._ward(group.name)
+        reports = ward.newest(group.members)
+        found = dead_links(reports) if any(r.epoch == group.epoch for r in reports.values()) else []
+        ward.dead = {pair: ward.dead.get(pair, now) for pair in found}
+        return [pair for pair, since in ward.dead.items() if now - since > seconds]
+
+    def slow(self, membership: Membership, now: float) -> list[int]:
+        """Looks for slowness; the members that must be put out for it."""
+        out: list[int] = []
+        for group in membership.groups.values():
+            ward = self._ward(group.name)
+            if now - ward.looked < _EVERY:
+                continue
+            ward.looked = now
+            ward.commits.append((now, group.committed))
+            windows = ward.windows(group.members, now)
+            if len(windows) < 2:
+                continue
+            if now - ward.recorded >= _RECORD:
+                ward.recorded = now
+                self._record(group, windows)
+            self._follow(ward, slow(windows), group)
+            if ward.trouble is not None and ward.trouble.looks >= _TIMES:
+                out += self._advise(membership, group, ward, windows)
+        return out
+
+    def _follow(self, ward: _Ward, found: Finding | None, group: Epochs) -> None:
+        """The same finding again, another one, or none any more."""
+        trouble = ward.trouble
+        if trouble is not None and found is not None and found.key == trouble.finding.key:
+            trouble.finding, trouble.looks, trouble.missed = found, trouble.looks + 1, 0
+            return
+        if trouble is not None and trouble.said is not None and trouble.missed < _TIMES:
+            trouble.missed += 1
+            return
+        if trouble is not None and trouble.said is not None:
+            self.events.add("cleared", syndrome=trouble.finding.syndrome, members=list(trouble.finding.members))
+        ward.trouble = None if found is None else _Trouble(found, steps=group.committed)
+
+    def _advise(self, membership: Membership, group: Epochs, ward: _Ward, windows: dict[int, Window]) -> list[int]:
+        trouble = ward.trouble
+        assert trouble is not None
+        situation = Situation(
+            members=len(group.members),
+            least=membership.bounds.least,
+            step_seconds=_step_seconds(ward, windows),
+            steps_left=group.committed - trouble.steps
+            if self._steps is None
+            else max(0, self._steps - group.committed),
+        )
+        done, best = choose(trouble.finding, situation, self._able)
+        if done.action != trouble.said:
+            trouble.said = done.action
+            self._record(group, windows)
+            self._tell(group, trouble.finding, done.action, _done(done, best, situation))
+        return list(trouble.finding.members) if done.action == "evict" else []
+
+    def _tell(self, group: Epochs, found: Finding, action: str, done: str) -> None:
+        self.events.add(
+            "diagnosis",
+            syndrome=found.syndrome,
+            place=found.place,
+            members=list(found.members),
+            names=[self._names.get(m, "").partition(" at ")[0] for m in found.members],
+            ranks=[group.members.index(m) for m in found.members if m in group.members],
+            group=group.name,
+            epoch=group.epoch,
+            operation=found.operation,
+            sequence=found.sequence,
+            why=found.why,
+            lost=round(found.lost, 3),
+            action=action,
+        )
+        where = f"{found.operation or 'no collective yet'} {found.sequence} of group {group.name}"
+        self._say(f"{found.syndrome}: {self._who(group, found)} in {where}: {found.why}; done: {done}")
+
+    def _who(self, group: Epochs, found: Finding) -> str:
+        each = [self._person(group, m) for m in found.members]
+        if found.place == "link":
+            return f"link {each[0]} to {each[1]}"
+        return {"sender": "sending of ", "receiver": "receiving of ", "card": "network card of "}.get(
+            found.place, ""
+        ) + each[0]
+
+    def _person(self, group: Epochs, member: int) -> str:
+        rank = f"rank {group.members.index(member)}" if member in group.members else f"member {member}"
+        return f"{rank} ({self._names.get(member, 'unknown')})"
+
+    def _lost(self, member: int, reason: str) -> None:
+        name = self._names.pop(member)
+        self.events.add("lost", member=member, name=name.partition(" at ")[0], reason=reason)
+        for ward in self._wards.values():
+            ward.reports.pop(member, None)
+        if reason not in ("left", "silent", "stuck", "slow"):  # said already, or nothing to say
+            self._say(f"member {member} ({name}) is lost: {reason}; done: the others go on without it")
+
+    def _record(self, group: Epochs, windows: dict[int, Window]) -> None:
+        if not self.events.kept:
+            return
+        matrix = delays(windows)
+        self.events.add(
+            "records",
+            group=group.name,
+            epoch=group.epoch,
+            names=[self._names.get(m, "").partition(" at ")[0] for m in group.members],
+            delays=[[matrix.get((s, r)) for r in group.members] for s in group.members],
+            seconds=[round(windows[m].seconds, 3) for m in group.members],
+            blocked=[round(windows[m].blocked, 3) for m in group.members],
+        )
+
+    def _ward(self, group: str) -> _Ward:
+        return self._wards.setdefault(group, _Ward())
+
+
+def _seen(group: Epochs, reports: dict[int, Report], why: str, members: Sequence[int]) -> Finding:
+    """What the heartbeats alone tell."""
+    last = max(reports.values(), key=lambda r: r.entered, default=None)
+    return Finding(
+        syndrome="communication hang" if why == "stalled" else "non-communication hang",
+        place="link" if why == "stalled" else "member",
+        members=tuple(members),
+        group=group.name,
+        operation=last.name if last is not None else "",
+        sequence=last.entered if last is not None else 0,
+        why={"silent": "no sign of life", "stuck": "it does nothing while others wait"}.get(
+            why, "both ends wait for each other and nothing moves"
+        ),
+    )
+
+
+def _step_seconds(ward: _Ward, windows: dict[int, Window]) -> float:
+    """Of the last commits, or of the collectives where nothing is committed."""
+    recent = [(t, n) for t, n in ward.commits if ward.commits[-1][0] - t <= 10 * SPAN]
+    steps = recent[-1][1] - recent[0][1]
+    if steps > 0:
+        return (recent[-1][0] - recent[0][0]) / steps
+    window = next(iter(windows.values()))
+    return window.seconds / max(1, window.after.finished - window.before.finished)
+
+
+def _done(done: Choice, best: Choice, situation: Situation) -> str:
+    if done.action != "ignore":
+        return {"evict": "evicted"}.get(done.action, done.action)
+    if best.action == "ignore":
+        return "nothing, no action would help"
+    return f"nothing yet (to {best.action} would save {best.each:.3g} s of a step's {situation.step_seconds:.3g} s)"

@@ -1,0 +1,1 @@
+"""Sequence-parallel attention: one module a method."""

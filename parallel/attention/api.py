@@ -1,0 +1,174 @@
+"""`hm.attention`: what a model calls. Inside a pass it attends under the pass's layout, elsewhere plainly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.world import World
+from heteromesh.parallel.attention.layout import Layout, layout_of
+from heteromesh.parallel.attention.linear import LinearAttention, chunked
+from heteromesh.parallel.attention.methods import Local, split_method
+from heteromesh.parallel.attention.shape_check import Agreement
+from heteromesh.planner.plan import Pass
+
+Method = Callable[..., torch.Tensor]
+"""(q, k, v, scale[, causal]) -> out."""
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """One pass as this rank sees it: its layout and how its attention runs."""
+
+    layout: Layout
+    member: int
+    attend: Method
+    linear: LinearAttention | None = None
+    """How its linear attention runs; needed only where the pass has several ranks."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this rank holds."""
+        return self.layout.tokens(self.member)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block, `attention` is this pass's."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[PassContext | None] = ContextVar("heteromesh_pass", default=None)
+
+
+def active_pass() -> PassContext | None:
+    """The pass that this thread is in, if any."""
+    return _ACTIVE.get()
+
+
+def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Sequence[float]) -> PassContext:
+    """What this rank needs to run a pass. lengths[j]: of the pass's j-th sequence; speeds[r]: of world rank r.
+
+    Raises UserError for a method that does not exist, ValueError for a rank that is not in the pass and for shards
+    that do not hold every token of the sequences once.
+    """
+    layout = layout_of(plan, lengths)
+    _check_shards(plan, lengths)
+    if len(plan.ranks) == 1:
+        return PassContext(layout, 0, Local(layout))
+    exchange = Exchange(world, plan.ranks)
+    agreement = Agreement(exchange, layout, plan.method)
+    attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
+    return PassContext(layout, exchange.member, attend, LinearAttention(layout, exchange.member, exchange, agreement))
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
+
+    Outside a pass every row of the batch is one sequence. Inside a pass B is 1 and S holds this rank's tokens of the
+    pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes,
+    and on every rank of the pass where one of them calls with other shapes than its peers.
+    """
+    _check(q, k, v)
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        wanted = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
+    context = _ACTIVE.get()
+    if context is None:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    _check_tokens(context, q)
+    return context.attend(q, k, v, scale) if causal else context.attend(q, k, v, scale, causal)
+
+
+def linear_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, decay: Sequence[float] | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Linear attention: o_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s (all s, where not causal).
+
+    q and k (B, H, S, dk), v (B, H, S, dv); no scale and no feature map, they are the model's. decay: one constant per
+    head in (0, 1]. Inside a pass as `attention`; what ranks exchange is one state (dk, dv) per head and segment,
+    whatever the length. Raises ValueError on other shapes and decays.
+    """
+    fading = _check_linear(q, k, v, decay, causal)
+    context = _ACTIVE.get()
+    if context is None:
+        queries, keys, values = (x.to(wide_dtype(x.dtype)) for x in (q, k, v))
+        out = chunked(queries, keys, values, fading) if causal else queries @ (keys.transpose(-1, -2) @ values)
+        return out.to(q.dtype)
+    _check_tokens(context, q)
+    linear = context.linear
+    if linear is None:
+        if len(context.layout.segments) > 1:
+            raise ValueError("this pass is not prepared for linear attention: make it with prepare_pass")
+        linear = LinearAttention(context.layout, context.member, None, None)
+    return linear(q, k, v, fading, causal)
+
+
+def _check_linear(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Sequence[float] | None, causal: bool
+) -> tuple[float, ...] | None:
+    if q.dim() != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "linear attention takes q, k (B, H, S, dk) and v (B, H, S, dv), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not (q.shape[1] and q.shape[3] and v.shape[3]):
+        raise ValueError(
+            f"linear attention needs at least one head and dimension, got {tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    if decay is None:
+        return None
+    fading = tuple(map(float, decay))
+    if len(fading) != q.shape[1] or not all(0.0 < d <= 1.0 for d in fading):
+        raise ValueError(f"decay needs one number in (0, 1] for each of {q.shape[1]} heads, got {fading}")
+    if not causal:
+        raise ValueError("decay is for causal linear attention: leave it out, or set causal")
+    return fading
+
+
+def _check_tokens(context: PassContext, q: torch.Tensor) -> None:
+    if q.shape[0] != 1 or q.shape[2] != context.tokens:
+        raise ValueError(
+            f"inside a pass attention takes (1, heads, {context.tokens}, dim) for this rank's tokens, "
+            f"got {tuple(q.shape)}"
+        )
+
+
+def _check_shards(plan: Pass, lengths: Sequence[int]) -> None:
+    if len(plan.shards) != len(plan.ranks) or any(len(row) != len(lengths) for row in plan.shards):
+        raise ValueError(
+            f"a pass of {len(plan.ranks)} ranks and {len(lengths)} sequences needs as many rows and columns of shards"
+        )
+    for j, length in enumerate(lengths):
+        held = [row[j] for row in plan.shards]
+        if sum(held) != length or min(held) < 0:
+            raise ValueError(f"shards {held} of sequence {j} don't add up to its {length} tokens")
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if q.dim() != 4 or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            "attention takes q (B, H, S, D) and k, v (B, Hk, S, D), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if len({q.device, k.device, v.device}) > 1:
+        raise ValueError(f"attention needs q, k and v on one device, got {q.device}, {k.device} and {v.device}")
+    if not (q.shape[1] and k.shape[1] and q.shape[3]):
+        raise ValueError(f"attention needs at least one head and dimension, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention needs as many queries as keys and query heads in multiples of key heads, "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )

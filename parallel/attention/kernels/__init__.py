@@ -1,0 +1,1 @@
+"""Attention of blocks and tiles on one device."""

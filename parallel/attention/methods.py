@@ -1,0 +1,105 @@
+"""The ways to split attention over the ranks of a pass, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from heteromesh.comm.exchange import Exchange
+from heteromesh.parallel.attention.gather import Gather
+from heteromesh.parallel.attention.kernels.tiled import tile_attention
+from heteromesh.parallel.attention.kernels.tiles import Tile
+from heteromesh.parallel.attention.ring import Ring
+from heteromesh.parallel.attention.shape_check import DTYPES, Agreement
+from heteromesh.parallel.attention.token_ring import TokenRing
+from heteromesh.parallel.attention.ulysses import Ulysses
+from heteromesh.parallel.attention.ulysses_ring import UlyssesRing
+from heteromesh.planner.plan import Pass
+from heteromesh.planner.splitting.layout import Layout, base_name, group_layout, inner_degree
+from heteromesh.planner.splitting.routes import RINGS
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, bool], torch.Tensor]
+
+
+class Local:
+    """Whole sequences on one rank: no exchange."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._squares = [(o, o + n) for o, n in zip(layout.offsets, layout.lengths, strict=True) if n]
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+    ) -> torch.Tensor:
+        """q (1, H, n, D), k and v (1, Hk, n, D); returns (1, H, n, D)."""
+        return tile_attention(q, k, v, [Tile(a, b, a, b, causal) for a, b in self._squares], scale)
+
+
+class Split:
+    """A method with the checks that come before its first exchange."""
+
+    def __init__(self, exchange: Exchange, agreement: Agreement, method: str, head_ranks: int, attend: Attend) -> None:
+        """head_ranks: over how many ranks the method deals heads."""
+        self._exchange, self._agreement, self._method = exchange, agreement, method
+        self._head_ranks, self._attend = head_ranks, attend
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+    ) -> torch.Tensor:
+        """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
+        check_tensors(self._exchange, q, k, v)
+        if q.shape[1] < self._head_ranks:
+            raise ValueError(
+                f"method {self._method} deals heads to {self._head_ranks} ranks and attention has {q.shape[1]}: "
+                f"use at most {q.shape[1]} ranks, or the method gather or trimmed_ring"
+            )
+        self._agreement.check("attention", q, k, v, causal)
+        return self._attend(q, k, v, scale, causal)
+
+
+def check_tensors(exchange: Exchange, *tensors: torch.Tensor) -> None:
+    """Raises ValueError unless all are of one dtype that attention takes and on the world's device."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or dtypes.isdisjoint(DTYPES):
+        raise ValueError(
+            f"attention over ranks takes q, k and v of one dtype among {', '.join(map(_name, DTYPES))}, "
+            f"got {', '.join(_name(t.dtype) for t in tensors)}"
+        )
+    for t in tensors:
+        if t.device.type != exchange.device.type:
+            raise ValueError(
+                f"attention over ranks takes tensors on the world's device {exchange.device}, got {t.device}"
+            )
+
+
+def split_method(
+    plan: Pass,
+    layout: Layout,
+    lengths: Sequence[int],
+    exchange: Exchange,
+    agreement: Agreement,
+    speeds: Sequence[float],
+) -> Attend:
+    """The attention of a pass of several ranks. speeds[i]: of the pass's i-th rank."""
+    name, size = base_name(plan.method), len(plan.ranks)
+    attend: Attend
+    head_ranks = 1
+    if name == "gather":
+        attend = Gather(exchange, layout)
+    elif name == "ulysses":
+        attend, head_ranks = Ulysses(exchange, layout, speeds), size
+    elif name == "ulysses_ring":
+        head_ranks = inner_degree(plan.method, size)
+        attend = UlyssesRing(exchange, layout, group_layout(lengths, plan.shards, head_ranks), head_ranks, speeds)
+    elif name == "token_ring":
+        attend = TokenRing(exchange, layout, "token_ring")
+    else:
+        kinds = [kind for kind in RINGS if kind == name]
+        if not kinds:
+            raise ValueError(f"method {plan.method!r} is for one rank, and the pass names {size}")
+        attend = Ring(exchange, layout, kinds[0])
+    return Split(exchange, agreement, plan.method, head_ranks, attend)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Who holds which range of parameters and optimizer state."""

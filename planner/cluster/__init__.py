@@ -1,0 +1,1 @@
+"""Hosts, devices, NICs and the links between them."""

@@ -1,0 +1,229 @@
+"""The ranks of a cluster as the step solver sees them: what a pass on a set costs, and where to look for sets."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from heteromesh.planner.cluster.links import Links
+from heteromesh.planner.cost.passes import FORWARD, LOCAL, Costs, Load, Method, RateByDegree, dealt_pairs
+from heteromesh.planner.cost.shards import shares
+
+SIZE = 1 << 20
+"""More than ranks."""
+PROBES = 2
+"""Lengths per doubling at which methods are compared: one that is best at none of them is not looked at again."""
+
+
+class Line(NamedTuple):
+    """Seconds of a pass as fixed + per_token * tokens + per_square * (sum of squared lengths)."""
+
+    fixed: float
+    per_token: float
+    per_square: float
+
+    def at(self, tokens: float, squares: float) -> float:
+        """The seconds."""
+        return self.fixed + self.per_token * tokens + self.per_square * squares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Team:
+    """What a pass on some set of ranks costs, with shards proportional to speed as far as memory allows."""
+
+    ranks: tuple[int, ...]
+    """Those that it was made of; others with equal speeds, memories and links have the same team."""
+    speeds: tuple[float, ...]
+    method: Method | None
+    """None on one rank."""
+    lines: tuple[Line, ...]
+    """seconds = the largest of these, while tokens <= even."""
+    wire: float
+    """Seconds of exchange per token of a shard that nothing hides."""
+    even: int
+    """Tokens up to which shards proportional to speed fit every rank."""
+    resident: int
+    """As `even`, without moving activations to host memory."""
+    most: int
+    """Tokens that fit at all."""
+    power: float
+    """Sum of speeds."""
+    costs: Costs
+
+    @property
+    def method_name(self) -> str:
+        return self.method.name if self.method else LOCAL
+
+    def seconds(self, tokens: int, squares: int) -> float:
+        """Of a pass over sequences with this many tokens and this sum of squared lengths."""
+        if tokens > self.even:
+            return self._uneven(tokens, squares)
+        first = self.lines[0]
+        seconds = first.fixed + first.per_token * tokens + first.per_square * squares
+        if len(self.lines) > 1:
+            seconds = max(seconds, *(line.at(tokens, squares) for line in self.lines[1:]))
+        return seconds
+
+    def _uneven(self, tokens: int, squares: int) -> float:
+        """As `seconds` where some rank's memory is full."""
+        room = self.costs.room(self.ranks, self.method, tokens)
+        dealt = shares(tokens, self.speeds, room)
+        load = Load(dealt, [squares * n / tokens for n in dealt], 1)
+        offload = self.costs.offload_ratio(self.ranks, self.method, dealt)
+        return self.costs.priced(self.ranks, self.method, load, offload).seconds
+
+
+class Fleet:
+    """Teams of one cost model, remembered; `uniform` when only a team's degree matters."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+        same = len(set(costs.speeds)) == 1 and len(set(costs.capacity)) == 1
+        self.uniform = same and isinstance(costs.rate, RateByDegree)
+        self.wide = self._wide()
+        """All ranks, by host and dealt over hosts: ranks that a split pass takes among equally free ones."""
+        self.alike = self._groups(list(zip(costs.speeds, costs.capacity, strict=True)))
+        """Equal devices."""
+        self.near = [] if isinstance(costs.rate, RateByDegree) else self._groups(costs.hosts)
+        """Hosts, where they matter."""
+        self._teams: dict[object, tuple[Team, ...]] = {}
+        self._places, self._kinds = _places(costs)
+
+    def team(self, ranks: Sequence[int], length: int) -> Team | None:
+        """The team of these ranks with the method that is fastest for a sequence of this length; None without one.
+
+        Its `ranks` may be others that are alike.
+        """
+        key = self._key(ranks)
+        teams = self._teams.get(key)
+        if teams is None:
+            teams = self._teams[key] = self._make_all(sorted(ranks))
+        if len(teams) < 2:
+            return teams[0] if teams else None
+        fitting = [t for t in teams if t.most >= length] or [max(teams, key=lambda t: t.most)]
+        return min(fitting, key=lambda t: t.seconds(min(length, t.most), length * length))
+
+    def _key(self, ranks: Sequence[int]) -> object:
+        if self.uniform:
+            return len(ranks)
+        if not self._kinds:
+            return tuple(sorted(ranks))
+        # ranks of one kind are on one host: how many of which kinds says what the team is
+        counts = Counter([self._places[r] for r in ranks])
+        return tuple(sorted([self._kinds[place] * SIZE + n for place, n in counts.items()]))
+
+    def _make_all(self, ranks: Sequence[int]) -> tuple[Team, ...]:
+        """One team a method, without those that are never the fastest."""
+        if len(ranks) == 1:
+            return (self._make(ranks, None),)
+        teams = [self._make(ranks, m) for m in self.costs.methods if m.fits(len(ranks))]
+        if len(teams) < 2:
+            return tuple(teams)
+        most = max(t.even for t in teams)
+        lengths = {int(most * 2 ** (-i / PROBES)) for i in range(PROBES * max(1, most.bit_length()))}
+        best = {min(range(len(teams)), key=lambda i: _or_never(teams[i], n)) for n in lengths if n}
+        best.add(max(range(len(teams)), key=lambda i: teams[i].most))
+        return tuple(teams[i] for i in sorted(best))
+
+    def _make(self, ranks: Sequence[int], method: Method | None) -> Team:
+        costs = self.costs
+        speeds = tuple(costs.speeds[r] for r in ranks)
+        power, degree, work, wire = sum(speeds), len(ranks), 1.0, 0.0
+        fixed, uneven = costs.seconds_per_pass, 1.0
+        if method is not None:
+            wires, work = costs.wires(ranks, method, speeds), method.work
+            wire = wires.exposed
+            fixed += costs.seconds_per_split_pass + wires.exposed_latency
+            fixed += method.extra_tiles(degree) * costs.seconds_per_tile
+            if method.heads or method.overlap == "rounds":
+                pairs = dealt_pairs(method, Load(speeds, speeds, 1), speeds)
+                uneven = max(p / v for p, v in zip(pairs, speeds, strict=True))
+        largest = max(speeds) / power
+        token = work * costs.seconds_per_token / power + wire * largest
+        square = work * costs.seconds_per_token2 * uneven / power
+        lines = [Line(fixed, token, square)]
+        if method is not None and (wires.hidden or wires.hidden_latency):
+            # the transfers take longer than what hides them
+            lines.append(Line(fixed + wires.hidden_latency, token + wires.hidden * largest, square * (1 - wires.hides)))
+        held = method.held if method else 0.0
+        room = [costs.capacity[r] for r in ranks]
+
+        def even(room: Sequence[int]) -> int:
+            most = min(n / (held + (1 - held) * v / power) for n, v in zip(room, speeds, strict=True))
+            # where others' keys take room, rooms are rounded down
+            return int(most + 1e-6) if not held else max(0, int(most) - degree)
+
+        return Team(
+            ranks=tuple(ranks),
+            speeds=speeds,
+            method=method,
+            lines=(*lines, *_moving(costs, ranks, lines[0], largest)),
+            wire=wire,
+            even=even(room),
+            resident=even([costs.resident[r] for r in ranks]) if costs.resident else even(room),
+            most=max(0, int(sum(room) / (1 + held * (degree - 1))) - degree) if held else sum(room),
+            power=power,
+            costs=costs,
+        )
+
+    def _wide(self) -> list[list[int]]:
+        every = list(range(self.costs.ranks))
+        turn = [self.costs.hosts[:r].count(self.costs.hosts[r]) for r in every]
+        # Ranks of one host share its NICs: dealt over hosts, a pass too large for one host may exchange faster.
+        spread = sorted(every, key=lambda r: (turn[r], r))
+        return [every] if spread == every or isinstance(self.costs.rate, RateByDegree) else [spread, every]
+
+    def _groups(self, keys: Sequence[object]) -> list[list[int]]:
+        """Ranks with equal keys; without groups of one rank and of all."""
+        groups: dict[object, list[int]] = {}
+        for rank, key in enumerate(keys):
+            groups.setdefault(key, []).append(rank)
+        return [g for g in groups.values() if 1 < len(g) < len(keys)]
+
+
+def _or_never(team: Team, length: int) -> float:
+    return team.seconds(length, length * length) if length <= team.most else math.inf
+
+
+def _moving(costs: Costs, ranks: Sequence[int], compute: Line, largest: float) -> list[Line]:
+    """What a pass takes whose activations exceed the devices' memory: the excess moves to the hosts and back."""
+    if not costs.resident:
+        return []
+    slowest = max(ranks, key=lambda r: costs.offload_seconds[r])
+    each, resident = costs.offload_seconds[slowest], costs.resident[slowest]
+    if not each:
+        return []
+    out = Line(-each * resident, each * largest, 0.0)
+    return [
+        Line(*(x * (1 - FORWARD) + y for x, y in zip(compute, out, strict=True))),
+        Line(*(2 * y for y in out)),
+    ]
+
+
+def _places(costs: Costs) -> tuple[list[int], list[int]]:
+    """(per rank its place, per place its kind): equal devices of a host are one place, equal places are of one kind.
+
+    Empty where links are not known; a rate of `Links` depends on nothing else. So does it where a host's devices
+    differ: then every host is a kind.
+    """
+    links = costs.rate
+    if not isinstance(links, Links):
+        return [], []
+    devices: dict[int, set[tuple[float, int]]] = {}
+    for host, speed, room in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
+        devices.setdefault(host, set()).add((speed, room))
+    places: dict[object, int] = {}
+    numbers: dict[object, int] = {}
+    own, kinds = [], []
+    for host, speed, room in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
+        place = (host, speed, room)
+        if place not in places:
+            places[place] = len(places)
+            wires = (links.link[host], links.fabrics[host], links.fabric_nics[host], links.ethernet[host])
+            kind = (speed, room, wires, host if len(devices[host]) > 1 else None)
+            kinds.append(numbers.setdefault(kind, len(numbers)))
+        own.append(places[place])
+    return own, kinds

@@ -1,0 +1,1 @@
+"""Models, sequence lengths and measured constants."""

@@ -1,0 +1,95 @@
+"""Measured or published cost constants as TOML, and binding them to a cluster.
+
+The same keys stand in a `--cost` file, in a cluster file's `[measured]` table and in a run directory's config.json.
+Seconds are for the fastest device of the cluster, tokens for the one with the most memory (docs/cluster-file.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heteromesh.errors import UserError
+from heteromesh.planner import files
+from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
+
+if TYPE_CHECKING:
+    from heteromesh.planner.cluster.cluster import Cluster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constants:
+    """What a pass costs on the reference device: the `a`, `b`, `c` of planner/cost/passes.py and its bytes."""
+
+    seconds_per_token2: float = field(metadata=files.ZERO)
+    seconds_per_token: float = field(metadata=files.ZERO)
+    seconds_per_pass: float = field(metadata=files.ZERO)
+    seconds_per_split_pass: float = field(default=0.0, metadata=files.ZERO)
+    seconds_per_round: float = field(default=0.0, metadata=files.ZERO)
+    seconds_per_tile: float = field(default=0.0, metadata=files.ZERO)
+    seconds_per_step: float = field(default=0.0, metadata=files.ZERO)
+    bytes_per_token: float = field(metadata=files.ZERO)
+    """Moved by the method, forward and backward, per token of a rank's shard."""
+    tokens_per_device: int
+    """Memory, in tokens of activations."""
+    bytes_per_second: dict[int, float] = field(default_factory=dict)
+    """By degree of the pass, per device, each way."""
+    method: str = "ulysses"
+
+
+def constants_from_table(table: Mapping[str, Any], where: str) -> Constants:
+    """Constants from parsed TOML or JSON; raises UserError on unknown, missing or senseless values."""
+    constants = files.build(Constants, table, where)
+    for degree in constants.bytes_per_second:
+        if degree < 2:
+            raise UserError(f"{where}: bytes_per_second has the key {degree}: it must be a degree, 2 or more")
+    if not constants.seconds_per_token2 and not constants.seconds_per_token:
+        raise UserError(
+            f"{where}: seconds_per_token2 and seconds_per_token are both 0: "
+            "at least one must be above zero, or every plan would be as good as any other"
+        )
+    if constants.bytes_per_token and not constants.bytes_per_second:
+        raise UserError(
+            f"{where}: bytes_per_token is {constants.bytes_per_token:g} and [bytes_per_second] is empty: "
+            "give the rate of at least one degree"
+        )
+    return constants
+
+
+def load_constants(path: Path) -> Constants:
+    """Reads a `--cost` file."""
+    return constants_from_table(files.read_toml(path, "cost file"), f"cost file {path}")
+
+
+def bind(constants: Constants, cluster: Cluster) -> Costs:
+    """The constants on every rank of a cluster.
+
+    Speeds are the cluster's (measured, else peak TFLOP/s over the fastest device's); tokens that fit scale with a
+    device's memory over the largest memory. Raises UserError where a device is left without room for a token.
+    """
+    memory = [cluster.device_of(rank).memory_gb for rank in range(cluster.ranks)]
+    largest = max(memory)
+    capacity = tuple(math.floor(constants.tokens_per_device * m / largest) for m in memory)
+    if min(capacity) < 1:
+        rank = capacity.index(min(capacity))
+        raise UserError(
+            f"rank {rank} ({cluster.device_name(rank)}) has room for no token: tokens_per_device is "
+            f"{constants.tokens_per_device} for the largest memory, raise it or leave that host out of the cluster file"
+        )
+    return Costs(
+        seconds_per_token2=constants.seconds_per_token2,
+        seconds_per_token=constants.seconds_per_token,
+        seconds_per_pass=constants.seconds_per_pass,
+        seconds_per_split_pass=constants.seconds_per_split_pass,
+        seconds_per_round=constants.seconds_per_round,
+        seconds_per_tile=constants.seconds_per_tile,
+        seconds_per_step=constants.seconds_per_step,
+        speeds=cluster.speeds(),
+        capacity=capacity,
+        methods=(Method(name=constants.method, bytes_per_token=constants.bytes_per_token),),
+        rate=RateByDegree(constants.bytes_per_second),
+        hosts=cluster.rank_hosts,
+    )

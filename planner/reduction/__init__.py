@@ -1,0 +1,1 @@
+"""Who reduces which share of the gradients."""

@@ -1,0 +1,1 @@
+"""A whole plan: made, checked, explained and played."""

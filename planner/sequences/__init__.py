@@ -1,0 +1,1 @@
+"""One step: which ranks work together on which sequences."""

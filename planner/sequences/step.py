@@ -1,0 +1,71 @@
+"""Plans one step: which ranks work through which sequences, in which order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from heteromesh.errors import UserError
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.sequences.batch import checked, largest
+from heteromesh.planner.sequences.bound import bound_seconds
+from heteromesh.planner.sequences.draft import Draft, Task
+from heteromesh.planner.sequences.greedy import greedy
+from heteromesh.planner.sequences.ilp import refine
+from heteromesh.planner.sequences.static import best_even_passes
+from heteromesh.planner.sequences.timeline import step_seconds, timed_step
+
+__all__ = ["plan_step", "step_seconds"]
+
+GREEDY_SHARE = 0.5
+"""Of the time limit; what the greedy doesn't need is left for the integer program."""
+PROGRAM_SECONDS = 0.5
+"""Less time than this is not worth starting the integer program."""
+PROGRAM_GAP = 0.01
+
+
+def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) -> Step:
+    """A step over sequences of these lengths (tokens) that is short under `costs`.
+
+    Greedy first; where it stays more than 1 % above the bound, the step is small and at least half a second of
+    `time_limit` (seconds) is left, an integer program tries to beat it. Where devices have memory of their own, a
+    second search looks for a shorter step whose passes may keep activations in host memory. Equal input gives an equal
+    step unless the time limit cuts a search short. Raises UserError for an empty batch, for a length that is no whole
+    number above 0 and for a sequence that fits no set of ranks.
+    """
+    began = time.perf_counter()
+    wide = costs.offloading()
+    batch = checked(lengths, wide or costs)
+    found: list[Sequence[Pass]] = []
+    bound = math.inf
+    if wide is None or max(batch) <= largest(costs)[0]:
+        bound = bound_seconds(batch, costs)
+        found += _planned(batch, costs, bound, time_limit)
+    if wide is not None:
+        bound = min(bound, bound_seconds(batch, wide))
+        found += _planned(batch, wide, bound, time_limit - (time.perf_counter() - began))
+    return timed_step(min(found, key=lambda passes: step_seconds(passes, costs)), batch, costs, bound, began)
+
+
+def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
+    """The best draft, and the best static even layout where one is possible: a plan is never behind it."""
+    began = time.perf_counter()
+    task, least = Task(batch, costs), bound - costs.seconds_per_step
+    draft = greedy(task, least, began + GREEDY_SHARE * time_limit)
+    left = time_limit - (time.perf_counter() - began)
+    if left > PROGRAM_SECONDS and draft.seconds > least * (1 + PROGRAM_GAP):
+        draft = _shorter(draft, refine(task, draft.seconds, least, left), task)
+    found: list[Sequence[Pass]] = [draft.passes(task)]
+    with suppress(UserError):
+        found.append(best_even_passes(task.batch, task.costs))
+    return found
+
+
+def _shorter(draft: Draft, other: Draft | None, task: Task) -> Draft:
+    """The draft with fewer exact seconds: whole tokens may turn a tiny lead around."""
+    if other is None:
+        return draft
+    return min(draft, other, key=lambda d: step_seconds(d.passes(task), task.costs))

@@ -1,0 +1,1 @@
+"""What each method of splitting a sequence sends and computes."""

@@ -1,0 +1,114 @@
+"""How blocks of keys (or of queries) travel among the members of a pass: who sends which tokens to whom, in rounds.
+
+A ring moves every member's block hop by hop past all others (Ring Attention, arXiv 2310.01889). Trimmed, a hop carries
+only what its receiver or a member after it needs: with zigzag shards and blocks that travel towards lower members,
+a causal ring of keys drops its tails at the wrap and moves 3/4 of the bytes. The bidirectional ring sends each block
+half-way round each way. Members without tokens are not part of the ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from heteromesh.planner.splitting.layout import Layout, Segment
+
+Kind = Literal["ring", "trimmed_ring", "bidirectional_ring", "token_ring", "direct"]
+RINGS: tuple[Kind, ...] = ("ring", "trimmed_ring", "bidirectional_ring")
+"""Those in which keys go round."""
+Moving = Literal["keys", "queries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Tokens of `origin`'s block that `source` hands to `target`, and what of them `target` uses itself."""
+
+    origin: int
+    source: int
+    target: int
+    segments: tuple[Segment, ...]
+    used: tuple[Segment, ...]
+    """Of `segments`, in the same order. The partial results that go back to the origin are for these."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """rounds[t]: the messages of round t. What arrives in a round is used, and passed on, in the next."""
+
+    rounds: tuple[tuple[Message, ...], ...]
+
+    def of(self, member: int) -> Schedule:
+        """The messages that concern one member: as source, target or origin."""
+        mine = tuple(tuple(m for m in r if member in (m.source, m.target, m.origin)) for r in self.rounds)
+        return Schedule(mine)
+
+
+def schedule(layout: Layout, kind: Kind, *, causal: bool = True) -> Schedule:
+    """The messages of one attention over this layout.
+
+    `direct`: one round in which every member sends its keys straight to every member that needs them.
+    """
+    ring = [i for i in range(len(layout.segments)) if layout.segments[i]]
+    moving: Moving = "queries" if kind == "token_ring" else "keys"
+    reach = [_Reach(layout.segments[i], moving, causal) for i in range(len(layout.segments))]
+    rounds: list[list[Message]] = []
+    for place in range(len(ring)):
+        for path in _paths(ring, place, kind):
+            for step, message in enumerate(_along(path, layout, reach, trim=kind != "ring")):
+                while len(rounds) <= step:
+                    rounds.append([])
+                if message.segments:
+                    rounds[step].append(message)
+    return Schedule(tuple(map(tuple, rounds)))
+
+
+class _Reach:
+    """Which segments of others a member needs to see."""
+
+    def __init__(self, own: Sequence[Segment], moving: Moving, causal: bool) -> None:
+        self._keys, self._causal = moving == "keys", causal
+        self._edge: dict[int, int] = {}
+        for s in own:
+            if self._keys:
+                self._edge[s.sequence] = max(self._edge.get(s.sequence, 0), s.end)
+            else:
+                self._edge[s.sequence] = min(self._edge.get(s.sequence, s.start), s.start)
+
+    def sees(self, other: Segment) -> bool:
+        """Whether own queries see these keys (or these queries see own keys)."""
+        edge = self._edge.get(other.sequence)
+        if edge is None or not self._causal:
+            return edge is not None
+        return other.start < edge if self._keys else edge < other.end
+
+
+def _paths(ring: Sequence[int], place: int, kind: Kind) -> list[list[int]]:
+    """The members that the block of ring[place] visits, itself first, one list a stream."""
+    size = len(ring)
+    forward = [ring[(place + i) % size] for i in range(size)]
+    backward = [ring[(place - i) % size] for i in range(size)]
+    if kind == "ring":
+        return [forward]
+    if kind == "bidirectional_ring":
+        half = size // 2
+        # blocks lose their tails only on the way to lower members: the longer half goes there
+        return [backward[: half + 1], forward[: size - half]]
+    if kind == "direct":
+        return [[ring[place], other] for other in ring if other != ring[place]]
+    return [backward]
+
+
+def _along(path: Sequence[int], layout: Layout, reach: Sequence[_Reach], trim: bool) -> list[Message]:
+    origin = path[0]
+    block = layout.segments[origin]
+    messages = []
+    for step in range(1, len(path)):
+        if trim:
+            later = [reach[i] for i in path[step:]]
+            carried = tuple(s for s in block if any(r.sees(s) for r in later))
+            used = tuple(s for s in carried if reach[path[step]].sees(s))
+        else:
+            carried = used = block
+        messages.append(Message(origin, path[step - 1], path[step], carried, used))
+    return messages

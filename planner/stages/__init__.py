@@ -1,0 +1,1 @@
+"""Pipeline stages placed on unequal hosts."""

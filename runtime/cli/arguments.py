@@ -1,0 +1,38 @@
+"""What all subcommands share: one-sentence errors, and dashes and underscores meaning the same in a flag."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from heteromesh.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that raises UserError instead of printing usage and exiting."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"heteromesh {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Every mistake in the arguments ends here."""
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses with every `--snake_case` flag read as `--snake-case`."""
+        return self.parse_args([_dashed(word) for word in argv])
+
+
+def positive_int(text: str) -> int:
+    """A whole number, at least 1."""
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value

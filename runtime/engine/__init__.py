@@ -1,0 +1,1 @@
+"""Executes passes, and measures what they cost."""

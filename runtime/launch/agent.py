@@ -1,0 +1,283 @@
+"""The agent of one host: keeps its workers running while some of them die, and ends with them.
+
+Unlike torchrun's agent it never restarts a worker because another one died: the others go on by themselves
+(docs/faults.md), and a worker that is started again joins them.
+"""
+
+from __future__ import annotations
+
+import math
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from heteromesh.errors import UserError
+from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.runtime.launch.countdown import Countdown
+from heteromesh.runtime.launch.worker import Ending, Keeper, Slot
+from heteromesh.runtime.process.interrupt import AGAIN_SECONDS
+
+_PAUSE = 1.0
+"""Seconds before a worker is started again."""
+_TURN = 0.2
+"""Seconds after which the agent looks around although nothing has happened."""
+_STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM))
+"""Exit codes of a worker that was asked to stop, here or on another host, and has saved."""
+_SENTENCES = ("UserError", "PeerLost", "JobOver")
+"""Exceptions whose message says all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Duty:
+    """What the agent of one host has to do."""
+
+    command: Sequence[str]
+    environments: Sequence[dict[str, str]]
+    """Of each worker."""
+    names: Sequence[str]
+    """Of each worker, as the coordinator knows it."""
+    max_restarts: int
+    """For each worker."""
+    signals: Sequence[int]
+    """That end the job."""
+    grace: float
+    """Seconds from such a signal, or from the first worker that is done, to SIGKILL."""
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(f"heteromesh: {text}", file=sys.stderr, flush=True)
+
+
+class Agent:
+    """Made for one `run`."""
+
+    def __init__(self, duty: Duty, *, coordinator: Coordinator | None, patience: float) -> None:
+        """`coordinator`: the one that this process serves, if any. `patience`: seconds for the first members."""
+        self._duty, self._coordinator = duty, coordinator
+        self._countdown = Countdown(coordinator, patience, say) if coordinator is not None else None
+        self._slots: list[Slot] = []
+        self._selector = selectors.DefaultSelector()
+        self._code: int | None = None
+        """Decided before all workers have ended."""
+        self._done_at: float | None = None
+        """When the first worker ended with 0."""
+        self._finish_at = math.inf
+        """When that was decided."""
+        self._told: set[str] = set()
+        self._unkept = False
+        """Whether the run directory did not take events."""
+
+    def run(self) -> int:
+        """Returns the exit code when every worker has ended. Raises UserError when the command can't be started."""
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heteromesh-")))
+            keeper = Keeper()
+            stack.callback(keeper.close)
+            stack.callback(self._clean)
+            stack.enter_context(self._selector)
+            signals = stack.enter_context(_Signals(self._duty.signals))
+            self._selector.register(signals, selectors.EVENT_READ, signals)
+            self._slots = [Slot(rank, name, folder, keeper) for rank, name in enumerate(self._duty.names)]
+            while any(slot.open for slot in self._slots):
+                self._turn()
+            self._serve_others()
+        return self._result()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for slot in self._slots:
+            if slot.due is not None and slot.due <= now:
+                self._start(slot)
+        soonest = min([now + _TURN, *(slot.due for slot in self._slots if slot.due is not None)])
+        for key, _ in self._selector.select(max(0.0, soonest - now)):
+            if isinstance(key.data, Slot):
+                self._selector.unregister(key.fd)
+                self._ended(key.data, key.data.reap())
+            else:
+                self._interrupted(key.data.read())
+        self._look(time.monotonic())
+
+    def _start(self, slot: Slot) -> None:
+        try:
+            slot.start(self._duty.command, self._duty.environments[slot.rank])
+        except OSError as error:
+            raise UserError(
+                f"{self._duty.command[0]} can't be started ({error.strerror}): give a script or a program of this host"
+            ) from None
+        self._selector.register(slot, selectors.EVENT_READ, slot)
+
+    def _ended(self, slot: Slot, ending: Ending) -> None:
+        if ending.code == 0:
+            self._done_at = self._done_at or time.monotonic()
+            for other in self._slots:
+                other.due = None  # the job is done: nobody would take part any more
+            return
+        final = ending.code == 2 or self._is_over(ending)
+        if final:
+            self._tell(slot, ending)
+        if self._code is not None:
+            return
+        if self._done_at is not None:
+            if not final:
+                say(f"worker {slot.name} {ending.reason} after the first worker was done")
+        elif ending.code in _STOPPED:
+            self._finish(ending.code, signal.SIGTERM)
+        elif not final:
+            self._lost(slot, ending)
+        elif ending.code == 1 or slot.starts == 1:
+            # one that was started again and is refused now, for a file that has changed, must not end the others
+            self._finish(ending.code, signal.SIGTERM)
+
+    def _is_over(self, ending: Ending) -> bool:
+        """Whether no worker of the job can go on, so that starting one again won't help."""
+        if ending.code != 1 or ending.kind not in ("JobOver", "PeerLost"):
+            return False
+        job = self._coordinator.membership if self._coordinator is not None else None
+        # PeerLost alone may mean that the others have put out this one worker
+        return ending.kind == "JobOver" or (job is not None and job.started and not job.world.members)
+
+    def _lost(self, slot: Slot, ending: Ending) -> None:
+        slot.lost, used = True, slot.starts - 1
+        if used < self._duty.max_restarts:
+            slot.due = time.monotonic() + _PAUSE
+            what = f"it is started again ({used + 1} of {self._duty.max_restarts} times)"
+        else:
+            left = sum(other.open for other in self._slots)
+            what = f"it is not started again (--max-restarts {self._duty.max_restarts}); {left} of this host go on"
+        say(f"worker {slot.name} {ending.reason}: {what}")
+
+    def _tell(self, slot: Slot, ending: Ending) -> None:
+        """Its sentence, once for all workers that ended with the same."""
+        text = ending.message
+        if ending.kind not in _SENTENCES:
+            text = f"worker {slot.name} {ending.reason}"
+        if text not in self._told:
+            self._told.add(text)
+            say(f"error: {text}")
+
+    def _interrupted(self, numbers: bytes) -> None:
+        for number in numbers:
+            if self._code is None:
+                # workers save and end on these two; others would end them at once
+                self._finish(128 + number, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            elif number == signal.SIGINT and time.monotonic() > self._finish_at + AGAIN_SECONDS:
+                self._kill()
+
+    def _finish(self, code: int, number: int) -> None:
+        """Ends the job of this host; the first reason counts."""
+        if self._code is not None:
+            return
+        self._code, self._finish_at = code, time.monotonic()
+        for slot in self._slots:
+            slot.due = None
+            slot.signal(number)
+
+    def _keep_events(self) -> None:
+        """In the run directory (`elastic_facts` tell where), once a step shows that it is this job's."""
+        coordinator = self._coordinator
+        if coordinator is None or coordinator.monitor.events.kept or self._unkept:
+            return
+        place = coordinator.membership.facts.get("run_dir")
+        if place and coordinator.membership.counts["commits"]:
+            try:
+                coordinator.monitor.events.keep_in(Path(place))
+            except UserError as error:
+                self._unkept = True
+                say(f"events are not kept: {error}")
+
+    def _look(self, now: float) -> None:
+        self._keep_events()
+        if now >= self._finish_at + self._duty.grace:
+            self._kill()
+        if self._done_at is not None and self._code is None and now >= self._done_at + self._duty.grace:
+            late = ", ".join(slot.name for slot in self._slots if slot.open)
+            say(f"{late} did not end within {self._duty.grace:g} s after the first worker was done")
+            self._finish(self._verdict(), signal.SIGTERM)
+        if self._countdown is not None and self._code is None and self._done_at is None:
+            coming = [slot.name for slot in self._slots if slot.open]
+            reason = self._countdown.look(now, coming)
+            if reason:
+                say(f"error: {reason}")
+                self._finish(1, signal.SIGTERM)
+
+    def _serve_others(self) -> None:
+        """Members on other hosts may still need the coordinator of this process for their last step, or for more."""
+        coordinator = self._coordinator
+        if coordinator is None or self._code in (1, 2):
+            return
+        limit = math.inf
+        if self._code is not None or self._done_at is not None:
+            limit = time.monotonic() + coordinator.timing.leave
+        elif coordinator.membership.people:
+            say("no worker of this host is left; the agent stays for the members on other hosts")
+        while coordinator.running and coordinator.membership.people and time.monotonic() < limit:
+            for key, _ in self._selector.select(_TURN):
+                self._interrupted(key.data.read())
+                return
+
+    def _result(self) -> int:
+        if self._code is not None:
+            return self._code
+        return self._verdict()
+
+    def _verdict(self) -> int:
+        """The job was done if one worker says so, and every one that had not been lost before says the same."""
+        if self._done_at is not None:
+            return int(any(not slot.lost and (slot.ending is None or slot.ending.code) for slot in self._slots))
+        return 2 if any(slot.ending is not None and slot.ending.code == 2 for slot in self._slots) else 1
+
+    def _kill(self) -> None:
+        for slot in self._slots:
+            slot.kill()
+
+    def _clean(self) -> None:
+        self._kill()
+        for slot in self._slots:
+            if slot.running:
+                slot.reap()
+
+
+class _Signals:
+    """While entered, signals are bytes to be read instead of what they usually do. For the main thread."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+        self._reader, self._writer = socket.socketpair()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
+        for number in self._numbers:
+            self._before[number] = signal.signal(number, lambda *_: None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        self._reader.close()
+        self._writer.close()
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def read(self) -> bytes:
+        """The numbers that have come."""
+        try:
+            return self._reader.recv(64)
+        except BlockingIOError:
+            return b""

@@ -1,0 +1,1 @@
+"""Finds and uses the NICs of this host."""

@@ -1,0 +1,1 @@
+"""What this rank's device is and how fast it computes."""

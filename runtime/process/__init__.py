@@ -1,0 +1,1 @@
+"""This process: its environment, peers, signals and how it fails."""

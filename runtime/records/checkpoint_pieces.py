@@ -1,0 +1,101 @@
+"""Fragments of tensors in torch.distributed.checkpoint: written and read as boxes of the whole tensor.
+
+A checkpoint of a sharded optimizer has the entries of an unsharded one, so that either can be resumed as the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from heteromesh.parallel.state.fragments import Piece
+
+STATE = ("optimizer", "state")
+
+
+class PieceSavePlanner(DefaultSavePlanner):
+    """Writes the pieces in a state dict as boxes."""
+
+    def create_local_plan(self) -> SavePlan:
+        """The default plan for all else, and an item a box."""
+        pieces = {key: value for key, value in self.state_dict.items() if isinstance(value, Piece)}
+        everything, self.state_dict = self.state_dict, {k: v for k, v in self.state_dict.items() if k not in pieces}
+        plan = super().create_local_plan()
+        self.state_dict = everything
+        items = [item for key, piece in pieces.items() for item in _write_items(key, piece)]
+        return SavePlan([*plan.items, *items], planner_data=plan.planner_data)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """The tensor to write."""
+        value = self.state_dict[index.fqn]
+        if isinstance(value, Piece):
+            assert index.offset is not None
+            return value.box(index.offset)
+        return super().lookup_object(index)
+
+
+class PieceLoadPlanner(DefaultLoadPlanner):
+    """Reads what a checkpoint has of a state dict, and pieces (by flat key) from whatever boxes were written."""
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        # optimizers make state as gradients come: a parameter that never had one has none to load
+        super().__init__(allow_partial_load=True)
+        self._pieces = pieces
+
+    def create_local_plan(self) -> LoadPlan:
+        """The default plan for all else, and reads for every box."""
+        plan = super().create_local_plan()
+        assert self.metadata is not None
+        for key, piece in self._pieces.items():
+            stored = self.metadata.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata)
+            plan.items.extend(create_read_items_for_chunk_list(key, stored, _chunks(piece)))
+        return plan
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """Where to read to."""
+        if index.fqn in self._pieces:
+            assert index.offset is not None
+            return self._pieces[index.fqn].box(index.offset)
+        return super().lookup_tensor(index)
+
+
+def stored_state(path: Path) -> dict[str, dict[str, tuple[str, Any]]]:
+    """By parameter name and key, what a checkpoint has of optimizer state: (flat key, its metadata)."""
+    metadata: Metadata = FileSystemReader(path).read_metadata()
+    found: dict[str, dict[str, tuple[str, Any]]] = {}
+    for flat, entry in metadata.state_dict_metadata.items():
+        where = (metadata.planner_data or {}).get(flat, ())
+        if tuple(where[:2]) == STATE and len(where) == 4:
+            found.setdefault(str(where[2]), {})[str(where[3])] = flat, entry
+    return found
+
+
+def _chunks(piece: Piece) -> list[ChunkStorageMetadata]:
+    return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in piece.boxes()]
+
+
+def _write_items(key: str, piece: Piece) -> list[WriteItem]:
+    properties = TensorProperties.create_from_tensor(piece.tensor)
+    return [
+        WriteItem(
+            index=MetadataIndex(key, chunk.offsets),
+            type=WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=piece.shape),
+        )
+        for chunk in _chunks(piece)
+    ]

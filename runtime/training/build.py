@@ -1,0 +1,215 @@
+"""Before the first step: which cluster, which costs, which plan file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from heteromesh.comm.collectives.torch import FlatCollectives, NativeCollectives
+from heteromesh.comm.collectives.uneven import Collectives, open_collectives
+from heteromesh.comm.gradients.int8 import QuantisedSum, seconds_per_value
+from heteromesh.comm.tcp.abort import GroupAborted
+from heteromesh.comm.world import World
+from heteromesh.errors import UserError
+from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
+from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.model.constants import bind, load_constants
+from heteromesh.planner.plan import Plan, load
+from heteromesh.planner.reduction.compression import seconds_saved
+from heteromesh.planner.reduction.memory import largest_fractions
+from heteromesh.planner.reduction.reduction import Reduction, reduction_for
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.engine.calibrate import Calibration
+from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.network.nics import open_card_collectives
+from heteromesh.runtime.probe.model.known import known_costs
+from heteromesh.runtime.process.failure import PeerLost
+from heteromesh.runtime.process.peers import SILENCE_SECONDS
+from heteromesh.runtime.work.reader import Reader
+
+CLUSTER_VARIABLE, PLAN_VARIABLE = "HETEROMESH_CLUSTER", "HETEROMESH_PLAN"
+DRY_RUN_VARIABLE = "HETEROMESH_DRY_RUN"
+"""Number of ranks to plan for; set by `heteromesh run --dry-run`."""
+
+
+def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:
+    """The cluster file of the configuration or of `heteromesh run`; else equal processes on one host.
+
+    Raises UserError when it has another number of ranks than the job.
+    """
+    path = config.cluster or os.environ.get(CLUSTER_VARIABLE)
+    if not path:
+        return local_cluster(ranks)
+    cluster = load_cluster(Path(path))
+    if cluster.ranks != ranks:
+        raise UserError(
+            f"cluster file {path} describes {cluster.ranks} ranks and the job has {ranks}: "
+            "start one process per device of the file, or describe the devices that run"
+        )
+    return cluster
+
+
+def described_cluster(config: TrainerConfig) -> Cluster | None:
+    """The hosts of this job, where a cluster file describes them; what is wrong with it `find_cluster` tells later."""
+    if not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+        return None
+    try:
+        return find_cluster(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError:
+        return None
+
+
+def plan_path(config: TrainerConfig) -> str | Path | None:
+    """The plan file of the configuration or of `heteromesh run`, if any."""
+    return config.plan or os.environ.get(PLAN_VARIABLE) or None
+
+
+def find_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
+    """What `plan_path` names; raises UserError if it is for another job."""
+    path = plan_path(config)
+    if path is None:
+        return None
+    plan = load(Path(path))
+    if plan.cluster.ranks != cluster.ranks:
+        raise UserError(
+            f"plan file {path} is for {plan.cluster.ranks} ranks and the job has {cluster.ranks}: "
+            f"start {plan.cluster.ranks} processes or make the plan for this cluster"
+        )
+    if plan.cluster.fingerprint != cluster.fingerprint:
+        raise UserError(
+            f"plan file {path} is for the cluster {plan.cluster.fingerprint} and this one is {cluster.fingerprint}: "
+            "make the plan again with this cluster file"
+        )
+    return plan
+
+
+def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, reader: Reader) -> Costs:
+    """The cost file's constants, else the cluster file's for this model, else what the model is measured to need.
+
+    Equal on every rank.
+    """
+    if config.cost is not None:
+        costs = bind(load_constants(Path(config.cost)), cluster)
+    else:
+        sample = torch.from_numpy(reader.sample_tokens(4096))
+        calibration = Calibration(executor, sample, max(reader.lengths))
+        known = known_costs(cluster, executor, calibration.attention_shape(), config.autocast)
+        links = cluster_links(cluster) if cluster.measured.nic_gbit or cluster.measured.link_gbps else None
+        measured = known or calibration.measure(config.tokens_per_device, links)
+        described = config.cluster or os.environ.get(CLUSTER_VARIABLE)
+        costs = replace(measured, hosts=cluster.rank_hosts) if described else measured
+    if config.tokens_per_device is not None:
+        costs = replace(costs, capacity=(config.tokens_per_device,) * cluster.ranks)
+    return costs
+
+
+@contextmanager
+def find_collectives(
+    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, world: World
+) -> Iterator[FlatCollectives | None]:
+    """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
+
+    Where hosts are described with several Ethernet cards and all can be used, over all of them
+    (runtime/network/nics.py). None in a world of one rank. Raises UserError when the optimizer is to be sharded and
+    can't be, or its state fits nowhere, and where the user named cards that can't be used.
+    """
+    if world.size == 1:
+        yield None
+        return
+    limits = world.once(lambda: _limits(config, cluster, optimizer))
+    if world.device.type != "cpu":
+        yield NativeCollectives(world, world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions)
+        return
+    # the watch of the peers is to be the first to see that a host is silent: its sentence says more
+    over_cards = open_card_collectives(world, cluster, limits, 1.5 * min(SILENCE_SECONDS, config.timeout_seconds))
+    if over_cards is not None:
+        with _closing(over_cards, world) as collectives:
+            yield collectives
+        return
+    assert world.gradients
+    reduction = world.once(lambda: over_one_card(cluster, max_fraction=limits))
+    collectives = open_collectives(world.gradients, reduction)
+    try:
+        yield collectives
+    finally:
+        collectives.close()
+
+
+@contextmanager
+def _closing(collectives: Collectives, world: World) -> Iterator[Collectives]:
+    """Closes the transport too; not before the peers are done with it, unless something went wrong."""
+    try:
+        yield collectives
+    except BaseException as error:
+        collectives.transport.close()  # first: it ends what the collectives still wait for
+        collectives.close()
+        if isinstance(error, GroupAborted):
+            # the watch of the peers, if it saw who is gone, says so instead
+            sentence = (
+                f"the connections over all cards of the hosts failed ({error}): look at the other ranks' output and at "
+                "each card and its cable, then start the run again (resume=True continues at the last checkpoint)"
+            )
+            raise PeerLost(sentence).with_traceback(error.__traceback__) from error
+        raise
+    collectives.close()
+    world.barrier()
+    collectives.transport.close()
+
+
+def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
+    """Per rank, the largest fraction of a sharded optimizer that it has memory for; None: no limits."""
+    # without a cluster file the devices' memory is a guess, which must not refuse what would fit
+    if not config.shard_optimizer or not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+        return None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
+    return largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+
+
+@contextmanager
+def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs) -> Iterator[QuantisedSum | None]:
+    """What gradients are compressed with, if anything. Every rank must call it.
+
+    Raises UserError where int8 is asked for and does not work.
+    """
+    world, collectives = executor.world, executor.gradients.collectives
+    if world.size == 1 or config.gradient_compression == "none":
+        yield None
+        return
+    if not isinstance(collectives, Collectives):
+        if config.gradient_compression == "int8":
+            raise UserError(
+                f"gradient_compression is 'int8' and the ranks are on {world.device.type} devices: "
+                "it works on CPU ranks only, so set it to 'none'"
+            )
+        yield None
+        return
+    if config.gradient_compression == "auto" and _int8_saves(config, executor, collectives.reduction, costs) <= 0:
+        yield None
+        return
+    compression = QuantisedSum(collectives.transport, collectives)
+    try:
+        yield compression
+    finally:
+        compression.close()
+
+
+def _int8_saves(config: TrainerConfig, executor: StepExecutor, reduction: Reduction, costs: Costs) -> float:
+    """Seconds of a step, equal on every rank."""
+    buckets = executor.gradients.buckets
+    # of the last pass at most; two thirds of a pass are its backward
+    tokens = min(config.batch_tokens / len(costs.speeds), *costs.capacity)
+    return seconds_saved(
+        reduction,
+        values=sum(bucket.numel for bucket in buckets),
+        seconds_per_value=max(executor.world.gather(seconds_per_value())),
+        hidden_seconds=2 / 3 * costs.seconds_per_token * tokens,
+    )

@@ -1,0 +1,89 @@
+"""`heteromesh run --dry-run`: the first steps of a training script, planned for a cluster that is not running."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from heteromesh.comm.world import World, pick_device
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
+from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.cost.json import costs_to_json
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.model.constants import bind, load_constants
+from heteromesh.planner.plan import Plan, PlannedCluster, dump
+from heteromesh.planner.report.assemble import peak_tokens
+from heteromesh.planner.report.text import first_passes, step_table
+from heteromesh.planner.sequences.step import plan_step
+from heteromesh.runtime.engine.calibrate import Calibration
+from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE
+
+if TYPE_CHECKING:
+    from heteromesh.runtime.trainer import Trainer
+
+STEPS = 3
+
+
+def dry_run(trainer: Trainer) -> None:
+    """Prints the plan of the first steps and writes it to RUN_DIR/plan.json; nothing is trained."""
+    ranks = int(os.environ[DRY_RUN_VARIABLE])
+    file = trainer.config.cluster or os.environ.get(CLUSTER_VARIABLE)
+    cluster = load_cluster(Path(file)) if file else local_cluster(ranks)
+    costs, source = _costs(trainer, cluster)
+    batches = [trainer.sampler.next_batch() for _ in range(min(STEPS, trainer.config.max_steps))]
+    steps = tuple(plan_step(b.lengths, costs, time_limit=trainer.config.plan_seconds) for b in batches)
+    plan = Plan(
+        cluster=PlannedCluster(fingerprint=cluster.fingerprint, ranks=cluster.ranks),
+        model=type(trainer.model).__name__,
+        layout={"costs": costs_to_json(costs) | {"source": source}, "peak_tokens": peak_tokens(steps, cluster.ranks)},
+        steps=steps,
+    )
+    path = Path(trainer.config.run_dir) / "plan.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump(plan, path)
+    except OSError as error:
+        raise UserError(f"the plan can't be written to {path} ({error.strerror}): choose another run_dir") from error
+    lines = [
+        f"dry run: {cluster.ranks} ranks of cluster {cluster.name}, costs {source}",
+        step_table(steps, cluster.ranks),
+        first_passes(steps[0], cluster.ranks),
+        f"nothing was trained; to run exactly these steps: heteromesh run --plan {path} ...",
+    ]
+    sys.stdout.write("\n\n".join(lines) + "\n")
+
+
+def _costs(trainer: Trainer, cluster: Cluster) -> tuple[Costs, str]:
+    """The cost file's constants; else measured in this one process and spread over the cluster's ranks and links."""
+    if trainer.config.cost is not None:
+        costs = bind(load_constants(Path(trainer.config.cost)), cluster)
+        given = trainer.config.tokens_per_device
+        return replace(costs, capacity=(given,) * cluster.ranks) if given else costs, "from the cost file"
+    device = pick_device()
+    executor = StepExecutor(
+        trainer.model.to(device),
+        World(device=device),
+        autocast=trainer.config.autocast,
+        checkpoint_activations=trainer.config.checkpoint_activations,
+    )
+    sample = torch.from_numpy(trainer.reader.sample_tokens(4096))
+    calibration = Calibration(executor, sample, max(trainer.reader.lengths))
+    alone = calibration.measure(trainer.config.tokens_per_device)
+    shape = calibration.attention_shape()
+    costs = replace(
+        alone,
+        speeds=cluster.speeds(),
+        capacity=alone.capacity * cluster.ranks,
+        methods=shape.methods(executor.forwards, cluster.rank_hosts) if shape else (),
+        rate=cluster_links(cluster),
+        hosts=cluster.rank_hosts,
+        offload_seconds=alone.offload_seconds * cluster.ranks,
+    )
+    return costs, "measured in one process here, scaled by the cluster's speeds and links"

@@ -1,0 +1,1 @@
+"""Batches, their plans and their tensors, ahead of the loop."""

@@ -1,0 +1,490 @@
+"""The sharded optimizer: the same parameters as the optimizer it wraps, whoever owns how much."""
+
+import math
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from heteromesh.comm.collectives.torch import NativeCollectives
+from heteromesh.comm.collectives.uneven import open_collectives
+from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.errors import UserError
+from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.parallel.state.fragments import Piece, boxes
+from heteromesh.parallel.state.gather import ParameterGather
+from heteromesh.parallel.state.sharded import ShardedOptimizer
+from heteromesh.planner.reduction.reduction import Reduction
+from heteromesh.runtime.records.checkpoint import Checkpoints
+from ranks import World, run_ranks
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+}
+FRACTIONS = {"even": (), "one owns all": (0.0, 1.0), "uneven": (0.55, 0.0, 0.3, 0.15)}
+
+
+def owners(fractions: Sequence[float], size: int) -> tuple[float, ...]:
+    """Of `size` ranks; what is left over goes to the last."""
+    shares = (*fractions, *(0.0,) * size)[:size] if fractions else (1 / size,) * size
+    return (*shares[:-1], 1 - sum(shares[:-1]))
+
+
+@contextmanager
+def collectives_of(world: World, fractions: Sequence[float], native: bool = False) -> Iterator[Any]:
+    """Through owners, never a ring: a plain sum has the bits of a sharded one."""
+    shares = owners(fractions, world.size)
+    if native:
+        yield NativeCollectives(world, shares)
+        return
+    reduction = Reduction(
+        hosts=tuple(range(world.size)),
+        fractions=shares,
+        seconds_per_byte=0.0,
+        bound_seconds_per_byte=0.0,
+        ring_seconds_per_byte=1.0,
+    )
+    collectives = open_collectives(world.gradients, reduction)
+    try:
+        yield collectives
+    finally:
+        collectives.close()
+
+
+class Small(nn.Module):
+    """Tied weights that are read without a call of their owner, a branch, and parameters of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.branch = nn.Linear(6, 6)
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(6))])
+        self.unused = nn.Parameter(torch.ones(5))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.low = nn.Parameter(torch.ones(6, dtype=torch.bfloat16))
+
+    def forward(self, tokens: torch.Tensor, branch: bool) -> torch.Tensor:
+        hidden = self.embed(tokens)
+        hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
+        if branch:
+            hidden = hidden + self.branch(hidden)
+        hidden = hidden * self.scales[0] * self.scales[1] * self.low.float()
+        return nn.functional.linear(hidden, self.embed.weight).square().mean()
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    names = dict(model.named_parameters())
+    decayed = [p for n, p in names.items() if p.ndim > 1 and p.requires_grad]
+    rest = [p for n, p in names.items() if p.ndim <= 1 and p.requires_grad]
+    return [{"params": decayed}, {"params": rest, "lr": 3e-3, "weight_decay": 0.0}]
+
+
+def batch(step: int, rank: int) -> torch.Tensor:
+    return torch.randint(13, (2, 4), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def passes(model: nn.Module, gradients: GradientSum, world: World, step: int) -> None:
+    """Rank r runs 1 + r % 2 passes, rank 0 none in step 2; the branch is off at first, on some ranks only later."""
+    gradients.clear(model.parameters())
+    count = 0 if step == 2 and world.rank == 0 else 1 + world.rank % 2
+    for number in range(count):
+        if number == count - 1:
+            gradients.arm()
+        model(batch(step, world.rank + 10 * number), step > 1 and world.rank > 0).backward()
+    if not count:
+        gradients.arm()
+    gradients.finish()
+
+
+def both(world: World, name: str, fractions: Sequence[float], native: bool, steps: int, bucket: int) -> None:
+    """Plain and sharded side by side, with a schedule: the same bits of parameters and of optimizer state."""
+    with collectives_of(world, fractions, native) as collectives:
+        torch.manual_seed(0)
+        plain, sharded = Small(), Small()
+        sharded.load_state_dict(plain.state_dict())
+        sums = [GradientSum(world, collectives, bucket_bytes=bucket) for _ in range(2)]
+        for gradients, model in zip(sums, (plain, sharded), strict=True):
+            gradients.attach(model.parameters())
+        reference, inner = (OPTIMIZERS[name](groups(model)) for model in (plain, sharded))
+        optimizer = ShardedOptimizer(inner, sharded, sums[1])
+        schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5) for o in (reference, inner)]
+        exact = not native
+        for step in range(steps):
+            passes(plain, sums[0], world, step)
+            passes(sharded, sums[1], world, step)
+            norm = optimizer.clip_gradients(math.inf)
+            squares = [p.grad.double().square().sum() for p in plain.parameters() if p.grad is not None]
+            assert norm == pytest.approx(math.sqrt(sum(squares)), rel=1e-5 if exact else 1e-2)
+            reference.step()
+            optimizer.step()
+            for schedule in schedules:
+                schedule.step()
+        optimizer.wait()
+        same(plain.state_dict(), sharded.state_dict(), exact)
+        same(reference.state_dict(), optimizer.state_dict(), exact)
+        everywhere(world, sharded)
+        optimizer.close()
+        assert [len(g["params"]) for g in inner.param_groups] == [len(g["params"]) for g in reference.param_groups]
+
+
+def same(one: Any, two: Any, exact: bool) -> None:
+    if isinstance(one, torch.Tensor):
+        assert one.shape == two.shape
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two) if exact else torch.allclose(one.float(), two.float(), rtol=2e-2, atol=1e-5)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            same(value, two[key], exact)
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            same(a, b, exact)
+    else:
+        assert one == two
+
+
+def everywhere(world: World, model: nn.Module) -> None:
+    """Every rank has the same bits."""
+    rows = world.gather([p.detach().float().numpy().tobytes() for p in model.parameters()])
+    assert all(row == rows[0] for row in rows)
+
+
+def all_optimizers(world: World) -> None:
+    for name in OPTIMIZERS:
+        both(world, name, FRACTIONS["uneven"], False, 4, 256)
+
+
+def test_the_same_bits_as_the_plain_optimizer() -> None:
+    run_ranks(3, all_optimizers)
+
+
+def any_owners(world: World) -> None:
+    for fractions in FRACTIONS.values():
+        for bucket in (1, 1 << 20):
+            both(world, "AdamW", fractions, False, 3, bucket)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_owners(ranks: int) -> None:
+    run_ranks(ranks, any_owners)
+
+
+def test_torchs_own_collectives() -> None:
+    run_ranks(3, both, "SGD", FRACTIONS["uneven"], True, 3, 256)
+
+
+def two_hundred_steps(world: World) -> None:
+    with collectives_of(world, FRACTIONS["uneven"]) as collectives:
+        torch.manual_seed(0)
+        model = Small()
+        gradients = GradientSum(world, collectives, bucket_bytes=512)
+        gradients.attach(model.parameters())
+        optimizer = ShardedOptimizer(OPTIMIZERS["AdamW"](groups(model)), model, gradients)
+        before = [p.detach().clone() for p in model.parameters()]
+        for step in range(200):
+            passes(model, gradients, world, step)
+            optimizer.clip_gradients(0.5)
+            optimizer.step()
+        optimizer.wait()
+        everywhere(world, model)
+        moved = {n for (n, p), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+        assert moved == {n for n, _ in model.named_parameters()} - {"unused", "frozen"}
+
+
+def test_the_same_bits_on_all_ranks_after_200_steps() -> None:
+    run_ranks(4, two_hundred_steps)
+
+
+def saved(world: World, folder: Path, fractions: Sequence[float], sharded: bool) -> bytes:
+    """Three steps, then a checkpoint: parameters and whole optimizer state."""
+    model, optimizer, _, stack = trained(world, fractions, sharded, 3)
+    checkpoints = Checkpoints(folder, world, 2)
+    checkpoints.save(3, model, optimizer, {})
+    checkpoints.close()
+    return everything(model, optimizer, stack)
+
+
+def resumed(world: World, folder: Path, fractions: Sequence[float], sharded: bool) -> bytes:
+    model, optimizer, _, stack = trained(world, fractions, sharded, 1)
+    checkpoints = Checkpoints(folder, world, 2)
+    path = checkpoints.latest()
+    assert path is not None
+    checkpoints.load(path, model, optimizer)
+    checkpoints.close()
+    return everything(model, optimizer, stack)
+
+
+def trained(world: World, fractions: Sequence[float], sharded: bool, steps: int) -> tuple[Any, Any, Any, ExitStack]:
+    stack = ExitStack()
+    torch.manual_seed(steps)
+    model = Small()
+    optimizer: Any = OPTIMIZERS["AdamW"](groups(model))
+    if not sharded:
+        for step in range(steps):
+            optimizer.zero_grad()
+            for rank in range(world.size):
+                model(batch(step, rank), False).backward()
+            optimizer.step()
+        return model, optimizer, None, stack
+    gradients = GradientSum(world, stack.enter_context(collectives_of(world, fractions)), bucket_bytes=300)
+    gradients.attach(model.parameters())
+    optimizer = ShardedOptimizer(optimizer, model, gradients)
+    stack.callback(optimizer.close)
+    for step in range(steps):
+        passes(model, gradients, world, step)
+        optimizer.step()
+    return model, optimizer, gradients, stack
+
+
+def everything(model: nn.Module, optimizer: Any, stack: ExitStack) -> bytes:
+    """Pickled: the other process's tensors would go with it."""
+    state = pickle.dumps({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    stack.close()
+    return state
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((4, True), (3, True)), ((3, True), (1, False)), ((1, False), (3, True))],
+)
+def test_resume_on_another_number_of_ranks_is_exact(
+    before: tuple[int, bool], after: tuple[int, bool], tmp_path: Path
+) -> None:
+    expected = pickle.loads(run_ranks(before[0], saved, tmp_path, FRACTIONS["uneven"], before[1])[0])
+    assert len(expected["optimizer"]["state"]) >= 6
+    for state in run_ranks(after[0], resumed, tmp_path, (0.2, 0.7), after[1]):
+        same(expected, pickle.loads(state), True)
+
+
+def exchanged(world: World) -> None:
+    """The whole state goes to a plain optimizer and back."""
+    model, sharded, gradients, stack = trained(world, FRACTIONS["uneven"], True, 3)
+    state = sharded.state_dict()
+    plain_model = Small()
+    plain = OPTIMIZERS["AdamW"](groups(plain_model))
+    plain.load_state_dict(state)
+    same(state, plain.state_dict(), True)
+    sharded.wait()
+    plain_model.load_state_dict(model.state_dict())
+    changed = plain.state_dict()
+    changed["param_groups"][0]["lr"] = 0.5
+    sharded.load_state_dict(changed)
+    same(changed, sharded.state_dict(), True)
+    plain.load_state_dict(changed)
+    # one rank alone has a pass: its gradient is the sum, bit for bit
+    gradients.clear(model.parameters())
+    gradients.arm()
+    if world.rank == 1:
+        model(batch(7, 0), True).backward()
+    gradients.finish()
+    plain_model(batch(7, 0), True).backward()
+    plain.step()
+    sharded.step()
+    sharded.wait()
+    same(plain_model.state_dict(), model.state_dict(), True)
+    same(plain.state_dict(), sharded.state_dict(), True)
+    with pytest.raises(ValueError, match="parameter groups of sizes"):
+        sharded.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    stack.close()
+
+
+def test_state_is_interchangeable_with_the_plain_optimizers() -> None:
+    run_ranks(2, exchanged)
+
+
+@pytest.mark.parametrize(
+    ("shape", "start", "stop"), [((), 0, 1), ((7,), 2, 6), ((4, 5), 3, 17), ((3, 4, 5), 7, 52), ((2, 1, 3, 2), 1, 11)]
+)
+def test_boxes_cover_a_range_once(shape: tuple[int, ...], start: int, stop: int) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    piece = Piece(whole.flatten()[start:stop], shape, start)
+    assert len(piece.boxes()) <= max(1, 2 * len(shape) - 1)
+    seen = []
+    for offsets, sizes in piece.boxes():
+        part = whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))]
+        assert torch.equal(piece.box(offsets), part)
+        seen += part.flatten().tolist()
+    assert sorted(seen) == list(range(start, stop))
+    assert boxes(shape, 0, 0) == []
+
+
+def test_any_range_of_a_tensor_is_boxes() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        shape = [rng.randint(1, 4) for _ in range(rng.randint(1, 4))]
+        start, stop = sorted(rng.randint(0, math.prod(shape)) for _ in range(2))
+        whole = torch.arange(math.prod(shape)).view(shape)
+        seen = []
+        for offsets, sizes in boxes(shape, start, stop):
+            seen += whole[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))].flatten().tolist()
+        assert sorted(seen) == list(range(start, stop))
+
+
+class Noisy(torch.optim.SGD):
+    """Scales each step by the norm of the whole parameter's gradient, as LARS does."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = p.grad / p.grad.norm()
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "LBFGS can't be sharded, as it failed"),
+        (lambda p: torch.optim.Adafactor(p), "Adafactor can't be sharded"),
+        (lambda p: torch.optim.SparseAdam(p), "SparseAdam can't be sharded, as it failed"),
+        (lambda p: torch.optim.Muon(p), "Muon can't be sharded"),
+        (lambda p: Noisy(p, lr=0.1), "Noisy can't be sharded, as stepping two halves"),
+    ],
+)
+def test_optimizers_that_look_at_more_than_one_element_are_refused(make: Any, words: str) -> None:
+    weights = [nn.Parameter(torch.randn(8, 4))]
+    with pytest.raises(UserError, match=words):
+        check_elementwise(make(weights))
+
+
+def test_the_trial_leaves_the_optimizer_alone() -> None:
+    weights = nn.Parameter(torch.ones(8, 4))
+    optimizer = torch.optim.AdamW([weights])
+    torch.optim.lr_scheduler.LinearLR(optimizer)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    assert check_elementwise(optimizer) == 8
+    assert torch.equal(weights, torch.ones(8, 4))
+    assert not calls
+    assert not optimizer.state
+    assert check_elementwise(torch.optim.SGD([weights])) == 0
+
+
+class Logged:
+    """Collectives that gather nothing and note when they are waited for."""
+
+    sent_bytes = 0
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.names: dict[int, str] = {}
+
+    def all_gather(self, flat: torch.Tensor) -> "Logged":
+        handle = Logged()
+        handle.log, handle.names = self.log, {0: self.names[flat.data_ptr()]}
+        self.log.append(f"gather {handle.names[0]}")
+        return handle
+
+    def wait(self) -> None:
+        self.log.append(f"wait {self.names[0]}")
+
+
+class Chain(nn.Module):
+    """The third layer's weight is used by the whole, not by a call of the layer."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__()
+        self.layers, self.log = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(3)), log
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in range(2):
+            x = self.layers[index](x)
+            self.log.append(f"ran {index}")
+        x = nn.functional.linear(x, self.layers[2].weight)
+        self.log.append("ran 2")
+        return x
+
+
+def logged_chain() -> tuple[Logged, Chain, ParameterGather]:
+    collectives = Logged()
+    model = Chain(collectives.log)
+    gradients = GradientSum(World(rank=0, size=2), collectives, bucket_bytes=1)  # type: ignore[arg-type]
+    gradients.attach(model.parameters())
+    flats = [bucket.parameters[0].detach().view(-1) for bucket in gradients.buckets]
+    collectives.names = {layer.weight.data_ptr(): str(i) for i, layer in enumerate(model.layers)}
+    return collectives, model, ParameterGather(model, gradients, flats)
+
+
+def test_each_layer_waits_for_its_own_parameters_only() -> None:
+    collectives, model, gather = logged_chain()
+    gather.start()
+    model(torch.ones(1, 3))
+    assert collectives.log == [
+        *("gather 0", "gather 1", "gather 2"),
+        *("wait 0", "ran 0", "wait 1", "ran 1", "wait 2", "ran 2"),
+    ]
+    collectives.log.clear()
+    model(torch.ones(1, 3))
+    assert collectives.log == ["ran 0", "ran 1", "ran 2"]
+
+
+def test_parameters_are_waited_for_before_they_are_used_otherwise() -> None:
+    collectives, model, gather = logged_chain()
+    gather.start()
+    model.layers[1](torch.ones(1, 3))
+    assert collectives.log[3:] == ["wait 1"]
+    model.state_dict()
+    assert sorted(collectives.log[4:]) == ["wait 0", "wait 2"]
+    collectives.log.clear()
+    gather.start()
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.ones(1, 4))
+    gather.wait_all()
+    gather.close()
+    collectives.log.clear()
+    gather.start()
+    model(torch.ones(1, 3))
+    assert [line for line in collectives.log if line.startswith("wait")] == [], "the hooks are gone"
+
+
+def bad_input(world: World) -> None:
+    def shard(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> ShardedOptimizer:
+        gradients = GradientSum(world)
+        gradients.attach(model.parameters())
+        return ShardedOptimizer(optimizer or torch.optim.SGD(model.parameters(), lr=0.1), model, gradients)
+
+    with pytest.raises(UserError, match="sparse gradients"):
+        shard(nn.EmbeddingBag(4, 3, sparse=True))
+    with pytest.raises(UserError, match="not the model's"):
+        shard(nn.Linear(2, 2), torch.optim.SGD(nn.Linear(3, 3).parameters()))
+    optimizer = shard(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    optimizer.inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(UserError, match="added to an optimizer"):
+        optimizer.step()
+    late = nn.Linear(2, 2)
+    late.bias.requires_grad = False
+    gradients = GradientSum(world)
+    gradients.attach(late.parameters())
+    late.bias.requires_grad = True
+    with pytest.raises(UserError, match="parameter bias was made trainable"):
+        ShardedOptimizer(torch.optim.SGD(late.parameters()), late, gradients)
+    functional = nn.Linear(4, 3, bias=False)
+    gradients = GradientSum(world)
+    gradients.attach(functional.parameters())
+    ShardedOptimizer(torch.optim.SGD(functional.parameters()), functional, gradients)
+    gradients.arm()
+    with pytest.raises(UserError, match="sparse gradient"):
+        nn.functional.embedding(torch.tensor([1]), functional.weight, sparse=True).sum().backward()
+
+
+def test_bad_input() -> None:
+    run_ranks(2, bad_input)
+
+
+def test_one_rank_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="one rank has nothing to shard"):
+        ShardedOptimizer(torch.optim.SGD(model.parameters()), model, GradientSum(World()))

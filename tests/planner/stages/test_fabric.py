@@ -1,0 +1,279 @@
+import random
+from dataclasses import replace
+from datetime import timedelta
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heteromesh.comm import replicas, world
+from heteromesh.comm.networks import group_options
+from heteromesh.comm.world import World, join_world
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
+from heteromesh.planner.reduction.flows import Flow, degraded, spread
+from heteromesh.planner.stages.fabric import Group, check_groups, groups, network_of
+from heteromesh.planner.stages.stages import Placement, Stage
+
+RDMA, WIRE = Nic(kind="infiniband", gbit=200), Nic(kind="ethernet", gbit=25)
+
+
+def cluster(*described):
+    """(fabric, devices, nics) a host."""
+    hosts = tuple(
+        Host(name=f"h{i}", device="cpu", count=count, fabric=fabric, nics=nics)
+        for i, (fabric, count, nics) in enumerate(described)
+    )
+    return Cluster(name="c", hosts=hosts, devices={"cpu": CATALOG["cpu"]})
+
+
+BOTH = (RDMA, WIRE)
+MIXED = cluster(("ib", 2, BOTH), ("ib", 2, BOTH), ("roce", 2, BOTH), ("roce", 2, BOTH), ("", 1, (WIRE,)))
+
+
+def test_groups_of_a_mixed_cluster():
+    made = {g.name: g for g in groups(MIXED)}
+    assert made["world"] == Group(name="world", ranks=tuple(range(9)), network="socket")
+    assert made["fabric ib"] == Group(name="fabric ib", ranks=(0, 1, 2, 3), network="rdma")
+    assert made["fabric roce"].network == "rdma"
+    assert made["host h0"].ranks == (0, 1)
+    assert "host h4" not in made, "one rank is no group"
+
+
+def test_the_world_of_one_fabric_uses_rdma_and_that_of_none_sockets():
+    assert groups(cluster(("ib", 1, BOTH), ("ib", 1, BOTH)))[0].network == "rdma"
+    assert groups(cluster(("", 1, BOTH), ("", 1, BOTH)))[0].network == "socket"
+    # a fabric named, but no card for it
+    assert groups(cluster(("ib", 1, BOTH), ("ib", 1, (WIRE,))))[0].network == "socket"
+
+
+def test_groups_of_a_pipeline_across_fabrics():
+    """Holmes: gradient sums on RDMA inside a fabric, what goes on to the next stage over sockets."""
+    placement = Placement(
+        stages=(Stage(ranks=(0, 1, 2, 3), layers=2), Stage(ranks=(4, 5, 6, 7), layers=1)), micro_batches=(1, 1, 1, 1)
+    )
+    made = {g.name: g for g in groups(MIXED, placement)}
+    assert [made[f"stage {s} sum 0"].network for s in (0, 1)] == ["rdma", "rdma"]
+    assert made["pipeline 2"] == Group(name="pipeline 2", ranks=(2, 6), network="socket")
+
+
+def test_groups_of_a_sum_across_fabrics():
+    placement = Placement(
+        stages=(Stage(ranks=(0, 1, 2, 3, 4, 5, 6, 7), layers=2, tensor_parallel=2),), micro_batches=(1, 1, 1, 1)
+    )
+    made = {g.name: g for g in groups(MIXED, placement)}
+    assert made["stage 0 replica 1"].ranks == (2, 3)
+    assert made["stage 0 sum 1"] == Group(name="stage 0 sum 1", ranks=(1, 3, 5, 7), network="socket")
+    assert made["stage 0 sum 1 in ib"] == Group(name="stage 0 sum 1 in ib", ranks=(1, 3), network="rdma")
+    assert made["stage 0 sum 1 across 0"] == Group(name="stage 0 sum 1 across 0", ranks=(1, 5), network="socket")
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 3), st.booleans()), min_size=1, max_size=6))
+@settings(max_examples=60)
+def test_no_rdma_group_spans_fabrics(described):
+    some = cluster(*((fabric, count, BOTH if rdma else (WIRE,)) for fabric, count, rdma in described))
+    ranks = tuple(range(some.ranks))
+    made = groups(some, Placement(stages=(Stage(ranks=ranks, layers=1),), micro_batches=(1,) * len(ranks)))
+    for group in made:
+        hosts = [some.host_of(r) for r in group.ranks]
+        if group.network == "rdma":
+            assert len({h.fabric for h in hosts}) == 1
+            assert hosts[0].fabric
+    if len({h.fabric for h in some.hosts}) > 1:
+        assert network_of(some, ranks) == "socket"
+
+
+def test_an_rdma_group_across_fabrics_is_an_assertion():
+    with pytest.raises(AssertionError, match="group bad would use RDMA across the fabrics"):
+        check_groups(MIXED, [Group(name="bad", ranks=(0, 4), network="rdma")])
+    with pytest.raises(AssertionError, match="group none"):
+        check_groups(MIXED, [Group(name="none", ranks=(8,), network="rdma")])
+
+
+# flows over cards
+
+
+def loads(flows, cards, result):
+    """(host, card, way) -> seconds."""
+    busy = {}
+    for flow, rows in zip(flows, result.fractions, strict=True):
+        assert sum(map(sum, rows)) == pytest.approx(1)
+        for a, b in product(range(len(cards[flow.source])), range(len(cards[flow.target]))):
+            for host, card, way in ((flow.source, a, "out"), (flow.target, b, "in")):
+                if rows[a][b]:
+                    key = host, card, way
+                    busy[key] = busy.get(key, 0.0) + flow.size * rows[a][b] / cards[host][card]
+    return busy
+
+
+def test_a_flow_uses_cards_in_proportion_to_their_rates():
+    flows, cards = [Flow(0, 1, 30.0)], [[1.0, 2.0], [3.0]]
+    result = spread(flows, cards)
+    assert result.seconds == pytest.approx(10.0)
+    assert [sum(row) for row in result.fractions[0]] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_degraded_card_gets_less_and_one_that_is_down_nothing():
+    flows, cards = [Flow(0, 1, 10.0), Flow(1, 0, 10.0)], [[1.0, 1.0], [1.0, 1.0]]
+    assert spread(flows, cards).seconds == pytest.approx(5.0)
+    slow = spread(flows, degraded(cards, 0, 1, 0.25))
+    assert slow.seconds == pytest.approx(8.0)
+    assert sum(row[1] for row in slow.fractions[1]) == pytest.approx(0.2)
+    down = spread(flows, degraded(cards, 0, 1, 0.0))
+    assert down.seconds == pytest.approx(10.0)
+    assert sum(down.fractions[0][1]) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_busiest_card_decides_and_nothing_beats_the_hosts_totals(seed):
+    """With fractions free over pairs of cards, a host's cards act as one: the optimum is the busiest host's."""
+    rng = random.Random(seed)
+    cards = [[rng.choice([1e9, 5e9, 2.5e10]) for _ in range(rng.randint(1, 3))] for _ in range(4)]
+    pairs = [(a, b) for a in range(4) for b in range(4) if a != b]
+    flows = [Flow(a, b, rng.uniform(1e6, 1e9)) for a, b in rng.sample(pairs, 5)]
+    result = spread(flows, cards)
+    assert max(loads(flows, cards, result).values()) == pytest.approx(result.seconds, rel=1e-6)
+    out = [sum(f.size for f in flows if f.source == h) / sum(cards[h]) for h in range(4)]
+    into = [sum(f.size for f in flows if f.target == h) / sum(cards[h]) for h in range(4)]
+    assert result.seconds == pytest.approx(max(out + into), rel=1e-6)
+
+
+def test_no_flow_takes_no_time():
+    assert spread([], [[1.0]]).seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("flow", "cards", "message"),
+    [
+        (Flow(0, 0, 1.0), [[1.0], [1.0]], "from host 0 to itself"),
+        (Flow(0, 1, 0.0), [[1.0], [1.0]], "has 0.0 bytes"),
+        (Flow(0, 1, float("nan")), [[1.0], [1.0]], "has nan bytes"),
+        (Flow(0, 1, 1.0), [[1.0], [-1.0]], "card 0 of host 1 has -1.0"),
+        (Flow(0, 1, 1.0), [[1.0], [0.0]], "host 1 has a flow and no card that is up"),
+        (Flow(0, 7, 1.0), [[1.0], [1.0]], "host 7 has a flow"),
+    ],
+)
+def test_impossible_flows(flow, cards, message):
+    with pytest.raises(UserError, match=message):
+        spread([flow], cards)
+
+
+# options of process groups
+
+
+def test_gloo_needs_no_options():
+    assert group_options("socket", "gloo") is None
+
+
+def test_another_backend_is_refused():
+    with pytest.raises(UserError, match="backend 'mpi' has no choice of network"):
+        group_options("rdma", "mpi")
+
+
+@pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has NCCL")
+def test_nccl_is_refused_where_torch_lacks_it():
+    with pytest.raises(UserError, match="without NCCL"):
+        group_options("rdma", "nccl")
+
+
+@pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch was built without NCCL")
+@pytest.mark.parametrize(("network", "name"), [("rdma", "IB"), ("socket", "Socket")])
+def test_nccl_gets_the_name_of_its_network(network, name):
+    assert group_options(network, "nccl").config.net_name == name
+
+
+def test_a_host_alone_may_use_rdma_names():
+    alone = replace(MIXED, hosts=MIXED.hosts[:1])
+    assert groups(alone)[0].network == "rdma"
+
+
+# which groups get which options, with a torch that is said to have NCCL and a device
+
+
+class Nccl:
+    """In place of torch.distributed: remembers what groups were asked for."""
+
+    def __init__(self, size, networks=None):
+        self.size, self.networks, self.asked = size, networks, []
+        self.group = SimpleNamespace(WORLD="world")
+        self.ProcessGroupNCCL = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
+        self.is_initialized = lambda: bool(self.asked)
+        self.is_nccl_available = lambda: True
+        self.get_rank, self.get_world_size = lambda: 0, lambda: size
+        self.all_reduce = self.barrier = self.destroy_process_group = lambda *args, **options: None
+
+    def init_process_group(self, backend, **options):
+        self.asked.append((backend, tuple(range(self.size)), options))
+
+    def new_group(self, ranks=None, **options):
+        self.asked.append((options.pop("backend", None), tuple(ranks or range(self.size)), options))
+        return self.asked[-1][1]
+
+    def all_gather_object(self, values, value, group):
+        values[:] = [value] * self.size if self.networks is None else self.networks
+
+    @property
+    def names(self):
+        """By ranks, the network of the groups that may have device tensors."""
+        return [
+            (ranks, options["pg_options"] and options["pg_options"].config.net_name)
+            for _, ranks, options in self.asked
+            if "pg_options" in options
+        ]
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    def pretend(size, device="cuda", networks=None):
+        fake = Nccl(size, networks)
+        for module in (world, networks, replicas):
+            monkeypatch.setattr(module, "dist", fake)
+        monkeypatch.setattr(world, "pick_device", lambda: torch.device(device))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        return fake
+
+    return pretend
+
+
+IB = cluster(("ib", 2, BOTH), ("ib", 2, BOTH))
+
+
+@pytest.mark.parametrize(
+    ("described", "device", "size", "name"),
+    [
+        (MIXED, "cuda", 9, "Socket"),
+        (IB, "cuda", 4, "IB"),
+        (cluster(("ib", 4, BOTH)), "cuda", 4, None),
+        (None, "cuda", 4, None),
+        (MIXED, "cpu", 9, None),
+    ],
+)
+def test_the_world_is_on_the_network_that_reaches_all(nccl, described, device, size, name):
+    fake = nccl(size, device)
+    with join_world(timedelta(seconds=7), described):
+        assert fake.names == [(tuple(range(size)), name)] * 2, "exchanges and gradients"
+    assert all(o["pg_options"] is None or o["pg_options"]._timeout == o["timeout"] for _, _, o in fake.asked[:2])
+    assert [backend for backend, _, options in fake.asked if "pg_options" not in options] == ["gloo"] * 3
+
+
+def test_a_pipelines_groups_are_each_on_their_own_network(nccl):
+    fake = nccl(9)
+    replicas.join_pipeline(World(0, 9, torch.device("cuda"), cluster=MIXED), [(0, 1, 2, 3), (4, 5, 6, 7), (8, 8, 8, 8)])
+    chains = [((j, 4 + j, 8), "Socket") for j in range(4)]
+    assert fake.names[:4] == chains
+    assert fake.names[4:6] == [((0, 1, 2, 3), "IB"), ((4, 5, 6, 7), "IB")]
+
+
+def test_ranks_that_were_told_other_networks_are_refused_before_they_hang(nccl):
+    fake = nccl(4, networks=["rdma", "rdma", None, "rdma"])
+    refused = pytest.raises(UserError, match="rank 2 would use the network NCCL chooses and rank 0 rdma: give every")
+    with refused, join_world(timedelta(seconds=7), IB):
+        pass
+    assert fake.names[0] == ((0, 1, 2, 3), "IB")

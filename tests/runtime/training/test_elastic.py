@@ -1,0 +1,302 @@
+"""Training that goes on when members die and join: same losses, every sequence once, nothing missing in the files."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import DATA, make_trainer
+
+import heteromesh as hm
+from heteromesh.errors import UserError
+from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.faults.member.state_transfer import digest_of, pack, unpack
+from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.membership.membership import Bounds
+from heteromesh.runtime.engine.local_costs import OwnCosts, Pace
+from heteromesh.runtime.process.environment import environment_of
+from heteromesh.runtime.process.failure import PeerLost
+from heteromesh.runtime.training.ledger import StepGradients
+from heteromesh.runtime.work.sampler import Sampler
+from llama import Llama
+from steps import TINY
+
+pytestmark = pytest.mark.alone  # a member that says nothing for 3 s is lost
+STEPS = 12
+SECRET = "0123456789abcdef" * 2
+context = multiprocessing.get_context("forkserver")
+
+
+class Job:
+    """A coordinator here, members as processes; what each returned is in `results`."""
+
+    def __init__(self, folder: Path, *, least: int = 1, gather: float = 0.0, patience: float = 20.0) -> None:
+        self.folder = folder
+        timing = Timing(stuck=30.0, gather=gather, patience=patience, silence=3.0)
+        self.coordinator = Coordinator(SECRET.encode(), bounds=Bounds(least=least), timing=timing).start()
+        self.pipes: dict[int, Any] = {}
+        self.processes: dict[int, Any] = {}
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+        self.coordinator.stop()
+
+    def start(self, index: int, *, dies_in: int = 0, waits_in: int = 0, **changes: Any) -> None:
+        source, sink = context.Pipe(duplex=False)
+        environment = environment_of(
+            coordinators=[self.coordinator.address],
+            secret=SECRET,
+            name=f"host:{index}",
+            hosts=["127.0.0.1"],
+            bounds=Bounds(),
+        )
+        arguments = (environment, self.folder, dies_in, waits_in, sink, changes)
+        self.processes[index] = context.Process(target=member, args=arguments)
+        self.processes[index].start()
+        sink.close()
+        self.pipes[index] = source
+
+    def result(self, index: int, seconds: float = 60.0) -> Any:
+        """(losses, digest of the parameters), or the text of what was raised, or None for a process that was killed."""
+        assert self.pipes[index].poll(seconds), f"member {index} is not done"
+        try:
+            return self.pipes[index].recv()
+        except EOFError:
+            return None
+
+
+def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: int, sink: Any, changes: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    # equal devices, however busy this machine is: every member has work
+    pace = Pace(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
+    OwnCosts.pace = property(lambda _: pace)  # type: ignore[assignment, method-assign]
+    trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
+
+    def hook(*_: object) -> None:
+        step = trainer.sampler.state_dict()["index"]
+        if dies_in and step >= dies_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while waits_in and step >= waits_in and not (folder / "go").exists():
+            time.sleep(0.01)
+
+    trainer.model.layers[0].register_forward_pre_hook(hook)
+    try:
+        losses = trainer.fit().losses
+        sink.send((losses, digest_of(list(trainer.model.parameters()))))
+    except (UserError, PeerLost) as error:
+        sink.send(f"{type(error).__name__}: {error}")
+    except BaseException:
+        sink.send(traceback.format_exc())
+
+
+def eventually(true: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
+    """The losses of one process that knows nothing of faults."""
+    return make_trainer(tmp_path_factory.mktemp("alone") / "run", max_steps=STEPS).fit().losses
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_ledger(folder: Path) -> list[dict[str, Any]]:
+    """Every sequence of every batch was trained once."""
+    ledger = rows(folder / "run/ledger.jsonl")
+    assert [row["step"] for row in ledger] == list(range(1, STEPS + 1))
+    sampler = Sampler([len(s) for s in DATA], batch_tokens=220, seed=0)
+    for row in ledger:
+        batch = sampler.next_batch()
+        trained = sorted(place for places in row["trained"].values() for place in places)
+        assert trained == list(range(len(batch.lengths))), row
+    return ledger
+
+
+def through_losses_and_a_join(folder: Path, **options: Any) -> Any:
+    """Three members, of whom two die, and one that joins: what the other two returned."""
+    with Job(folder, least=2, gather=5.0) as job:
+        membership = job.coordinator.membership
+        # the writer too, in its turn: ranks are given in the order of arrival
+        job.start(0, dies_in=9, waits_in=6, **options)
+        eventually(lambda: len(membership.people) == 1)
+        job.start(1, dies_in=4, **options)
+        job.start(2, waits_in=6, **options)
+        assert job.result(1) is None
+        job.start(3, **options)
+        eventually(lambda: membership.counts["joined"] == 4)
+        (folder / "go").touch()
+        assert job.result(0) is None
+        results = job.result(2), job.result(3)
+        assert all(isinstance(result, tuple) for result in results), results
+        assert membership.counts["died"] == 2
+    return results
+
+
+@pytest.mark.parametrize("tokens", [None, 60], ids=["whole sequences", "sequences that one device can't hold"])
+def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tuple[float, ...], tmp_path: Path) -> None:
+    (losses, digest), (late, same) = through_losses_and_a_join(tmp_path, tokens_per_device=tokens)
+    assert losses == pytest.approx(alone, abs=1e-3)
+    assert late == losses[-len(late) :], "the joiner goes on where the others are"
+    assert digest == same, "the same bits on all members"
+    ledger = check_ledger(tmp_path)
+    if tokens:
+        assert any("+" in members for row in ledger for members in row["trained"]), "some passes have several members"
+    for name in ("metrics.jsonl", "plan.jsonl"):
+        assert [row["step"] for row in rows(tmp_path / "run" / name)] == list(range(1, STEPS + 1))
+    began = len(rows(tmp_path / "run/plan.jsonl")[0]["measured"]["members"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["ranks"] == began, "the first writer's"
+    assert any(row["measured"]["repairs"] for row in rows(tmp_path / "run/plan.jsonl")), "lost work was planned again"
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+    more = make_trainer(tmp_path / "run", max_steps=STEPS + 1, resume=True)
+    assert len(more.fit().losses) == 1, "an ordinary run goes on from it"
+
+
+def test_a_member_alone_resumes_an_ordinary_run(alone: tuple[float, ...], tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", max_steps=5).fit()
+    with Job(tmp_path) as job:
+        job.start(0, resume=True)
+        losses, _ = job.result(0)
+    assert losses == pytest.approx(alone[5:], abs=1e-3)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+def test_who_was_told_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    with Job(tmp_path, least=2) as job:
+        job.start(0)
+        eventually(lambda: job.coordinator.membership.people)
+        job.start(1, learning_rate=0.5)
+        told = job.result(1)
+        assert told.startswith("UserError: this process does not belong to the job: ")
+        assert "learning_rate is 0.5, the job's is 0.003" in told
+
+
+def test_too_few_members_end_with_the_checkpoint_named(tmp_path: Path) -> None:
+    with Job(tmp_path, least=2, patience=0.5) as job:
+        job.start(0, checkpoint_every=2)
+        job.start(1, dies_in=6, checkpoint_every=2)
+        told = job.result(0) or job.result(1)
+    assert told.startswith("JobOver: 1 members are left and the job needs 2: nobody joined within 0.5 s; ")
+    assert told.endswith(
+        f"start the run again with resume=True: it continues at {tmp_path}/run/checkpoints/step-00000004"
+    )
+
+
+def test_a_bad_run_directory_ends_all_members(tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", max_steps=1).fit()
+    with Job(tmp_path) as job:
+        job.start(0)
+        job.start(1)
+        for index in (0, 1):
+            assert "already holds a run" in job.result(index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"compare_batches": 2}, "compare_batches=2 don't go together"),
+        ({"cluster": "c.toml"}, "cluster='c.toml' don't go together"),
+    ],
+)
+def test_settings_that_do_not_go_together(
+    changes: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=told):
+        make_trainer(tmp_path / "run", fault_tolerance=True, **changes).fit()
+
+
+def test_under_torchrun_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="heteromesh run --fault-tolerance"):
+        make_trainer(tmp_path / "run", fault_tolerance=True).fit()
+
+
+def test_a_process_that_nothing_launched_trains_as_without(alone: tuple[float, ...], tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", max_steps=3, fault_tolerance=True)
+    assert trainer.fit().losses == pytest.approx(alone[:3])
+
+
+def test_a_schedule_that_can_not_travel_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = Llama(TINY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Odd(torch.optim.lr_scheduler.ConstantLR):
+        def state_dict(self) -> dict[str, Any]:
+            return {"folder": Path("x")}
+
+    config = hm.TrainerConfig(batch_tokens=220, max_steps=1, run_dir=tmp_path / "run", fault_tolerance=True)
+    trainer = hm.Trainer(model, optimizer, [torch.tensor(s) for s in DATA], config, schedule=Odd(optimizer))
+    with pytest.raises(UserError, match="can't be handed to a joining member"):
+        trainer.fit()
+
+
+def test_any_state_travels_and_its_digest_tells_it() -> None:
+    shared = torch.randn(3, 4)
+    state = {"a": shared.t(), "b": [shared, {"n": 3, "none": None}], "empty": torch.empty(0), "lr": 0.1}
+    head, tensors = pack(state)
+    copy, rooms = unpack(head)
+    for tensor, room in zip(tensors, rooms, strict=True):
+        room.copy_(tensor)
+    assert torch.equal(copy["a"], state["a"])
+    assert torch.equal(copy["b"][0], shared)
+    assert copy["b"][1] == {"n": 3, "none": None}
+    assert digest_of(copy) == digest_of(state)
+    copy["b"][0][0, 0] += 1
+    assert digest_of(copy) != digest_of(state)
+
+
+def test_a_state_brings_no_code() -> None:
+    head, _ = pack({"a": hashlib.blake2b})
+    with pytest.raises(Exception, match="only plain values and tensors travel"):
+        unpack(head)
+
+
+def test_a_pass_of_several_counts_only_when_all_have_it() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    members = {m: StepGradients([parameter]) for m in (1, 2, 3)}
+
+    def work(member: int, together: tuple[int, ...], sequences: list[int], value: float) -> None:
+        with members[member].into(together, sequences):
+            (parameter * value).sum().backward()
+
+    def settle(*present: int) -> set[frozenset[int]]:
+        told = {m: members[m].told() for m in present}
+        return {members[m].settle(told) for m in present}
+
+    work(1, (1,), [0], 1.0)
+    work(2, (2, 3), [1, 2], 10.0)
+    assert settle(1, 2, 3) == {frozenset({0})}, "member 3 doesn't have its part"
+    assert members[2].total()[0].tolist() == [0.0, 0.0]
+    work(2, (2, 3), [1, 2], 10.0)
+    work(3, (2, 3), [1, 2], 100.0)
+    work(1, (1,), [3], 1.0)
+    assert settle(1, 2, 3) == {frozenset({0, 1, 2, 3})}
+    assert [members[m].total()[0][0].item() for m in (1, 2, 3)] == [2.0, 10.0, 100.0]
+    assert settle(1, 2) == {frozenset({0, 3})}, "what was shared with a lost member is gone"
+    assert members[2].present() == [0.0]
+    with suppress(InterruptedError), members[1].into((1,), [4]):
+        (parameter * 1.0).sum().backward()
+        raise InterruptedError
+    assert parameter.grad is None
+    assert members[1].told() == {}

@@ -1,0 +1,132 @@
+"""Real runs: the bytes that a plan predicts are those that are counted, and offloaded passes compute the same."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from heteromesh.parallel.model.offload import OffloadCount
+from heteromesh.planner.model.attention import AttentionShape, ModelAttention
+from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.splitting.traffic import pass_bytes
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.engine import passes as executors
+from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.report.compare import compare_run, comparison_text, read_run
+from heteromesh.runtime.trainer import Trainer
+from heteromesh.runtime.work.reader import Reader
+from instances import random_cut
+from llama import Llama
+from packs import SPLIT
+from ranks import World, run_ranks
+from steps import TINY, reference
+
+
+def attention(forwards: int) -> ModelAttention:
+    shape = AttentionShape(heads=4, kv_heads=2, head_dim=8, itemsize=4)
+    return ModelAttention(calls=2, shape=shape, forwards=forwards)
+
+
+def forced_step(method: str, ranks: int, forwards: int, offload: float = 0.0) -> Step:
+    """Two passes of uneven shards with that method over all ranks, and a local one."""
+    rng = random.Random(5)
+    batch, passes = (40, 23, 61, 9), []
+    for sequences in ((0, 1), (2,)):
+        rows = [[n + 1 for n in random_cut(rng, batch[k] - ranks, ranks)] for k in sequences]
+        shards = tuple(zip(*rows, strict=True))
+        sent = pass_bytes(method, [batch[k] for k in sequences], shards, (1.0,) * ranks, attention(forwards))
+        passes.append(
+            Pass(
+                ranks=tuple(range(ranks)),
+                method=method,
+                sequences=sequences,
+                shards=shards,
+                seconds=0.0,
+                sent_bytes=sent,
+                offload=offload,
+            )
+        )
+    passes.append(Pass(ranks=(0,), method="local", sequences=(3,), shards=((9,),), seconds=0.0, sent_bytes=(0,)))
+    return Step(passes=tuple(passes), seconds=0, bound_seconds=0, gap=0, solve_seconds=0, batch=batch)
+
+
+def count(world: World, recompute: bool) -> None:
+    methods = [*SPLIT, "ulysses_ring:1"] + ["ulysses_ring:2"] * (world.size == 4)
+    executor = StepExecutor(Llama(TINY), world, checkpoint_activations=recompute)
+    for method in methods:
+        step = forced_step(method, world.size, executor.forwards)
+        data = [torch.arange(n) % TINY.vocab for n in step.batch]
+        result = executor.run(step, Reader(data).step_inputs(step, range(len(data)), world.rank))
+        predicted = {
+            (rank, i): sent for i, p in enumerate(step.passes) for rank, sent in zip(p.ranks, p.sent_bytes, strict=True)
+        }
+        assert result.pass_bytes == predicted, method
+
+
+@pytest.mark.parametrize(("ranks", "recompute"), [(3, False), (4, False), (2, True)])
+def test_counted_bytes_of_a_step_are_the_predicted_ones(ranks: int, recompute: bool) -> None:
+    run_ranks(ranks, count, recompute)
+
+
+def offloaded(world: World, ratio: float) -> None:
+    torch.manual_seed(1)
+    model = Llama(TINY).double()
+    step = forced_step("gather", world.size, 1, ratio)
+    data = [torch.randint(TINY.vocab, (n,)) for n in step.batch]
+    loss, gradients = reference(model, data)
+    counts: list[OffloadCount] = []
+    original = executors.offload
+
+    @contextmanager
+    def watched(*args, **settings):
+        with original(*args, **settings) as seen:
+            counts.append(seen)
+            yield seen
+
+    executors.offload = watched
+    try:
+        executor = StepExecutor(model, world)
+        result = executor.run(step, Reader(data).step_inputs(step, range(len(data)), world.rank))
+    finally:
+        executors.offload = original
+    assert result.loss == pytest.approx(loss, rel=1e-10)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+    assert len(counts) == (2 if ratio else 0)  # the local pass keeps all
+    for seen in counts:
+        share = seen.moved_bytes / (seen.moved_bytes + seen.kept_bytes)
+        assert 0.5 * ratio < share <= ratio
+        assert seen.returned_bytes >= seen.moved_bytes
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.6])
+def test_offloaded_passes_change_nothing(ratio: float) -> None:
+    run_ranks(2, offloaded, ratio)
+
+
+def train(world: World, folder: str) -> None:
+    torch.manual_seed(0)
+    model = Llama(replace(TINY, kv_heads=1))
+    data = [torch.arange(i, i + n) % TINY.vocab for i, n in enumerate([90, 70, 12, 8, 5, 75, 30, 4] * 3)]
+    config = TrainerConfig(batch_tokens=200, max_steps=4, run_dir=folder, tokens_per_device=60, learning_rate=1e-3)
+    Trainer(model, None, data, config).fit()
+
+
+def test_explaining_a_run_shows_equal_bytes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_ranks(2, train, str(folder))
+    run = compare_run(read_run(folder))
+    split = [m for m in run.methods if m.method != "local"]
+    assert split
+    for method in run.methods:
+        assert method.predicted_bytes == method.counted_bytes
+    assert all(m.counted_bytes for m in split)
+    text = comparison_text(run)
+    assert "predicted bytes  counted bytes" in text
+    assert "Methods of split passes (* chosen)" in text
+    assert {o.method for o in run.kinds[0].options} > {"gather", "ulysses", "trimmed_ring"}
