@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.ownership.ownership import split_bounds
 
 RING_MARGIN = 0.05
 """The ring stays where owners are predicted to gain no more than this: it is one call into gloo."""
@@ -53,9 +53,8 @@ class Reduction:
         return self.ring_seconds_per_byte <= self.seconds_per_byte * (1 + RING_MARGIN)
 
     def bounds(self, numel: int) -> tuple[int, ...]:
-        """size + 1 offsets into a tensor of so many elements: rank i owns [bounds[i], bounds[i + 1]), maybe nothing."""
-        sums = list(accumulate(self.fractions))
-        return (0, *(round(s / sums[-1] * numel) for s in sums))
+        """Returns size + 1 offsets into so many elements: rank i owns [bounds[i], bounds[i + 1]), maybe nothing."""
+        return split_bounds(self.fractions, numel)
 
 
 def plan_reduction(

@@ -1,0 +1,1 @@
+"""Who holds which range of tensors that are dealt out."""
