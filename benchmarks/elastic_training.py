@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import heteromesh as hm
-from heteromesh.faults.member.state_transfer import digest_of
+from heteromesh.comm.tcp.state_transfer import digest_of
 from heteromesh.runtime.work.sampler import Sampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

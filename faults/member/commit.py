@@ -78,7 +78,7 @@ class Steps:
         step: int = 0,
     ) -> None:
         """`state()`: all that a joining member must have (parameters, optimizer state, schedule, data position: see
-        faults/member/state_transfer.py); `adopt(state)` makes it this member's. Without `adopt`, `state()` is a list of
+        comm/tcp/state_transfer.py); `adopt(state)` makes it this member's. Without `adopt`, `state()` is a list of
         tensors, of equal shapes and dtypes on all members, that are overwritten. `step`: steps behind that state."""
         self._group, self._state, self._adopt = group, state, adopt or self._overwrite
         self.step = step

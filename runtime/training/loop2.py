@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from heteromesh.comm.tcp.state_transfer import digest_of, pack, unpack
 from heteromesh.comm.world import World, pick_device
 from heteromesh.errors import UserError
 from heteromesh.faults.member.commit import Decided, Steps
 from heteromesh.faults.member.group import Group
 from heteromesh.faults.member.member import Member
-from heteromesh.faults.member.state_transfer import digest_of, pack, unpack
 from heteromesh.faults.membership.view import Fenced, Stopped, View
 from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.runtime.engine.local_costs import OwnCosts

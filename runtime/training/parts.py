@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from heteromesh.comm.tcp.collectives import wait_all
+from heteromesh.comm.tcp.state_transfer import pack, receive_state, send_state
 from heteromesh.comm.tcp.transport import TcpTransport
-from heteromesh.faults.member.state_transfer import pack, receive_state, send_state
 from heteromesh.parallel.state.elementwise import is_elementwise_state
 
 Part = tuple[int, int, int, Mapping[str, torch.Tensor], Mapping[str, Any]]

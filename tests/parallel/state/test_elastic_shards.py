@@ -16,12 +16,12 @@ from test_elastic import STEPS, Job, eventually, through_losses_and_a_join
 from test_trainer import make_trainer
 
 from heteromesh.comm.records import Recorder
+from heteromesh.comm.tcp.state_transfer import pack, unpack
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.group import Group
 from heteromesh.faults.member.member import Member, Terms
-from heteromesh.faults.member.state_transfer import pack, unpack
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Stopped, View

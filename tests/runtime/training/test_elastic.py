@@ -16,9 +16,9 @@ import torch
 from test_trainer import DATA, make_trainer
 
 import heteromesh as hm
+from heteromesh.comm.tcp.state_transfer import digest_of, pack, unpack
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.member.state_transfer import digest_of, pack, unpack
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.runtime.engine.local_costs import OwnCosts, Pace
