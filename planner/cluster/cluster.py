@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +76,15 @@ class Measured:
     """Ways to split that were measured, instead of the one that the constants name."""
     constants: Constants | None = None
 
+    def subset(self, ranks: Sequence[int], hosts: Sequence[int]) -> Measured:
+        """Returns what was found of these ranks and hosts."""
+        return replace(
+            self,
+            speeds=tuple(self.speeds[r] for r in ranks if self.speeds),
+            nic_gbit=tuple(self.nic_gbit[h] for h in hosts if self.nic_gbit),
+            link_gbps=tuple(self.link_gbps[h] for h in hosts if self.link_gbps),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -84,6 +94,8 @@ class Cluster:
     hosts: tuple[Host, ...]
     devices: Mapping[str, Device]
     measured: Measured = field(default_factory=Measured)
+    subset_of: Cluster | None = None
+    """The cluster that this is a part of: speeds and measurements stay relative to its devices."""
 
     @cached_property
     def rank_hosts(self) -> tuple[int, ...]:
@@ -106,12 +118,40 @@ class Cluster:
         """The device of a rank."""
         return self.devices[self.device_name(rank)]
 
+    @property
+    def whole(self) -> Cluster:
+        """The cluster of the file: this one, or the one that it is a part of."""
+        return self.subset_of or self
+
+    @cached_property
+    def fastest_device(self) -> Device:
+        """The whole cluster's device of most TFLOP/s, which speeds are relative to."""
+        return max((self.whole.devices[host.device] for host in self.whole.hosts), key=lambda device: device.tflops)
+
     def speeds(self) -> tuple[float, ...]:
-        """Per rank: measured, else peak TFLOP/s relative to the fastest device."""
+        """Returns by rank what was measured, else peak TFLOP/s relative to the fastest device."""
         if self.measured.speeds:
             return self.measured.speeds
-        tflops = [self.device_of(rank).tflops for rank in range(self.ranks)]
-        return tuple(t / max(tflops) for t in tflops)
+        return tuple(self.device_of(rank).tflops / self.fastest_device.tflops for rank in range(self.ranks))
+
+    def subset(self, ranks: Collection[int]) -> Cluster:
+        """Returns the cluster of some ranks, numbered anew in the same order, with what was measured of them.
+
+        A host that loses devices keeps its NICs; one that loses all is gone. Costs and rates of the ranks that stay
+        are what they were in the whole. Raises ValueError for no ranks, repeated ones and ones that there are not.
+        """
+        left = sorted(set(ranks))
+        if not left or len(left) != len(ranks) or not 0 <= left[0] <= left[-1] < self.ranks:
+            raise ValueError(f"the ranks {list(ranks)} are no subset of {self.ranks} ranks: name some, each once")
+        counts = Counter(self.rank_hosts[rank] for rank in left)
+        hosts = tuple(replace(self.hosts[index], count=count) for index, count in counts.items())
+        return Cluster(
+            name=self.name,
+            hosts=hosts,
+            devices={host.device: self.devices[host.device] for host in hosts},
+            measured=self.measured.subset(left, list(counts)),
+            subset_of=self.whole,
+        )
 
     @cached_property
     def fingerprint(self) -> str:

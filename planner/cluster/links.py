@@ -111,8 +111,8 @@ def one_fabric(fabrics: Iterable[str]) -> bool:
 def cluster_links(cluster: Cluster) -> Links:
     """The links of a cluster: measured, else peaks times the utilisations above.
 
-    The measured rates of NICs are those of the one communicator that passes use: RDMA where all hosts are on one
-    fabric, else sockets.
+    The measured rates of NICs are those of the one communicator that passes used: RDMA where all hosts of the whole
+    cluster are on one fabric, else sockets.
     """
     hosts, measured = cluster.hosts, cluster.measured
     link = tuple(cluster.devices[host.device].link_gbps * 1e9 * LINK_UTILISATION for host in hosts)
@@ -122,7 +122,7 @@ def cluster_links(cluster: Cluster) -> Links:
         link = tuple(gbps * 1e9 for gbps in measured.link_gbps)
     if measured.nic_gbit:
         slower_way = tuple(min(ways) * 1e9 / 8 for ways in measured.nic_gbit)
-        same = one_fabric(host.fabric for host in hosts)
+        same = one_fabric(host.fabric for host in cluster.whole.hosts)
         fabric, ethernet = (slower_way, ethernet) if same else (fabric, slower_way)
     return Links(
         hosts=cluster.rank_hosts,

@@ -44,7 +44,7 @@ HOST_BYTES_PER_SECOND = 20e9
 
 def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = False) -> Costs:
     """The cost model of `model` on `cluster`; raises UserError where the model leaves no memory for a token."""
-    reference = max((cluster.device_of(r) for r in range(cluster.ranks)), key=lambda d: d.tflops)
+    reference = cluster.fastest_device
     forwards = 4 if checkpointing else 3
     peak = reference.tflops * 1e12
     links = cluster_links(cluster)

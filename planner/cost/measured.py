@@ -1,15 +1,49 @@
-"""The cost model of a cluster whose file has measured constants."""
+"""The cost model of a cluster for which constants were measured."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster, MeasuredModel
 from heteromesh.planner.cluster.links import cluster_links
-from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention
-from heteromesh.planner.model.constants import bind
+from heteromesh.planner.model.constants import Constants
 from heteromesh.planner.model.spec import ModelSpec
+
+
+def bind(constants: Constants, cluster: Cluster) -> Costs:
+    """Returns the costs that the constants mean on every rank of a cluster.
+
+    Speeds are the cluster's (measured, else peak TFLOP/s over the fastest device's); tokens that fit scale with a
+    device's memory over the largest memory (of a part of a cluster: of the whole's). Raises UserError where a device
+    is left without room for a token.
+    """
+    largest = max(cluster.whole.devices[host.device].memory_gb for host in cluster.whole.hosts)
+    memory = [cluster.device_of(rank).memory_gb for rank in range(cluster.ranks)]
+    capacity = tuple(math.floor(constants.tokens_per_device * m / largest) for m in memory)
+    if min(capacity) < 1:
+        rank = capacity.index(min(capacity))
+        raise UserError(
+            f"rank {rank} ({cluster.device_name(rank)}) has room for no token: tokens_per_device is "
+            f"{constants.tokens_per_device} for the largest memory, raise it or leave that host out of the cluster file"
+        )
+    return Costs(
+        seconds_per_token2=constants.seconds_per_token2,
+        seconds_per_token=constants.seconds_per_token,
+        seconds_per_pass=constants.seconds_per_pass,
+        seconds_per_split_pass=constants.seconds_per_split_pass,
+        seconds_per_round=constants.seconds_per_round,
+        seconds_per_tile=constants.seconds_per_tile,
+        seconds_per_step=constants.seconds_per_step,
+        speeds=cluster.speeds(),
+        capacity=capacity,
+        methods=(Method(name=constants.method, bytes_per_token=constants.bytes_per_token),),
+        rate=RateByDegree(constants.bytes_per_second),
+        hosts=cluster.rank_hosts,
+    )
 
 
 def measured_costs(cluster: Cluster, model: ModelSpec | None = None) -> Costs | None:

@@ -1,4 +1,4 @@
-"""Measured or published cost constants as TOML, and binding them to a cluster.
+"""Measured or published cost constants as TOML; planner/cost/measured.py binds them to a cluster.
 
 The same keys stand in a `--cost` file, in a cluster file's `[measured]` table and in a run directory's config.json.
 Seconds are for the fastest device of the cluster, tokens for the one with the most memory (docs/cluster-file.md).
@@ -6,18 +6,13 @@ Seconds are for the fastest device of the cluster, tokens for the one with the m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from heteromesh.errors import UserError
 from heteromesh.planner import files
-from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
-
-if TYPE_CHECKING:
-    from heteromesh.planner.cluster.cluster import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,34 +57,3 @@ def constants_from_table(table: Mapping[str, Any], where: str) -> Constants:
 def load_constants(path: Path) -> Constants:
     """Reads a `--cost` file."""
     return constants_from_table(files.read_toml(path, "cost file"), f"cost file {path}")
-
-
-def bind(constants: Constants, cluster: Cluster) -> Costs:
-    """The constants on every rank of a cluster.
-
-    Speeds are the cluster's (measured, else peak TFLOP/s over the fastest device's); tokens that fit scale with a
-    device's memory over the largest memory. Raises UserError where a device is left without room for a token.
-    """
-    memory = [cluster.device_of(rank).memory_gb for rank in range(cluster.ranks)]
-    largest = max(memory)
-    capacity = tuple(math.floor(constants.tokens_per_device * m / largest) for m in memory)
-    if min(capacity) < 1:
-        rank = capacity.index(min(capacity))
-        raise UserError(
-            f"rank {rank} ({cluster.device_name(rank)}) has room for no token: tokens_per_device is "
-            f"{constants.tokens_per_device} for the largest memory, raise it or leave that host out of the cluster file"
-        )
-    return Costs(
-        seconds_per_token2=constants.seconds_per_token2,
-        seconds_per_token=constants.seconds_per_token,
-        seconds_per_pass=constants.seconds_per_pass,
-        seconds_per_split_pass=constants.seconds_per_split_pass,
-        seconds_per_round=constants.seconds_per_round,
-        seconds_per_tile=constants.seconds_per_tile,
-        seconds_per_step=constants.seconds_per_step,
-        speeds=cluster.speeds(),
-        capacity=capacity,
-        methods=(Method(name=constants.method, bytes_per_token=constants.bytes_per_token),),
-        rate=RateByDegree(constants.bytes_per_second),
-        hosts=cluster.rank_hosts,
-    )

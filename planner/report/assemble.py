@@ -9,9 +9,9 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.analytic import analytic_costs, state_bytes
 from heteromesh.planner.cost.json import costs_to_json
-from heteromesh.planner.cost.measured import measured_costs
+from heteromesh.planner.cost.measured import bind, measured_costs
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.model.constants import Constants, bind
+from heteromesh.planner.model.constants import Constants
 from heteromesh.planner.model.spec import ModelSpec
 from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
 from heteromesh.planner.report.check import check_step

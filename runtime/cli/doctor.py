@@ -107,7 +107,8 @@ def check_solver() -> str:
 def check_planner() -> str:
     """Plans a step for two processes and checks it."""
     from heteromesh.planner.cluster.cluster import local_cluster
-    from heteromesh.planner.model.constants import Constants, bind
+    from heteromesh.planner.cost.measured import bind
+    from heteromesh.planner.model.constants import Constants
     from heteromesh.planner.report.check import check_step
     from heteromesh.planner.sequences.step import plan_step
 

@@ -20,8 +20,9 @@ from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.model.constants import bind, load_constants
+from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan, load
 from heteromesh.planner.reduction.compression import seconds_saved
 from heteromesh.planner.reduction.memory import largest_fractions

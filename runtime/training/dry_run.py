@@ -15,8 +15,9 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.json import costs_to_json
+from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.model.constants import bind, load_constants
+from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan, PlannedCluster, dump
 from heteromesh.planner.report.assemble import peak_tokens
 from heteromesh.planner.report.text import first_passes, step_table

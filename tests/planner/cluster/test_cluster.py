@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,12 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import load_cluster, local_cluster
 from heteromesh.planner.cluster.links import LINK_UTILISATION, NIC_UTILISATION, Links, cluster_links
+from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cost.analytic import analytic_costs
+from heteromesh.planner.cost.measured import bind
+from heteromesh.planner.model.constants import Constants
+from heteromesh.planner.model.spec import ModelSpec
+from heteromesh.planner.reduction.reduction import reduction_for
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "clusters"
 GOOD = """
@@ -305,3 +312,64 @@ def test_exchange_rates_come_near_flexsp_profile():
     for degree, listed in ((8, 96.5), (16, 10.33), (32, 5.94), (64, 4.87)):
         sent = listed * 2**20 * 1e3 * (degree - 1) / degree
         assert links(range(degree)) == pytest.approx(sent, rel=0.15)
+
+
+CONSTANTS = Constants(
+    seconds_per_token2=1e-9,
+    seconds_per_token=1e-4,
+    seconds_per_pass=0.1,
+    bytes_per_token=1000,
+    tokens_per_device=5000,
+    bytes_per_second={2: 1e9},
+)
+
+
+@pytest.mark.parametrize("measured", ["", NETWORK, "[measured]\nspeeds = [1, 0.9, 0.8, 0.7, 0.5]\n"])
+def test_ranks_of_a_subset_are_as_fast_as_they_were_in_the_whole(tmp_path, measured):
+    cluster = load(tmp_path, GOOD + measured)
+    bound, links = bind(CONSTANTS, cluster), cluster_links(cluster)
+    for size in range(1, 6):
+        for ranks in combinations(range(5), size):
+            part = cluster.subset(ranks)
+            assert part.ranks == size
+            assert [part.device_of(i) for i in range(size)] == [cluster.device_of(r) for r in ranks]
+            assert [part.host_of(i).name for i in range(size)] == [cluster.host_of(r).name for r in ranks]
+            assert part.speeds() == tuple(cluster.speeds()[r] for r in ranks)
+            costs, parts = bind(CONSTANTS, part), cluster_links(part)
+            assert costs.capacity == tuple(bound.capacity[r] for r in ranks)
+            assert costs.pass_seconds((0,), "local", [100], [[100]]) == bound.pass_seconds(
+                (ranks[0],), "local", [100], [[100]]
+            )
+            for pair in combinations(range(size), 2):
+                assert parts(pair) == links([ranks[i] for i in pair])
+                assert parts.around(pair, 1) == links.around([ranks[i] for i in pair], 1)
+            for reduction in (reduction_for(part), over_one_card(part)):
+                assert len(reduction.fractions) == size
+                assert sum(reduction.fractions) == pytest.approx(1)
+
+
+def test_a_subset_is_a_cluster_of_its_own(tmp_path):
+    cluster = load(tmp_path, GOOD + NETWORK)
+    part = cluster.subset([1, 4])
+    assert [(host.name, host.count, host.nics) for host in part.hosts] == [
+        ("a0", 1, cluster.hosts[0].nics),
+        ("b0", 1, cluster.hosts[2].nics),
+    ]
+    assert part.measured.nic_gbit == ((9.4, 9.2), (0.9, 0.8))
+    assert part.measured.link_gbps == (12, 5)
+    assert part.measured.latency_seconds == 1e-4
+    fingerprints = {cluster.subset(ranks).fingerprint for ranks in ((1, 4), (0, 1, 4), (2, 3, 4), (2, 3), range(5))}
+    assert len(fingerprints) == 5
+    assert cluster.subset([0, 4]).fingerprint == part.fingerprint, "devices of a host are equal"
+    assert cluster.subset(range(5)).fingerprint == cluster.fingerprint
+    assert cluster.subset([0, 2, 4]).subset([1, 2]) == cluster.subset([2, 4])
+    slow = cluster.subset([4])
+    assert list(slow.devices) == ["own"]
+    assert slow.fastest_device == CATALOG["A100-40GB"]
+    shape = {"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 4, "head_dim": 16, "intermediate": 256, "vocab": 100}
+    model = ModelSpec(name="tiny", **shape)
+    local = [analytic_costs(c, model).pass_seconds((r,), "local", [9], [[9]]) for c, r in ((cluster, 4), (slow, 0))]
+    assert local[0] == local[1]
+    for wrong in ([], [0, 0], [5], [-1]):
+        with pytest.raises(ValueError, match="no subset of 5 ranks"):
+            cluster.subset(wrong)

@@ -10,8 +10,9 @@ from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Measured, load_cluster, local_cluster
 from heteromesh.planner.cost.analytic import analytic_costs, model_attention, state_bytes
 from heteromesh.planner.cost.json import costs_from_json, costs_to_json
+from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.attention import split_methods
-from heteromesh.planner.model.constants import Constants, bind, load_constants
+from heteromesh.planner.model.constants import Constants, load_constants
 from heteromesh.planner.model.spec import MODELS
 from heteromesh.planner.report.assemble import ANALYTIC, COST_FILE, MEASURED, pose
 from heteromesh.planner.report.fixes import parse_fixes
