@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from heteromesh.comm.exchange import Transfer
-from heteromesh.parallel.attention.api import PassContext, linear, linear_attention, prepare_pass
+from heteromesh.parallel.attention import linear
+from heteromesh.parallel.attention.api import PassContext, linear_attention, prepare_pass
 from heteromesh.planner.splitting.layout import METHODS
 from heteromesh.planner.splitting.traffic import AttentionShape, linear_traffic
 from packs import Pack, make_pack, own_rows, strange

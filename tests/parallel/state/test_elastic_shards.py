@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_elastic import STEPS, Job, eventually, through_losses_and_a_join
-from test_trainer import make_trainer
 
+from elastic_jobs import STEPS, Job, eventually, through_losses_and_a_join
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.tcp.state_transfer import pack, unpack
 from heteromesh.errors import UserError
@@ -27,6 +26,7 @@ from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Stopped, View
 from heteromesh.runtime.training.mirrored import ShardedState
 from heteromesh.runtime.training.ownership import Layout
+from trainers import make_trainer
 
 TOY_STEPS = 8
 BIG = [(5, 3), (), (0, 2), (40,), (6, 2)]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heteromesh.comm import replicas, world
+from heteromesh.comm import networks, replicas, world
 from heteromesh.comm.networks import group_options
 from heteromesh.comm.world import World, join_world
 from heteromesh.errors import UserError
@@ -229,8 +229,8 @@ class Nccl:
 
 @pytest.fixture
 def nccl(monkeypatch):
-    def pretend(size, device="cuda", networks=None):
-        fake = Nccl(size, networks)
+    def pretend(size, device="cuda", told=None):
+        fake = Nccl(size, told)
         for module in (world, networks, replicas):
             monkeypatch.setattr(module, "dist", fake)
         monkeypatch.setattr(world, "pick_device", lambda: torch.device(device))
@@ -272,7 +272,7 @@ def test_a_pipelines_groups_are_each_on_their_own_network(nccl):
 
 
 def test_ranks_that_were_told_other_networks_are_refused_before_they_hang(nccl):
-    fake = nccl(4, networks=["rdma", "rdma", None, "rdma"])
+    fake = nccl(4, told=["rdma", "rdma", None, "rdma"])
     refused = pytest.raises(UserError, match="rank 2 would use the network NCCL chooses and rank 0 rdma: give every")
     with refused, join_world(timedelta(seconds=7), IB):
         pass

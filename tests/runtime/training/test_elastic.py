@@ -2,154 +2,29 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import time
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import DATA, make_trainer
 
 import heteromesh as hm
+from elastic_jobs import STEPS, Job, check_ledger, eventually, rows, through_losses_and_a_join
 from heteromesh.comm.tcp.state_transfer import digest_of, pack, unpack
 from heteromesh.errors import UserError
-from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.membership import Bounds
-from heteromesh.runtime.engine.local_costs import OwnCosts, Pace
-from heteromesh.runtime.process.environment import environment_of
-from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.training.ledger import StepGradients
-from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from steps import TINY
+from trainers import DATA, make_trainer
 
 pytestmark = pytest.mark.alone  # a member that says nothing for 3 s is lost
-STEPS = 12
-SECRET = "0123456789abcdef" * 2
-context = multiprocessing.get_context("forkserver")
-
-
-class Job:
-    """A coordinator here, members as processes; what each returned is in `results`."""
-
-    def __init__(self, folder: Path, *, least: int = 1, gather: float = 0.0, patience: float = 20.0) -> None:
-        self.folder = folder
-        timing = Timing(stuck=30.0, gather=gather, patience=patience, silence=3.0)
-        self.coordinator = Coordinator(SECRET.encode(), bounds=Bounds(least=least), timing=timing).start()
-        self.pipes: dict[int, Any] = {}
-        self.processes: dict[int, Any] = {}
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes.values():
-            process.kill()
-            process.join()
-        self.coordinator.stop()
-
-    def start(self, index: int, *, dies_in: int = 0, waits_in: int = 0, **changes: Any) -> None:
-        source, sink = context.Pipe(duplex=False)
-        environment = environment_of(
-            coordinators=[self.coordinator.address],
-            secret=SECRET,
-            name=f"host:{index}",
-            hosts=["127.0.0.1"],
-            bounds=Bounds(),
-        )
-        arguments = (environment, self.folder, dies_in, waits_in, sink, changes)
-        self.processes[index] = context.Process(target=member, args=arguments)
-        self.processes[index].start()
-        sink.close()
-        self.pipes[index] = source
-
-    def result(self, index: int, seconds: float = 60.0) -> Any:
-        """(losses, digest of the parameters), or the text of what was raised, or None for a process that was killed."""
-        assert self.pipes[index].poll(seconds), f"member {index} is not done"
-        try:
-            return self.pipes[index].recv()
-        except EOFError:
-            return None
-
-
-def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: int, sink: Any, changes: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(environment)
-    # equal devices, however busy this machine is: every member has work
-    pace = Pace(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
-    OwnCosts.pace = property(lambda _: pace)  # type: ignore[assignment, method-assign]
-    trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
-
-    def hook(*_: object) -> None:
-        step = trainer.sampler.state_dict()["index"]
-        if dies_in and step >= dies_in:
-            os.kill(os.getpid(), signal.SIGKILL)
-        while waits_in and step >= waits_in and not (folder / "go").exists():
-            time.sleep(0.01)
-
-    trainer.model.layers[0].register_forward_pre_hook(hook)
-    try:
-        losses = trainer.fit().losses
-        sink.send((losses, digest_of(list(trainer.model.parameters()))))
-    except (UserError, PeerLost) as error:
-        sink.send(f"{type(error).__name__}: {error}")
-    except BaseException:
-        sink.send(traceback.format_exc())
-
-
-def eventually(true: Any, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
     """The losses of one process that knows nothing of faults."""
     return make_trainer(tmp_path_factory.mktemp("alone") / "run", max_steps=STEPS).fit().losses
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def check_ledger(folder: Path) -> list[dict[str, Any]]:
-    """Every sequence of every batch was trained once."""
-    ledger = rows(folder / "run/ledger.jsonl")
-    assert [row["step"] for row in ledger] == list(range(1, STEPS + 1))
-    sampler = Sampler([len(s) for s in DATA], batch_tokens=220, seed=0)
-    for row in ledger:
-        batch = sampler.next_batch()
-        trained = sorted(place for places in row["trained"].values() for place in places)
-        assert trained == list(range(len(batch.lengths))), row
-    return ledger
-
-
-def through_losses_and_a_join(folder: Path, **options: Any) -> Any:
-    """Three members, of whom two die, and one that joins: what the other two returned."""
-    with Job(folder, least=2, gather=5.0) as job:
-        membership = job.coordinator.membership
-        # the writer too, in its turn: ranks are given in the order of arrival
-        job.start(0, dies_in=9, waits_in=6, **options)
-        eventually(lambda: len(membership.people) == 1)
-        job.start(1, dies_in=4, **options)
-        job.start(2, waits_in=6, **options)
-        assert job.result(1) is None
-        job.start(3, **options)
-        eventually(lambda: membership.counts["joined"] == 4)
-        (folder / "go").touch()
-        assert job.result(0) is None
-        results = job.result(2), job.result(3)
-        assert all(isinstance(result, tuple) for result in results), results
-        assert membership.counts["died"] == 2
-    return results
 
 
 @pytest.mark.parametrize("tokens", [None, 60], ids=["whole sequences", "sequences that one device can't hold"])

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import resource
 import signal
 from importlib.util import find_spec
@@ -20,15 +19,7 @@ from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
-
-DATA = [[random.Random(i).randrange(TINY.vocab) for _ in range(2 + (i * 37) % 90)] for i in range(60)]
-
-
-def make_trainer(folder: Path, model: torch.nn.Module | None = None, data: Any = None, **changes: Any) -> hm.Trainer:
-    torch.manual_seed(7)
-    options = {"batch_tokens": 220, "max_steps": 20, "run_dir": folder, "learning_rate": 3e-3, "plan_seconds": 0.02}
-    data = [torch.tensor(s) for s in DATA] if data is None else data
-    return hm.Trainer(model or Llama(TINY), None, data, hm.TrainerConfig(**(options | changes)))
+from trainers import DATA, make_trainer
 
 
 def train(world: World, folder: Path, changes: dict[str, Any]) -> tuple[float, ...]:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_elastic import eventually
 
+from elastic_jobs import eventually
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.correction import Correction
 from heteromesh.runtime.work.feed import LATE, PlanFeed, Planned, PlanningFailed
