@@ -198,7 +198,9 @@ class Member:
             return seat.committed, seat.chain
 
     def close(self) -> None:
-        """Leaves the job in order and closes its groups; no thread may use them any more."""
+        """Leaves the job in order and closes its groups; no thread may use them any more. Again does nothing."""
+        if self._closing.error is not None:
+            return
         self.send({"kind": "leave"})
         self._closing.set(GroupAborted("the member left"))
         self._thread.join()

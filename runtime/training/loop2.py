@@ -26,6 +26,7 @@ from heteromesh.errors import UserError
 from heteromesh.faults.member.commit import Decided, Steps
 from heteromesh.faults.member.group import Group
 from heteromesh.faults.member.member import Member
+from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Fenced, Stopped, View
 from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.runtime.engine.local_costs import OwnCosts
@@ -36,7 +37,6 @@ from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.records.elastic_records import ElasticRecords, StepRecord, repairs
 from heteromesh.runtime.records.metrics import HEADER, ProgressBar, StepMetrics
 from heteromesh.runtime.training.consistency import elastic_facts
-from heteromesh.runtime.training.epoch_world import EpochWorld
 from heteromesh.runtime.training.loop import TrainingReport
 from heteromesh.runtime.training.mirrored import OptimizerState, ShardedState, WholeState
 from heteromesh.runtime.training.step import Result, StepWork

@@ -15,11 +15,11 @@ import torch
 
 from heteromesh.comm.records import Recorder
 from heteromesh.faults.member.group import Group
+from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Stopped, View
 from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.runtime.engine.local_costs import OwnCosts
-from heteromesh.runtime.training.epoch_world import EpochWorld
 from heteromesh.runtime.training.flat import FlatParameters, Held
 from heteromesh.runtime.training.ownership import Layout, Range
 from heteromesh.runtime.training.parts import Part, by_parameter, joined, swap, told_apart

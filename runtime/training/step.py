@@ -19,6 +19,7 @@ from heteromesh.comm.records import Recorder
 from heteromesh.errors import UserError
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.group import Group
+from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import View
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.parallel.attention.layout import layout_of
@@ -26,7 +27,6 @@ from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.runtime.engine.local_costs import Links, OwnCosts, Pace
 from heteromesh.runtime.engine.passes import StepExecutor
-from heteromesh.runtime.training.epoch_world import EpochWorld
 from heteromesh.runtime.training.ledger import Members, StepGradients, Told
 from heteromesh.runtime.work.planner import ElasticPlanner, Question
 from heteromesh.runtime.work.reader import PassInput, Reader

@@ -3,11 +3,11 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from members import job
 
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.faults.coordinator.server import Coordinator
@@ -15,25 +15,10 @@ from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.death_notice import Lease, Watcher
 from heteromesh.faults.member.member import Member, Terms
 from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.faults.testing import inject, oracle
 from heteromesh.faults.testing.lab import Lab, Work
 from heteromesh.faults.testing.oracle import Belongings, Event, History
-
-
-@contextmanager
-def job(size, timing=None):
-    """`size` members in this process, and a pool with a thread for each."""
-    server = Coordinator(b"s", bounds=Bounds(least=size), timing=timing or Timing(silence=10)).start()
-    members = [Member(Terms(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(size)]
-    with ThreadPoolExecutor(size) as pool:
-        try:
-            yield server, members, pool
-        finally:
-            for member in members:
-                member.close()
-            server.stop()
 
 
 @pytest.mark.parametrize("collectives", [False, True])
