@@ -15,6 +15,8 @@ from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.group import Group
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.world import EpochWorld
+from heteromesh.faults.membership.view import Stopped
+from heteromesh.planner.ownership.ownership import LostState
 
 T = TypeVar("T")
 _TICK_SECONDS = 0.1
@@ -23,7 +25,8 @@ _TICK_SECONDS = 0.1
 class Elastic:
     """A `Session` over a member of a job, which it closes. All methods raise Fenced and Stopped.
 
-    An attempt that a loss interrupts is made again in the next epoch, by whoever is left, in another world.
+    An attempt that a loss interrupts is made again in the next epoch, by whoever is left, in another world. One that
+    raises LostState, because nobody left has a part of the state, ends the job for all.
     """
 
     def __init__(
@@ -65,6 +68,10 @@ class Elastic:
             except GroupAborted:
                 self._end_epoch()
                 raise
+            except LostState as error:
+                # all are to hear of the first cause, not of who then gives up
+                group.tell({"kind": "over", "reason": str(error)})
+                raise Stopped(str(error)) from None
             return (made.result, world), made.digest
 
         done = self._steps.atomic(body, None if overlap is None else lambda made: overlap(made[0]))
@@ -90,10 +97,6 @@ class Elastic:
         finally:
             ended.set()
             thread.join()
-
-    def tell_over(self, reason: str) -> None:
-        """Ends the job for everybody: the others hear this reason, not that of whoever gives up next."""
-        self.member.group().tell({"kind": "over", "reason": reason})
 
     def close(self) -> None:
         """Leaves the epoch and the job; in the thread that made the member."""

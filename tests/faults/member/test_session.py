@@ -17,8 +17,9 @@ from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
-from heteromesh.faults.membership.view import Fenced, Stopped
+from heteromesh.faults.membership.view import Stopped
 from heteromesh.faults.testing.oracle import Belongings
+from heteromesh.planner.ownership.ownership import LostState
 
 VICTIM = """
 import os, signal, sys
@@ -178,17 +179,21 @@ def test_world_sums_and_sends_with_equal_results():
         assert done[0].result[0][0] == pytest.approx([0.6, 1.2, 1.8])
 
 
-def test_one_member_ends_the_job_for_all():
+def test_state_that_nobody_has_ends_the_job_for_all():
     with job(2) as (_, members, pool):
 
         def act(member):
             session = Elastic(member, dict, lambda state: None)
             session.start()
-            if session.member is members[0]:
-                session.tell_over("owner and mirror are lost")
+
+            def attempt(world):
+                if world.rank == 0:
+                    raise LostState("owner and mirror are lost")
+                return Attempt(world.gather(0), "")
+
             while True:
-                session.commit(lambda world: Attempt(world.barrier(), ""))
+                session.commit(attempt)
 
         for wait in [pool.submit(act, member) for member in members]:
-            with pytest.raises((Stopped, Fenced), match="owner and mirror are lost"):
+            with pytest.raises(Stopped, match="owner and mirror are lost"):
                 wait.result(20)
