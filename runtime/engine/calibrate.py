@@ -26,12 +26,12 @@ from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.linear import LinearAttention
 from heteromesh.planner.cluster.links import Links
+from heteromesh.planner.cost.fit import fit_jointly
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.cost.shards import make_pass
 from heteromesh.planner.model.attention import AttentionShape as LayerShape
 from heteromesh.planner.model.attention import ModelAttention, split_methods
 from heteromesh.planner.plan import Pass
-from heteromesh.runtime.engine.fit import fit_jointly
 from heteromesh.runtime.engine.passes import StepExecutor
 from heteromesh.runtime.probe.links.network import measure_links
 from heteromesh.runtime.work.reader import PassInput

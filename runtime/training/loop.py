@@ -190,7 +190,7 @@ class TrainingLoop:
         if self.directory:
             self.directory.start(resolved, self.done)
         # on a CUDA device nobody waits for an exchange on the host: a split pass's seconds hold what it waited
-        self.learner = Learner(self.costs, waits_known=self.world.device.type == "cpu")
+        self.learner = Learner(waits_known=self.world.device.type == "cpu")
         self.correction = Correction(seconds_per_step=self.costs.seconds_per_step)
         if self.service:
             self.service.use(self.costs)
@@ -307,9 +307,9 @@ class TrainingLoop:
             self.overheads.append(max(0.0, seconds - max(spent)))
         # constants that the user gave stand; what was measured before the first step was measured once
         if self.config.cost is None:
-            self.learner.add(step, result.pass_seconds, result.pass_waits)
+            self.learner.add(range(self.world.size), self.costs, step, result.pass_seconds, result.pass_waits)
         beyond = statistics.median(self.overheads) if self.overheads else self.correction.seconds_per_step
-        self.correction = self.learner.correction(beyond)
+        self.correction = self.learner.correction(range(self.world.size), beyond)
 
     def _trainer_state(self, batch: Batch) -> dict[str, Any]:
         schedule = self.trainer.schedule

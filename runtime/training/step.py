@@ -23,9 +23,10 @@ from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import View
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.parallel.attention.layout import layout_of
+from heteromesh.planner.cost.devices import DeviceCosts, LinkCosts
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.runtime.engine.local_costs import Links, OwnCosts, Pace
+from heteromesh.runtime.engine.local_costs import OwnCosts
 from heteromesh.runtime.engine.passes import StepExecutor
 from heteromesh.runtime.training.ledger import Members, StepGradients, Told
 from heteromesh.runtime.work.planner import ElasticPlanner, Question
@@ -47,8 +48,8 @@ class Tidings:
     """What a member tells the others between two rounds of work."""
 
     shares: Told
-    pace: Pace
-    links: Links | None
+    pace: DeviceCosts
+    links: LinkCosts | None
     stop: int
     """The signal that it was sent; 0 for none."""
     begun: bool
@@ -120,7 +121,7 @@ class StepWork:
         self._parameters = [p for p in executor.model.parameters() if p.requires_grad]
         self._recorder: Recorder = executor.world.recorder
         self._current: _Current | None = None
-        self.links: Links | None = None
+        self.links: LinkCosts | None = None
         self.stop = 0
         self.seconds_per_step = 0.0
 
@@ -148,7 +149,7 @@ class StepWork:
                 self._work(group, world, now, item, position, speeds)
         return self._sum(group, steps, now, told)
 
-    def prepare(self, batch: Batch, members: Members, paces: Sequence[Pace]) -> None:
+    def prepare(self, batch: Batch, members: Members, paces: Sequence[DeviceCosts]) -> None:
         """Rank 0: the next batch will be asked for, by these members if nothing happens."""
         self._planner.prepare(Question(batch.lengths, members), self._costs(paces))
 
@@ -189,7 +190,7 @@ class StepWork:
         assert answer is not None
         return answer
 
-    def _costs(self, paces: Sequence[Pace]) -> Costs:
+    def _costs(self, paces: Sequence[DeviceCosts]) -> Costs:
         return self._own.of_members(paces, self.links, self.seconds_per_step)
 
     def _work(

@@ -18,7 +18,8 @@ from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
-from heteromesh.runtime.engine.local_costs import OwnCosts, Pace
+from heteromesh.planner.cost.devices import DeviceCosts
+from heteromesh.runtime.engine.local_costs import OwnCosts
 from heteromesh.runtime.process.environment import environment_of
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.work.sampler import Sampler
@@ -76,7 +77,7 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
     torch.set_num_threads(1)
     os.environ.update(environment)
     # equal devices, however busy this machine is: every member has work
-    pace = Pace(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
+    pace = DeviceCosts(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
     OwnCosts.pace = property(lambda _: pace)  # type: ignore[assignment, method-assign]
     trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
 

@@ -1,26 +1,20 @@
 """Costs corrected by what passes took: planted errors are found, one disturbed pass moves little, plans follow."""
 
 import json
+import pickle
 import random
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-import heteromesh as hm
 from heteromesh.planner.cost.correction import Correction, Learner
+from heteromesh.planner.cost.devices import DeviceCosts, LinkCosts, combine
 from heteromesh.planner.cost.passes import Costs, RateByDegree, load_of
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention, split_methods
 from heteromesh.planner.plan import Step
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.sequences.timeline import step_seconds
-from heteromesh.runtime.report.compare import compare_run, comparison_text, read_run
-from llama import Llama
-from ranks import World, run_ranks
-from steps import TINY
 
 HOSTS = (0, 1, 2, 3)
 ATTENTION = ModelAttention(calls=4, shape=AttentionShape(heads=8, kv_heads=2, head_dim=32, itemsize=4))
@@ -73,12 +67,12 @@ def real_seconds(step: Step, truth: Costs) -> float:
 
 def learned(measured: Costs, truth: Costs, *, steps: int, disturbed: float = 0.0, seed: int = 0) -> Correction:
     rng = random.Random(seed)
-    learner, correction = Learner(measured), Correction()
+    learner, correction = Learner(), Correction()
     for _ in range(steps):
         # a limit that even a busy machine does not reach, but too short for the integer program
         step = plan_step(batch_of(rng), correction.applied(measured), time_limit=0.9)
-        learner.add(step, *times(step, truth, rng, disturbed))
-        correction = learner.correction(0.5)
+        learner.add(range(4), measured, step, *times(step, truth, rng, disturbed))
+        correction = learner.correction(range(4), 0.5)
     return correction
 
 
@@ -104,56 +98,56 @@ def test_right_costs_stay_and_a_disturbed_pass_moves_little() -> None:
     truth = costs((1.0, 1.0, 0.5, 0.5))
     assert learned(truth, truth, steps=12).applied(truth).speeds == pytest.approx(truth.speeds, abs=0.04)
     rng = random.Random(1)
-    learner = Learner(truth)
+    learner = Learner()
     for i in range(8):
         step = plan_step(batch_of(rng), truth)
         seconds, waits = times(step, truth, rng)
         if i == 7:
             at = max((key for key in seconds if key[0] == 2), key=seconds.__getitem__)
             seconds[at] *= 5
-        learner.add(step, seconds, waits)
-    assert learner.correction(0).slowness[2] == pytest.approx(1.0, abs=0.12)
+        learner.add(range(4), truth, step, seconds, waits)
+    assert learner.correction(range(4), 0).slowness[2] == pytest.approx(1.0, abs=0.12)
 
 
 def test_a_rank_that_becomes_slow_is_noticed_within_a_few_steps() -> None:
     measured = costs((1.0, 1.0, 1.0, 1.0))
     rng = random.Random(2)
-    learner = Learner(measured)
+    learner = Learner()
     for i in range(12):
         step = plan_step(batch_of(rng), measured)
-        learner.add(step, *times(step, costs((1.0, 0.5 if i >= 8 else 1.0, 1.0, 1.0)), rng))
-    assert learner.correction(0).applied(measured).speeds[1] < 0.7
+        learner.add(range(4), measured, step, *times(step, costs((1.0, 0.5 if i >= 8 else 1.0, 1.0, 1.0)), rng))
+    assert learner.correction(range(4), 0).applied(measured).speeds[1] < 0.7
 
 
 def test_what_was_not_seen_stays() -> None:
     measured = costs((1.0, 1.0, 0.5, 0.5))
-    nothing = Learner(measured).correction(0.25)
+    nothing = Learner().correction(range(4), 0.25)
     assert nothing.applied(measured) == replace(measured, seconds_per_step=0.25)
-    learner = Learner(measured)
+    learner = Learner()
     step = plan_step([900], measured)
     ranks = step.passes[0].ranks
-    learner.add(step, {(r, 0): 4.0 for r in ranks}, dict.fromkeys(((r, 0) for r in ranks), 0.0))
+    learner.add(range(4), measured, step, {(r, 0): 4.0 for r in ranks}, dict.fromkeys(((r, 0) for r in ranks), 0.0))
     unseen = set(range(4)) - set(ranks)
-    assert all(learner.correction(0).slowness[r] == 1.0 for r in unseen)
+    assert all(learner.correction(range(4), 0).slowness[r] == 1.0 for r in unseen)
 
 
 def test_split_passes_do_not_count_where_waiting_is_not_known() -> None:
     measured = costs((1.0,) * 4)
-    learner = Learner(measured, waits_known=False)
+    learner = Learner(waits_known=False)
     step = plan_step([16000], measured)
     assert len(step.passes[0].ranks) > 1
-    learner.add(step, *times(step, costs((0.5,) * 4), random.Random(0)))
-    assert learner.correction(0) == Correction()
+    learner.add(range(4), measured, step, *times(step, costs((0.5,) * 4), random.Random(0)))
+    assert learner.correction(range(4), 0) == Correction()
 
 
 def test_passes_that_the_costs_cannot_price_do_not_count() -> None:
     measured = costs((1.0,) * 4)
     step = plan_step([16000], measured)
     for change in ({"method": "of a plan file"}, {"offload": 0.5}):
-        learner = Learner(measured)
+        learner = Learner()
         other = replace(step, passes=tuple(replace(p, **change) for p in step.passes))
-        learner.add(other, *times(step, costs((0.5,) * 4), random.Random(0)))
-        assert learner.correction(0) == Correction()
+        learner.add(range(4), measured, other, *times(step, costs((0.5,) * 4), random.Random(0)))
+        assert learner.correction(range(4), 0) == Correction()
 
 
 def test_a_correction_survives_json() -> None:
@@ -163,39 +157,68 @@ def test_a_correction_survives_json() -> None:
     )
 
 
-class Weary(Llama):
-    """A model whose passes take rank 1 longer, from some moment of the training on."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(TINY)
-        self.rank, self.steps = rank, 0
-
-    def forward(self, input_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        if self.rank == 1 and self.steps:
-            time.sleep(4e-4 * input_ids.numel())
-        else:
-            time.sleep(1e-4 * input_ids.numel())
-        return super().forward(input_ids, *rest, **named)
+def of_members(members: Sequence[int], speeds: Mapping[int, float]) -> Costs:
+    """The costs of some members of a job, each as fast as it is wherever it runs."""
+    devices = [DeviceCosts(1e-7 / speeds[m], 1e-3 / speeds[m], 0.01 / speeds[m], 100_000) for m in members]
+    hosts = range(len(members))
+    methods = split_methods(ATTENTION, hosts, 2e4)
+    return combine(devices, LinkCosts(5e7, 0.0), typical=[1000], methods=methods, attention=ATTENTION)
 
 
-def train_weary(world: World, folder: Path) -> tuple[float, ...]:
-    torch.manual_seed(7)
-    model = Weary(world.rank)
-    data = [torch.tensor([random.Random(i).randrange(TINY.vocab) for _ in range(20 + i % 9)]) for i in range(90)]
-    config = hm.TrainerConfig(batch_tokens=800, max_steps=12, run_dir=folder, plan_seconds=0.02)
-    optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.register_step_post_hook(lambda *_: setattr(model, "steps", model.steps + 1))
-    return hm.Trainer(model, optimizer, data, config).fit().losses
+MEASURED, TRUE = dict.fromkeys(range(10, 16), 1.0), {10: 1.0, 11: 0.5, 12: 1.0, 13: 0.7, 14: 1.0, 15: 1.0}
 
 
-@pytest.mark.alone
-def test_training_moves_work_away_from_a_rank_that_became_slow(tmp_path: Path) -> None:
-    losses = run_ranks(2, train_weary, tmp_path / "run", seconds=120)
-    assert losses[0] == losses[1]
-    run = read_run(tmp_path / "run")
-    tokens = [[sum(p.tokens(p.ranks.index(r)) for _, p in s.plan.passes_of(r)) for r in (0, 1)] for s in run.steps]
-    first, last = (a / b for a, b in (tokens[0], tokens[-1]))
-    assert first < 1.6 < 1.9 < last, tokens
-    compared = compare_run(run)
-    assert compared.last_speeds[1] < 0.65 < compared.speeds[1]
-    assert f"-> {compared.last_speeds[1]:g}" in comparison_text(compared)
+def learn_from(learner: Learner, rng: random.Random, *memberships: Sequence[int]) -> None:
+    for members in memberships:
+        step = plan_step(batch_of(rng), of_members(members, MEASURED))
+        learner.add(members, of_members(members, MEASURED), step, *times(step, of_members(members, TRUE), rng))
+
+
+def test_what_was_learned_of_a_member_stays_when_others_come_and_go() -> None:
+    rng, learner = random.Random(3), Learner()
+    learn_from(learner, rng, *[(10, 11, 12)] * 4, *[(11, 12, 13)] * 3, *[(11, 13)] * 3)
+    slowness = dict(zip(range(10, 15), learner.correction(range(10, 15), 0).slowness, strict=True))
+    assert slowness[11] / slowness[12] == pytest.approx(2, rel=0.1)
+    assert slowness[13] / slowness[12] == pytest.approx(1 / 0.7, rel=0.1)
+    assert slowness[10] / slowness[12] == pytest.approx(1, rel=0.1), "it left, and may be asked for"
+    assert slowness[14] == 1.0, "never seen"
+    for members in ((14, 11), (13, 11, 10), (12,)):
+        now = learner.correction(members, 0.5).applied(of_members(members, MEASURED))
+        assert now.speeds == pytest.approx(of_members(members, TRUE).speeds, abs=0.12)
+        assert now.seconds_per_step == 0.5
+
+
+def test_members_who_learn_from_the_same_reports_agree_and_one_that_joins_later_too() -> None:
+    one, other, late = Learner(), Learner(), Learner()
+    for learner in (one, other):
+        learn_from(learner, random.Random(4), *[(10, 11)] * 5)
+    late.adopt(pickle.loads(pickle.dumps(one.state())))
+    for learner in (one, other, late):
+        learn_from(learner, random.Random(5), *[(10, 11, 13)] * 10)
+    assert one.correction((13, 10), 0) == other.correction((13, 10), 0) == late.correction((13, 10), 0)
+
+
+def test_reports_that_were_lost_with_their_member_do_not_count() -> None:
+    rng, learner, members = random.Random(6), Learner(), (10, 11)
+    for _ in range(4):
+        step = plan_step([700, 600, 500, 400], of_members(members, MEASURED))
+        seconds, waits = times(step, of_members(members, TRUE), rng)
+        learner.add(members, of_members(members, MEASURED), step, {k: v for k, v in seconds.items() if k[0]}, waits)
+    first, second = learner.correction(members, 0).slowness
+    assert first == 1.0
+    assert second > 1.7
+
+
+def test_devices_of_members_combine_to_the_costs_of_the_job() -> None:
+    fast, slow = DeviceCosts(1e-8, 1e-4, 0.01, 900), DeviceCosts(4e-8, 4e-4, 0.04, 300)
+    methods = split_methods(ATTENTION, (0, 1, 2), 2e4)
+    job = combine([slow, fast, fast], LinkCosts(1e8, 1e-3), typical=[500], methods=methods, seconds_per_step=0.2)
+    assert job.speeds == (0.25, 1.0, 1.0)
+    assert job.capacity == (300, 900, 900)
+    assert job.hosts == (0, 1, 2)
+    assert (job.seconds_per_token, job.seconds_per_round, job.seconds_per_step) == (1e-4, 1e-3, 0.2)
+    assert job.rate((0, 1)) == 1e8
+    assert job.method_for((0, 1)) is not None
+    assert job.pass_seconds((1,), "local", [500], [[500]]) == pytest.approx(fast.seconds([500]))
+    alone = combine([slow, fast], None, typical=[500], methods=methods)
+    assert alone.method_for((0, 1)) is None, "nothing is known of exchanges, so no pass has several members"

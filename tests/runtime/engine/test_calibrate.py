@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from heteromesh.parallel.attention.api import prepare_pass
+from heteromesh.planner.cost.fit import fit_jointly, fit_nonnegative
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.sequences.static import even_shards
 from heteromesh.planner.splitting.traffic import AGREEMENT_BYTES, pass_bytes
 from heteromesh.runtime.engine.calibrate import LONGEST, RUN_SECONDS, SHORTEST, Calibration
-from heteromesh.runtime.engine.fit import fit_jointly, fit_nonnegative
 from heteromesh.runtime.engine.passes import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from llama import Llama
