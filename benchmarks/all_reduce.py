@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from heteromesh.comm.collectives.gloo import GlooTransport
-from heteromesh.comm.collectives.uneven import Collectives, open_collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectives
 from heteromesh.comm.nics.connect import open_nics
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
@@ -71,7 +71,7 @@ def work(chosen: argparse.Namespace) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     groups = [dist.new_group() for _ in range(3)]
     reduction = reduction_for(cluster(chosen.worker, most_cards=1))
-    planned, owners = open_collectives(groups[0], reduction), Collectives(GlooTransport(groups[1]), reduction)
+    planned, owners = open_collectives(groups[0], reduction), UnevenCollectives(GlooTransport(groups[1]), reduction)
     ways: dict[str, Callable[[torch.Tensor], object]] = {
         "planned": planned.all_reduce,
         "owners": owners.all_reduce,
@@ -92,12 +92,12 @@ def work(chosen: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def over_all_cards(group: dist.ProcessGroup, described: Cluster) -> Collectives:
+def over_all_cards(group: dist.ProcessGroup, described: Cluster) -> UnevenCollectives:
     reduction, rates = reduction_for(described), card_rates(described)
     addresses = os.environ["ALL_REDUCE_ADDRESSES"].split(",")
     cards = [len(its) for its in rates]
     transport = open_nics(group, addresses, reduction.hosts, cards, split(reduction, rates))
-    return Collectives(transport, reduction)
+    return UnevenCollectives(transport, reduction)
 
 
 def measure(

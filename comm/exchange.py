@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from heteromesh.comm.interfaces import Work
+from heteromesh.comm.tags import Tag
 from heteromesh.comm.world import World
 
-_TAG = 0
-"""Of a transport that tells messages apart by tags: those of passes keep their order between two ranks."""
 Addressed = tuple[int, torch.Tensor]
 """(member of the pass, tensor)."""
 
 
-class Transfer:
+class Transfer(Work):
     """Messages under way. Their buffers must not be touched before `wait` has returned; wait exactly once."""
 
     def __init__(
-        self, world: World, name: str, works: Sequence[Any], buffers: Sequence[torch.Tensor], sent: int
+        self, world: World, name: str, works: Sequence[Work], buffers: Sequence[torch.Tensor], sent: int
     ) -> None:
         self._world, self._name, self._works, self._sent = world, name, works, sent
         self._buffers = buffers  # torch keeps no reference to what it sends
@@ -63,7 +62,7 @@ class Exchange:
         """The same exchange for some of its members, numbered as listed."""
         return type(self)(self._world, [self.ranks[i] for i in members])
 
-    def start(self, sends: Sequence[Addressed], receives: Sequence[Addressed], name: str) -> Transfer:
+    def start(self, sends: Sequence[Addressed], receives: Sequence[Addressed], name: str) -> Work:
         """Posts the receives, then the sends, and returns while they travel.
 
         Between two members messages keep their order: the n-th send to a member meets its n-th receive from here.
@@ -84,7 +83,7 @@ class Exchange:
         """
         self.start_all_to_all(sends, receives, name).wait()
 
-    def start_all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> Transfer:
+    def start_all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> Work:
         """As `all_to_all`, but returns while the messages travel."""
         if not len(sends) == len(receives) == len(self.ranks):
             raise ValueError(f"{len(sends)} sends and {len(receives)} receives for {len(self.ranks)} members")
@@ -94,17 +93,17 @@ class Exchange:
         others = [(self.member + i) % len(self.ranks) for i in range(1, len(self.ranks))]
         return self.start([(i, sends[i]) for i in others], [(i, receives[i]) for i in reversed(others)], name)
 
-    def _post(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Sequence[Any]:
+    def _post(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Sequence[Work]:
         """Receives first: gloo's ready-to-receive messages would queue behind data."""
         outgoing = [(self.ranks[i], t) for i, t in sends if t.numel()]
         incoming = [(self.ranks[i], t) for i, t in receives if t.numel()]
         network = self._world.exchange
         if network is not None and not isinstance(network, dist.ProcessGroup):
-            works = [network.recv(rank, t, _TAG) for rank, t in incoming]
-            return works + [network.send(rank, t, _TAG) for rank, t in outgoing]
+            works: list[Work] = [network.recv(rank, t, Tag.PASS) for rank, t in incoming]
+            return works + [network.send(rank, t, Tag.PASS) for rank, t in outgoing]
         operations = [dist.P2POp(dist.irecv, t, rank, network) for rank, t in incoming]
         operations += [dist.P2POp(dist.isend, t, rank, network) for rank, t in outgoing]
-        return dist.batch_isend_irecv(operations) if operations else []
+        return list(dist.batch_isend_irecv(operations)) if operations else []
 
     def _check(self, member: int, tensor: torch.Tensor, name: str) -> None:
         if not 0 <= member < len(self.ranks) or member == self.member:

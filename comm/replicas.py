@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 
@@ -73,5 +74,14 @@ def join_pipeline(
 
     chain_group = mine(chains)
     # the sum over a stage's replicas is one over `gradients`, in a world that has only these ranks
-    peers = replace(world, rank=replica, size=len(stages[stage]), gradients=mine(stages))
+    own = mine(stages)
+    peers = replace(
+        world,
+        rank=replica,
+        size=len(stages[stage]),
+        members=tuple(stages[stage]),
+        names=tuple(world.names[rank] for rank in stages[stage]),
+        gradients=own,
+        collectives=TorchCollectives(own) if own else None,
+    )
     return PipelineGroups(stage, replica, chains[replica], chain_group, peers, groups)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.interfaces import Transport
 from heteromesh.comm.networks import device_options
 from heteromesh.comm.records import Recorder
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class World:
-    """One rank's view of the job. With `size` 1 there may be no process group at all.
+    """One rank's view of one epoch of the job. With `size` 1 there may be no process group at all.
 
     Passes exchange point to point inside `exchange` (no group per pass); `gradients` and `control` are separate
     communicators so that gradient sums, plan broadcasts and passes never queue behind each other.
@@ -45,6 +46,18 @@ class World:
     recorder: Recorder = field(default_factory=Recorder)
     cluster: Cluster | None = None
     """The hosts of the ranks, where they are described."""
+    members: tuple[int, ...] = ()
+    """Ids by rank; in a job whose members stay, the ranks themselves."""
+    names: tuple[str, ...] = ()
+    """By rank, what people call them."""
+    collectives: Collectives | None = None
+    """What gradients are summed with; set by whoever builds the world."""
+    fresh: bool = True
+    """Whether the last commit, if there was any, was made in this same epoch."""
+
+    def __post_init__(self) -> None:
+        self.members = self.members or tuple(range(self.size))
+        self.names = self.names or tuple(f"rank {rank}" for rank in range(self.size))
 
     def new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
         """A communicator of these ranks for device tensors, on the network that reaches them all.
@@ -59,14 +72,9 @@ class World:
         """Rank 0's picklable `value` on every rank (control group, so for the plan thread alone; blocks)."""
         if self.size == 1:
             return value
-        payload = pickle.dumps(value) if self.rank == 0 else b""
-        size = torch.tensor([len(payload)])
-        dist.broadcast(size, 0, group=self.control)
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
-        if self.rank != 0:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, 0, group=self.control)
-        return value if self.rank == 0 else pickle.loads(data.numpy().tobytes())
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, group_src=0, group=self.control)
+        return values[0]
 
     def once(self, act: Callable[[], T]) -> T:
         """Rank 0's result of `act` on every rank; its exception is raised on every rank."""
@@ -183,12 +191,14 @@ def _world(device: torch.device, timeout: timedelta, cluster: Cluster | None) ->
     # a plan or a checkpoint may be long in coming: only the passes and gradients have the short limit
     patient = timedelta(days=1)
     everyone = range(dist.get_world_size())
+    gradients = dist.new_group(timeout=timeout, pg_options=device_options(cluster, everyone, device, timeout))
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         exchange=dist.group.WORLD,
-        gradients=dist.new_group(timeout=timeout, pg_options=device_options(cluster, everyone, device, timeout)),
+        gradients=gradients,
+        collectives=TorchCollectives(gradients),
         control=dist.new_group(backend="gloo", timeout=patient),
         checkpoint=dist.new_group(backend="gloo", timeout=patient),
         statistics=dist.new_group(backend="gloo", timeout=timeout),

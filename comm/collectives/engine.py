@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
-from heteromesh.comm.collectives.schedule import Duty, Flow, Step
+from heteromesh.comm.collectives.schedule import PieceStep, ReductionSchedule, StageTask
 from heteromesh.comm.interfaces import Work
 
 WINDOW_SECONDS = 0.05
@@ -24,31 +24,31 @@ def window(seconds_per_byte: float) -> int:
     return max(min(int(WINDOW_SECONDS / max(seconds_per_byte, 1e-12)), MOST_WINDOW), LEAST_WINDOW)
 
 
-class Progress:
-    """Runs flows in the order given: one thread posts their sends, one for each stage does their duties.
+class CollectiveEngine:
+    """Runs schedules in the order given: one thread posts their sends, one for each stage does their tasks.
 
-    The duties of a stage are done in order, which is the same on every rank, and no stage waits for a later one, so
+    The tasks of a stage are done in order, which is the same on every rank, and no stage waits for a later one, so
     ranks can't wait for each other in a circle. After the first error nothing more is done.
     """
 
     def __init__(self, window: int) -> None:
         self._window = window
         self.error: BaseException | None = None
-        self._flows: SimpleQueue[tuple[Flow, threading.Event] | None] = SimpleQueue()
-        self._stages: dict[int, SimpleQueue[Duty | None]] = {}
+        self._schedules: SimpleQueue[tuple[ReductionSchedule, threading.Event] | None] = SimpleQueue()
+        self._stages: dict[int, SimpleQueue[StageTask | None]] = {}
         self._threads: list[threading.Thread] = []
         self._under_way: deque[tuple[Callable[[], object], int]] = deque()
         self._bytes = 0
 
-    def start(self, flow: Flow) -> Callable[[], None]:
-        """Posts the flow's receives; the result waits until all of it is done and raises what went wrong."""
+    def start(self, schedule: ReductionSchedule) -> Callable[[], None]:
+        """Posts the schedule's receives; the result waits until all of it is done and raises what went wrong."""
         if not self._threads:
             self._start_thread(self._run)
         ended = threading.Event()
-        flow.post()
-        for duty in flow.duties:
-            self._stage(duty.stage).put(duty)
-        self._flows.put((flow, ended))
+        schedule.post()
+        for task in schedule.tasks:
+            self._stage(task.stage).put(task)
+        self._schedules.put((schedule, ended))
 
         def finish() -> None:
             ended.wait()
@@ -59,7 +59,7 @@ class Progress:
 
     def close(self) -> None:
         """Ends the threads when what they wait for has come or failed."""
-        self._flows.put(None)
+        self._schedules.put(None)
         for queue in self._stages.values():
             queue.put(None)
         for thread in self._threads:
@@ -70,26 +70,26 @@ class Progress:
     def _run(self) -> None:
         while True:
             try:
-                item = self._flows.get(block=not self._under_way)
+                item = self._schedules.get(block=not self._under_way)
             except Empty:
                 self._retire()
                 continue
             if item is None:
                 break
-            flow, ended = item
-            for step in flow.steps:
+            schedule, ended = item
+            for step in schedule.steps:
                 while self._under_way and self._bytes + step.nbytes > self._window:
                     self._retire()
-                self._send(flow, step)
-            self._under_way.append((lambda flow=flow, ended=ended: self._end(flow, ended), 0))  # type: ignore[misc]
+                self._send(schedule, step)
+            self._under_way.append((lambda schedule=schedule, ended=ended: self._end(schedule, ended), 0))  # type: ignore[misc]
         while self._under_way:
             self._retire()
 
-    def _send(self, flow: Flow, step: Step) -> None:
+    def _send(self, schedule: ReductionSchedule, step: PieceStep) -> None:
         works: list[Work] = []
 
         def send() -> None:
-            works.extend(flow.send(*message) for message in step.sends)
+            works.extend(schedule.send(*message) for message in step.sends)
 
         def arrive() -> None:
             if step.arrived is not None:
@@ -106,26 +106,26 @@ class Progress:
         self._bytes -= nbytes
         wait()
 
-    def _end(self, flow: Flow, ended: threading.Event) -> None:
-        for duty in flow.duties:
-            duty.ended.wait()
-        for work in flow.sends:
+    def _end(self, schedule: ReductionSchedule, ended: threading.Event) -> None:
+        for task in schedule.tasks:
+            task.ended.wait()
+        for work in schedule.sends:
             self._try(work.wait)
         ended.set()
 
-    def _stage(self, stage: int) -> SimpleQueue[Duty | None]:
+    def _stage(self, stage: int) -> SimpleQueue[StageTask | None]:
         if stage not in self._stages:
-            queue: SimpleQueue[Duty | None] = SimpleQueue()
+            queue: SimpleQueue[StageTask | None] = SimpleQueue()
             self._stages[stage] = queue
             self._start_thread(lambda: self._work(queue))
         return self._stages[stage]
 
-    def _work(self, queue: SimpleQueue[Duty | None]) -> None:
-        while (duty := queue.get()) is not None:
-            for work in duty.waits:
+    def _work(self, queue: SimpleQueue[StageTask | None]) -> None:
+        while (task := queue.get()) is not None:
+            for work in task.waits:
                 self._try(work.wait)
-            self._try(duty.act)
-            duty.ended.set()
+            self._try(task.act)
+            task.ended.set()
 
     def _try(self, act: Callable[[], object]) -> None:
         if self.error is None:

@@ -24,7 +24,7 @@ GATHER, PARTIAL, RESULT, HAND_OUT = range(4)
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class StageTask:
     """Something to do when these messages have arrived."""
 
     stage: int
@@ -34,7 +34,7 @@ class Duty:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PieceStep:
     """One piece's sends that wait for nothing, and what tells that the piece's result is here."""
 
     nbytes: int
@@ -44,7 +44,7 @@ class Step:
 
 
 @dataclass(slots=True)
-class Flow:
+class ReductionSchedule:
     """One collective's messages on this rank.
 
     `sources` are the ranks whose tensors are summed (None: each piece's owner alone); `spread`: everybody gets the
@@ -58,15 +58,15 @@ class Flow:
     tag: int
     sources: frozenset[int] | None
     spread: bool
-    duties: list[Duty] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    tasks: list[StageTask] = field(default_factory=list)
+    steps: list[PieceStep] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
-    """Those of the duties."""
+    """Those of the tasks."""
     sent_bytes: int = 0
     _buffers: list[torch.Tensor] = field(default_factory=list)
 
     def post(self) -> None:
-        """Posts all receives and lists the duties and the steps."""
+        """Posts all receives and lists the tasks and the steps."""
         members: dict[int, list[int]] = {}
         for rank, host in enumerate(self.reduction.hosts):
             members.setdefault(host, []).append(rank)
@@ -79,15 +79,15 @@ class Flow:
         self.sent_bytes += tensor.nbytes
         return self.transport.send(peer, tensor, self.tag + stage)
 
-    def _post(self, piece: Piece, members: dict[int, list[int]], speakers: dict[int, int]) -> None:
+    def _post(self, piece: Piece, members: dict[int, list[int]], leaders: dict[int, int]) -> None:
         me, mine = self.transport.rank, self.flat[piece.start : piece.stop]
         host = self.reduction.hosts[me]
         sources = frozenset((piece.owner,)) if self.sources is None else self.sources
-        speaker = speakers[host]
-        if me != speaker:
-            stage = RESULT if speaker == piece.owner else HAND_OUT
-            arrival = self._recv(speaker, mine, stage) if self.spread else None
-            self._step(mine, [(speaker, mine, GATHER)] if me in sources else [], arrival.wait if arrival else None)
+        host_leader = leaders[host]
+        if me != host_leader:
+            stage = RESULT if host_leader == piece.owner else HAND_OUT
+            arrival = self._recv(host_leader, mine, stage) if self.spread else None
+            self._step(mine, [(host_leader, mine, GATHER)] if me in sources else [], arrival.wait if arrival else None)
             return
         parts, waits = [], []
         for rank in members[host]:
@@ -96,10 +96,10 @@ class Flow:
                 if rank != me:
                     waits.append(self._recv(rank, parts[-1], GATHER))
         if me == piece.owner:
-            self._own(mine, parts, waits, members, speakers, sources)
+            self._own(mine, parts, waits, members, leaders, sources)
             return
         if waits:
-            self.duties.append(Duty(GATHER, waits, lambda: self._pass_on([piece.owner], _sum(parts), PARTIAL)))
+            self.tasks.append(StageTask(GATHER, waits, lambda: self._pass_on([piece.owner], _sum(parts), PARTIAL)))
         arrived = self._hand_out(piece.owner, mine, [r for r in members[host] if r != me]) if self.spread else None
         self._step(mine, [(piece.owner, parts[0], PARTIAL)] if parts and not waits else [], arrived)
 
@@ -109,7 +109,7 @@ class Flow:
         parts: list[torch.Tensor],
         waits: list[Work],
         members: dict[int, list[int]],
-        speakers: dict[int, int],
+        leaders: dict[int, int],
         sources: frozenset[int],
     ) -> None:
         """The hosts' partial sums in host order, summed and sent back."""
@@ -122,10 +122,10 @@ class Flow:
             elif count:
                 # several contributions were summed there already, and are not rounded on their way
                 sums.append([self._buffer(mine, mine.dtype if count == 1 else wide_dtype(mine.dtype))])
-                waits.append(self._recv(speakers[host], sums[-1][0], PARTIAL))
+                waits.append(self._recv(leaders[host], sums[-1][0], PARTIAL))
         peers: list[int] = []
         if self.spread:
-            peers = [r for r in members[home] if r != me] + [speakers[h] for h in sorted(members) if h != home]
+            peers = [r for r in members[home] if r != me] + [leaders[h] for h in sorted(members) if h != home]
         if not waits:
             self._step(mine, [(peer, mine, RESULT) for peer in peers], None)
             return
@@ -134,14 +134,14 @@ class Flow:
             _store(_sum([_sum(part) for part in sums if part]), mine)
             self._pass_on(peers, mine, RESULT)
 
-        self.duties.append(Duty(PARTIAL, waits, act))
+        self.tasks.append(StageTask(PARTIAL, waits, act))
 
     def _hand_out(self, owner: int, mine: torch.Tensor, peers: Sequence[int]) -> Callable[[], object]:
         arrival = self._recv(owner, mine, RESULT)
         if not peers:
             return arrival.wait
-        self.duties.append(Duty(RESULT, [arrival], lambda: self._pass_on(peers, mine, HAND_OUT)))
-        return self.duties[-1].ended.wait
+        self.tasks.append(StageTask(RESULT, [arrival], lambda: self._pass_on(peers, mine, HAND_OUT)))
+        return self.tasks[-1].ended.wait
 
     def _pass_on(self, peers: Sequence[int], tensor: torch.Tensor, stage: int) -> None:
         self.sends += [self.send(peer, tensor, stage) for peer in peers]
@@ -150,7 +150,7 @@ class Flow:
         self, mine: torch.Tensor, sends: Sequence[tuple[int, torch.Tensor, int]], arrived: Callable[[], object] | None
     ) -> None:
         if sends or arrived:
-            self.steps.append(Step(mine.nbytes, sends, arrived))
+            self.steps.append(PieceStep(mine.nbytes, sends, arrived))
 
     def _buffer(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         buffer = torch.empty(like.numel(), dtype=dtype)

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from heteromesh.comm.interfaces import Work
+from heteromesh.comm.tags import Tag
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.tcp.frame import bytes_of, checksum
 from heteromesh.comm.tcp.records import recorded
 from heteromesh.comm.tcp.transport import TcpTransport, TcpWork
 
-_PARTS, _SUMS, _WHOLE = 1 << 16, (1 << 16) + 1, (1 << 16) + 2
-"""Tags of the collectives, above those of the caller."""
-_MOVES = (1 << 16) + 3
 _ALIGN = 16
+CHUNK_BYTES = 1 << 19
 SMALL_BYTES = 1 << 15
 """Up to here every rank sends its whole vector to every other: one message deep."""
 WINDOW = 4
@@ -30,7 +30,7 @@ WINDOW = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
+class CheckedSum:
     """What is known of a finished sum."""
 
     mask: int
@@ -54,8 +54,8 @@ def all_reduce(
     *,
     contributes: bool = True,
     checked: bool = False,
-    chunk_bytes: int = 1 << 19,
-) -> Summed:
+    chunk_bytes: int = CHUNK_BYTES,
+) -> CheckedSum:
     """Sums `source` of all ranks into `target` (same shape and dtype, contiguous, not overlapping).
 
     A rank that doesn't contribute takes part with zeros. `checked`: a checksum travels with every message. `source` is
@@ -64,39 +64,40 @@ def all_reduce(
     flat, out = source.reshape(-1), target.view(-1)
     if not contributes:
         flat = torch.zeros_like(flat)
-    run = _Sum(transport, contributes=contributes, checked=checked, chunk_bytes=chunk_bytes)
+    run = DirectSum(transport, contributes=contributes, checked=checked, chunk_bytes=chunk_bytes)
     if transport.size == 1:
         out.copy_(flat)
-        return Summed(run.mine, run.digest([checksum(bytes_of(out))] if out.numel() else []))
+        return CheckedSum(run.mine, run.digest([checksum(bytes_of(out))] if out.numel() else []))
     if flat.nbytes <= SMALL_BYTES:
         return run.whole(flat, out)
-    return run.sharded(flat, out, gather=True)
+    return run.sharded(flat, out, shards(flat.numel(), transport.size), gather=True)
 
 
 @recorded
 def reduce_scatter(
-    transport: TcpTransport, source: torch.Tensor, target: torch.Tensor, *, chunk_bytes: int = 1 << 19
+    transport: TcpTransport, source: torch.Tensor, target: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES
 ) -> int:
     """Sums `source` of all ranks and leaves in `target` this rank's shard (`shards` of the flat source) of the sum."""
-    run = _Sum(transport, contributes=True, checked=False, chunk_bytes=chunk_bytes)
+    run = DirectSum(transport, chunk_bytes=chunk_bytes)
     flat = source.reshape(-1)
-    start, end = shards(flat.numel(), transport.size)[transport.rank]
+    cuts = shards(flat.numel(), transport.size)
+    start, end = cuts[transport.rank]
     if target.numel() != end - start:
         raise ValueError(f"rank {transport.rank}'s shard has {end - start} elements, its target {target.numel()}")
     if transport.size == 1:
         target.view(-1).copy_(flat)
         return run.mine
-    return run.sharded(flat, target.view(-1), gather=False).mask
+    return run.sharded(flat, target.view(-1), cuts, gather=False).mask
 
 
 @recorded
-def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor]) -> None:
+def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor], tag: int = Tag.MOVE) -> None:
     """Fills `parts[i]` with rank i's `parts[i]`, whose sizes may differ and may be zero."""
     others = [p for p in range(transport.size) if p != transport.rank]
-    works = [transport.recv(p, parts[p], _MOVES) for p in others if parts[p].numel()]
+    works = [transport.recv(p, parts[p], tag) for p in others if parts[p].numel()]
     mine = parts[transport.rank]
     if mine.numel():
-        works += [transport.send(p, mine, _MOVES) for p in others]
+        works += [transport.send(p, mine, tag) for p in others]
     wait_all(works)
 
 
@@ -109,21 +110,21 @@ def broadcast(transport: TcpTransport, tensor: torch.Tensor, root: int) -> None:
     flat = tensor.view(-1)
     if flat.nbytes <= SMALL_BYTES or transport.size == 2:
         if transport.rank == root:
-            wait_all([transport.send(p, flat, _MOVES) for p in range(transport.size) if p != root])
+            wait_all([transport.send(p, flat, Tag.MOVE) for p in range(transport.size) if p != root])
         else:
-            transport.recv(root, flat, _MOVES).wait()
+            transport.recv(root, flat, Tag.MOVE).wait()
         return
     receivers = [p for p in range(transport.size) if p != root]
     cuts = shards(flat.numel(), len(receivers))
     pieces = {p: flat[a:b] for p, (a, b) in zip(receivers, cuts, strict=True) if b > a}
     if transport.rank == root:
-        wait_all([transport.send(p, piece, _MOVES) for p, piece in pieces.items()])
+        wait_all([transport.send(p, piece, Tag.MOVE) for p, piece in pieces.items()])
         return
     mine = pieces.get(transport.rank)
-    works = [transport.recv(p, piece, _MOVES) for p, piece in pieces.items() if p != transport.rank]
+    works = [transport.recv(p, piece, Tag.MOVE) for p, piece in pieces.items() if p != transport.rank]
     if mine is not None:
-        transport.recv(root, mine, _MOVES).wait()
-        works += [transport.send(p, mine, _MOVES) for p in receivers if p != transport.rank]
+        transport.recv(root, mine, Tag.MOVE).wait()
+        works += [transport.send(p, mine, Tag.MOVE) for p in receivers if p != transport.rank]
     wait_all(works)
 
 
@@ -135,12 +136,12 @@ def all_to_all(transport: TcpTransport, sends: Sequence[torch.Tensor], receives:
     rank, size = transport.rank, transport.size
     receives[rank].copy_(sends[rank])
     order = [(rank + i) % size for i in range(1, size)]
-    works = [transport.recv(p, receives[p], _MOVES) for p in order if receives[p].numel()]
-    works += [transport.send(p, sends[p], _MOVES) for p in order if sends[p].numel()]
+    works = [transport.recv(p, receives[p], Tag.MOVE) for p in order if receives[p].numel()]
+    works += [transport.send(p, sends[p], Tag.MOVE) for p in order if sends[p].numel()]
     wait_all(works)
 
 
-def wait_all(works: Sequence[TcpWork]) -> None:
+def wait_all(works: Sequence[Work]) -> None:
     """Returns when all are done."""
     for work in works:
         work.wait()
@@ -155,10 +156,19 @@ class _Slot:
     work: TcpWork | None = None
 
 
-class _Sum:
-    """One sum under way on one rank."""
+class DirectSum:
+    """One sum under way on one rank, on three tags from `tag` on."""
 
-    def __init__(self, transport: TcpTransport, *, contributes: bool, checked: bool, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        transport: TcpTransport,
+        *,
+        contributes: bool = True,
+        checked: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
+        tag: int = Tag.SUM,
+    ) -> None:
+        self._parts, self._sums, self._whole = tag, tag + 1, tag + 2
         self.transport, self.checked, self.chunk_bytes = transport, checked, chunk_bytes
         self.rank, self.size = transport.rank, transport.size
         self.mine = int(contributes) << transport.rank
@@ -171,24 +181,28 @@ class _Sum:
         packed = b"".join(check.to_bytes(8, "big") for check in checks)
         return hashlib.blake2b(packed, digest_size=16).hexdigest()
 
-    def whole(self, flat: torch.Tensor, out: torch.Tensor) -> Summed:
+    def whole(self, flat: torch.Tensor, out: torch.Tensor) -> CheckedSum:
         """Everybody's whole vector to everybody."""
         room = torch.empty((self.size, flat.numel()), dtype=flat.dtype)
         room[self.rank] = flat
-        receives = {p: self.transport.recv_bytes(p, bytes_of(room[p]), _WHOLE) for p in self.peers}
+        receives = {p: self.transport.recv_bytes(p, bytes_of(room[p]), self._whole) for p in self.peers}
         view = bytes_of(room[self.rank])
         sends = [
-            self.transport.send_bytes(p, view, _WHOLE, mask=self.mine, checked=self.checked, keep=room)
+            self.transport.send_bytes(p, view, self._whole, mask=self.mine, checked=self.checked, keep=room)
             for p in self.peers
         ]
         mask = self._join({p: work.wait() for p, work in receives.items()})
         self._add([room[p] for p in range(self.size)], out)
         wait_all(sends)
-        return Summed(mask, self.digest([checksum(bytes_of(out))]))
+        return CheckedSum(mask, self.digest([checksum(bytes_of(out))]))
 
-    def sharded(self, flat: torch.Tensor, out: torch.Tensor, *, gather: bool) -> Summed:
-        """Reduce-scatter by chunks; with `gather` each summed chunk goes to everybody at once."""
-        cuts = shards(flat.numel(), self.size)
+    def sharded(
+        self, flat: torch.Tensor, out: torch.Tensor, cuts: Sequence[tuple[int, int]], *, gather: bool
+    ) -> CheckedSum:
+        """Reduce-scatter by chunks; with `gather` each summed chunk goes to everybody at once.
+
+        cuts: by rank, [start, end) of what it sums. `out` may be `flat` itself (`gather`), or this rank's range of it.
+        """
         chunk = max(_ALIGN, self.chunk_bytes // flat.element_size() // _ALIGN * _ALIGN)
         start, end = cuts[self.rank]
         slots = self._slots(flat, chunk, end - start)
@@ -212,10 +226,10 @@ class _Sum:
             masks.update(work.wait() for work in works)
             checks[peer] = [work.check for work in works]
         wait_all(sends)
-        return Summed(self._only(masks), self.digest([c for p in range(self.size) for c in checks.get(p, [])]))
+        return CheckedSum(self._only(masks), self.digest([c for p in range(self.size) for c in checks.get(p, [])]))
 
     def _send_sum(self, peer: int, piece: memoryview, mask: int, check: int) -> TcpWork:
-        return self.transport.send_bytes(peer, piece, _SUMS, mask=mask, checked=self.checked, check=check)
+        return self.transport.send_bytes(peer, piece, self._sums, mask=mask, checked=self.checked, check=check)
 
     def _slots(self, flat: torch.Tensor, chunk: int, mine: int) -> dict[int, list[_Slot]]:
         width = min(chunk, mine)
@@ -234,7 +248,7 @@ class _Sum:
         for peer, own in slots.items():
             slot = own[index % WINDOW]
             view = slot.view[: size * slot.tensor.element_size()]
-            slot.work = self.transport.recv_bytes(peer, view, _PARTS)
+            slot.work = self.transport.recv_bytes(peer, view, self._parts)
 
     def _take(
         self, slots: dict[int, list[_Slot]], index: int, size: int, part: torch.Tensor, own: torch.Tensor
@@ -249,17 +263,17 @@ class _Sum:
         self._add([values[p] for p in range(self.size)], part)
         return masks
 
-    def _post_gather(self, out: torch.Tensor, cuts: list[tuple[int, int]], chunk: int) -> dict[int, list[TcpWork]]:
+    def _post_gather(self, out: torch.Tensor, cuts: Sequence[tuple[int, int]], chunk: int) -> dict[int, list[TcpWork]]:
         view, width = bytes_of(out), out.element_size()
         works: dict[int, list[TcpWork]] = {peer: [] for peer in self.peers}
         for peer in self.peers:
             start, end = cuts[peer]
             for at in range(start, end, chunk):
                 stop = min(at + chunk, end)
-                works[peer].append(self.transport.recv_bytes(peer, view[at * width : stop * width], _SUMS))
+                works[peer].append(self.transport.recv_bytes(peer, view[at * width : stop * width], self._sums))
         return works
 
-    def _send_parts(self, flat: torch.Tensor, cuts: list[tuple[int, int]], chunk: int) -> list[TcpWork]:
+    def _send_parts(self, flat: torch.Tensor, cuts: Sequence[tuple[int, int]], chunk: int) -> list[TcpWork]:
         view, width = bytes_of(flat), flat.element_size()
         works = []
         longest = max(end - start for start, end in cuts)
@@ -269,16 +283,17 @@ class _Sum:
                 stop = min(start + low + chunk, end)
                 if start + low < stop:
                     piece = view[(start + low) * width : stop * width]
-                    works.append(
-                        self.transport.send_bytes(peer, piece, _PARTS, mask=self.mine, checked=self.checked, keep=flat)
-                    )
+                    works.append(self._send_part(peer, piece, flat))
         return works
 
-    @staticmethod
-    def _add(values: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        torch.add(values[0], values[1], out=out)
-        for value in values[2:]:
-            out.add_(value)
+    def _send_part(self, peer: int, piece: memoryview, keep: torch.Tensor) -> TcpWork:
+        return self.transport.send_bytes(peer, piece, self._parts, mask=self.mine, checked=self.checked, keep=keep)
+
+    def _add(self, values: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        # own values may lie in `out`, which is therefore written only when they have been added
+        total = values[0] if self.rank else out
+        for first, value in zip((values[0], *(total,) * (self.size - 2)), values[1:], strict=True):
+            torch.add(first, value, out=total if value is not values[-1] else out)
 
     def _join(self, masks: dict[int, int]) -> int:
         """The union of the contributors; each peer may only have contributed itself."""

@@ -7,8 +7,8 @@ and how long bytes of whom were on their way. A sum of 1 MB pays a few microseco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
@@ -92,6 +92,18 @@ class Records:
         self.since = now
         self.finished += 1
 
+    @contextmanager
+    def operation(self, name: str) -> Iterator[None]:
+        """Keeps a record of the block; one within another is part of it."""
+        if self.entered > self.finished:
+            yield
+            return
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.exit()
+
     def waited(self, peer: int, incoming: bool, began: int, flow: int) -> None:
         """Somebody was blocked since `began` on a message from (or to) the peer, whose flow was `flow` then."""
         now = time.monotonic_ns()
@@ -156,13 +168,7 @@ def recorded(
 
     @wraps(act)
     def call(transport: TcpTransport, *args: P.args, **kwargs: P.kwargs) -> T:
-        records = transport.records
-        if records.entered > records.finished:
+        with transport.records.operation(act.__name__):
             return act(transport, *args, **kwargs)
-        records.enter(act.__name__)
-        try:
-            return act(transport, *args, **kwargs)
-        finally:
-            records.exit()
 
     return cast("Callable[Concatenate[TcpTransport, P], T]", call)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from heteromesh.comm.interfaces import Work
+from heteromesh.comm.tags import Tag
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.frame import bytes_of
-from heteromesh.comm.tcp.transport import TcpTransport, TcpWork
+from heteromesh.comm.tcp.transport import TcpTransport
 
-_TAG = (1 << 16) + 16
 _PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "complex"), ("torch", "Size")}
 """Types beyond Python's literals that a state may hold."""
 
@@ -73,27 +74,27 @@ def unpack(head: bytes) -> tuple[Any, list[torch.Tensor]]:
     return state, [rooms[i] for i in range(len(rooms))]
 
 
-def send_state(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[torch.Tensor]) -> list[TcpWork]:
+def send_state(transport: TcpTransport, rank: int, head: bytes, tensors: Sequence[torch.Tensor]) -> list[Work]:
     """Starts to send what `pack` gave; the other rank calls `receive_state`."""
     body = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-    works = [transport.send(rank, torch.tensor([len(head)]), _TAG)]
+    works: list[Work] = [transport.send(rank, torch.tensor([len(head)]), Tag.STATE)]
     for tensor in (body, *tensors):
         if tensor.numel():
-            works.append(transport.send_bytes(rank, bytes_of(tensor), _TAG, checked=True, keep=tensor))
+            works.append(transport.send_bytes(rank, bytes_of(tensor), Tag.STATE, checked=True, keep=tensor))
     return works
 
 
 def receive_state(transport: TcpTransport, source: int) -> Any:
     """A state that rank `source` sends. Raises GroupAborted."""
     size = torch.empty(1, dtype=torch.int64)
-    transport.recv(source, size, _TAG).wait()
+    transport.recv(source, size, Tag.STATE).wait()
     head = torch.empty(int(size), dtype=torch.uint8)
-    transport.recv(source, head, _TAG).wait()
+    transport.recv(source, head, Tag.STATE).wait()
     try:
         state, rooms = unpack(head.numpy().tobytes())
     except (pickle.UnpicklingError, TypeError, ValueError, AttributeError, EOFError) as reason:
         error = GroupAborted(f"rank {source}'s state can't be read: {reason}")
         transport.abort.set(error)
         raise error from None
-    wait_all([transport.recv(source, room, _TAG) for room in rooms if room.numel()])
+    wait_all([transport.recv(source, room, Tag.STATE) for room in rooms if room.numel()])
     return state

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from heteromesh.comm.interfaces import Work
 from heteromesh.comm.tcp.abort import Abort, GroupAborted
 from heteromesh.comm.tcp.frame import Frame, bytes_of
 from heteromesh.comm.tcp.link import Link, Message, Outbox
@@ -27,7 +28,7 @@ _BUDGET = 4 << 20
 """Bytes received from one connection before the others have their turn."""
 
 
-class TcpWork:
+class TcpWork(Work):
     """A posted message."""
 
     __slots__ = ("_keep", "_message", "_peer", "_transport")

@@ -12,7 +12,7 @@ import torch
 
 from heteromesh.comm.tcp import collectives
 from heteromesh.comm.tcp.abort import GroupAborted
-from heteromesh.comm.tcp.collectives import Summed
+from heteromesh.comm.tcp.collectives import CheckedSum
 from heteromesh.comm.tcp.connect import Place, build
 from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.faults.diagnosis import reports
@@ -100,7 +100,7 @@ class Group:
         *,
         contributes: bool = True,
         checked: bool = True,
-    ) -> Summed:
+    ) -> CheckedSum:
         """The sum of all members' `source` in `target`, or in `source` itself when there is none."""
         kept = source.clone() if target is None else source
         result = source if target is None else target

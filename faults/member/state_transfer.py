@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from heteromesh.comm.interfaces import Work
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.state_transfer import pack, receive_state, send_state
-from heteromesh.comm.tcp.transport import TcpTransport, TcpWork
+from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.faults.membership.view import View
 
 
@@ -22,7 +23,7 @@ def heal(transport: TcpTransport, view: View, capture: Callable[[], Any], adopt:
         raise GroupAborted("no member holds the state")
     if view.rank == source:
         head, tensors = pack(capture())
-        works: list[TcpWork] = []
+        works: list[Work] = []
         for rank, member in enumerate(view.members):
             if member in view.stale:
                 works += send_state(transport, rank, head, tensors)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B
 
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.comm.replicas import join_pipeline
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError

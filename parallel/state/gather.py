@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from heteromesh.comm.collectives.torch import Waitable
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.interfaces import Work
 
 
 class ParameterGather:
@@ -34,7 +34,7 @@ class ParameterGather:
         """flats: the parameters of each of the gradients' buckets, the first used last."""
         self._gradients, self._flats = gradients, flats
         self._home = {p: i for i, bucket in enumerate(gradients.buckets) for p in bucket.parameters}
-        self._pending: dict[int, tuple[Waitable, int]] = {}
+        self._pending: dict[int, tuple[Work, int]] = {}
         self._watch = _Watch(self)
         self._watching: ExitStack | None = None
         self._hooks = self._attach(model)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise, is_elementwise_state
 from heteromesh.parallel.state.fragments import Fragment, Piece

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.torch import FlatCollectives
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
@@ -79,7 +79,7 @@ class StepExecutor:
         speeds: Sequence[float] = (),
         autocast: torch.dtype | None = None,
         checkpoint_activations: bool = False,
-        collectives: FlatCollectives | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
         self.model, self.world = model, world
         self.speeds = tuple(speeds) or (1.0,) * world.size

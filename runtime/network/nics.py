@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from heteromesh.comm.collectives.uneven import Collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives
 from heteromesh.comm.nics.connect import open_nics
 from heteromesh.comm.nics.transport import NicTransport
 from heteromesh.comm.tcp.abort import GroupAborted
@@ -49,7 +49,7 @@ class Cards:
 
 def open_card_collectives(
     world: World, cluster: Cluster, limits: Sequence[float] | None, silence_seconds: float
-) -> Collectives | None:
+) -> UnevenCollectives | None:
     """Sums over all cards; None where one card of each host is as good, or others can't be used.
 
     The latter is told in one sentence on standard error. Every rank of the world, on CPUs, must call it.
@@ -73,7 +73,7 @@ def open_card_collectives(
     if not problem:
         transport, problem = _open(world, mine.addresses, hosts, counts, ways, silence_seconds)
     if transport is not None:
-        return Collectives(transport, reduction)
+        return UnevenCollectives(transport, reduction)
     if any(cards.named for cards in told):
         raise UserError(problem)
     if world.rank == 0:

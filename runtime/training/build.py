@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from heteromesh.comm.collectives.torch import FlatCollectives, NativeCollectives
-from heteromesh.comm.collectives.uneven import Collectives, open_collectives
-from heteromesh.comm.gradients.int8 import QuantisedSum, seconds_per_value
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.collectives.int8 import Int8Collectives, seconds_per_value
+from heteromesh.comm.collectives.torch import TorchCollectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectives
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
@@ -115,7 +116,7 @@ def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, 
 @contextmanager
 def find_collectives(
     config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, world: World
-) -> Iterator[FlatCollectives | None]:
+) -> Iterator[Collectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
     Where hosts are described with several Ethernet cards and all can be used, over all of them
@@ -127,7 +128,9 @@ def find_collectives(
         return
     limits = world.once(lambda: _limits(config, cluster, optimizer))
     if world.device.type != "cpu":
-        yield NativeCollectives(world, world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions)
+        assert world.gradients
+        fractions = world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions
+        yield TorchCollectives(world.gradients, fractions)
         return
     # the watch of the peers is to be the first to see that a host is silent: its sentence says more
     over_cards = open_card_collectives(world, cluster, limits, 1.5 * min(SILENCE_SECONDS, config.timeout_seconds))
@@ -145,7 +148,7 @@ def find_collectives(
 
 
 @contextmanager
-def _closing(collectives: Collectives, world: World) -> Iterator[Collectives]:
+def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCollectives]:
     """Closes the transport too; not before the peers are done with it, unless something went wrong."""
     try:
         yield collectives
@@ -176,7 +179,7 @@ def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Opti
 
 
 @contextmanager
-def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs) -> Iterator[QuantisedSum | None]:
+def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs) -> Iterator[Int8Collectives | None]:
     """What gradients are compressed with, if anything. Every rank must call it.
 
     Raises UserError where int8 is asked for and does not work.
@@ -185,7 +188,7 @@ def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs
     if world.size == 1 or config.gradient_compression == "none":
         yield None
         return
-    if not isinstance(collectives, Collectives):
+    if not isinstance(collectives, UnevenCollectives):
         if config.gradient_compression == "int8":
             raise UserError(
                 f"gradient_compression is 'int8' and the ranks are on {world.device.type} devices: "
@@ -196,7 +199,7 @@ def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs
     if config.gradient_compression == "auto" and _int8_saves(config, executor, collectives.reduction, costs) <= 0:
         yield None
         return
-    compression = QuantisedSum(collectives.transport, collectives)
+    compression = Int8Collectives(collectives, collectives.transport)
     try:
         yield compression
     finally:

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from heteromesh.comm.tags import Tag
 from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.frame import bytes_of, checksum
 from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.runtime.training.ownership import Range
 
-_TAG = (1 << 16) + 32
 _ALIGN = 64
 
 
@@ -76,13 +76,13 @@ class FlatParameters:
                 continue
             if source == transport.rank:
                 view = bytes_of(part)
-                works += [transport.send_bytes(p, view, _TAG, checked=True, keep=part) for p in peers]
+                works += [transport.send_bytes(p, view, Tag.PARAMETERS, checked=True, keep=part) for p in peers]
                 continue
             room = part
             if range_ in kept:
                 room = torch.empty_like(part)
                 arrived.append((part, room))
-            works.append(transport.recv_bytes(source, bytes_of(room), _TAG))
+            works.append(transport.recv_bytes(source, bytes_of(room), Tag.PARAMETERS))
         wait_all(works)
         for part, room in arrived:
             part.copy_(room)

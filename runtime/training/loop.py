@@ -178,7 +178,8 @@ class TrainingLoop:
         self.costs = find_costs(self.config, cluster, self.executor, self.trainer.reader)
         self.executor.speeds = self.costs.speeds
         compression = stack.enter_context(find_compression(self.config, self.executor, self.costs))
-        self.executor.gradients.compression = compression
+        if compression:
+            self.executor.gradients.collectives = compression
         self.world.recorder.spans.clear()
         resolved = {
             "trainer": asdict(self.config),

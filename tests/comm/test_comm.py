@@ -8,7 +8,7 @@ import torch
 
 from heteromesh.comm.collectives.uneven import open_collectives
 from heteromesh.comm.exchange import Exchange
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.comm.world import pick_device
 from heteromesh.errors import UserError
 from heteromesh.planner.reduction.reduction import Reduction

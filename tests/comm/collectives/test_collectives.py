@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from heteromesh.comm.collectives.gloo import GlooTransport
-from heteromesh.comm.collectives.uneven import Collectives, open_collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectives
 from heteromesh.planner.reduction.reduction import Reduction, plan_reduction
 from heteromesh.planner.reduction.schedule import sent_bytes
 from ranks import World, run_ranks
@@ -51,7 +51,7 @@ def expected(reduction: Reduction, numel: int, dtype: torch.dtype, seed: int = 0
 
 def sums(world: World, weights, hosts) -> None:
     reduction = made(weights, hosts)
-    collectives = Collectives(GlooTransport(world.gradients), reduction)
+    collectives = UnevenCollectives(GlooTransport(world.gradients), reduction)
     predicted = 0
     ranks = frozenset(range(world.size))
     for dtype in DTYPES:
@@ -78,12 +78,6 @@ def sums(world: World, weights, hosts) -> None:
             collectives.all_gather(shards).wait()
             assert torch.equal(shards, right)
             predicted += sent_bytes(reduction, *case, sources=None, spread=True)[world.rank]
-
-            source = world.size - 1
-            flat = values(source, numel, dtype) if world.rank == source else torch.full((numel,), torch.nan).to(dtype)
-            collectives.broadcast(flat, source).wait()
-            assert torch.equal(flat, values(source, numel, dtype))
-            predicted += sent_bytes(reduction, *case, sources=(source,), spread=True)[world.rank]
     assert collectives.sent_bytes == predicted
     collectives.close()
 
@@ -119,7 +113,7 @@ class _Alone:
 
 def interleaved(world: World) -> None:
     reduction = made((3, 1, 0, 2), (0, 1, 2, 2), waves=(1, 0, 0, 1))
-    collectives = Collectives(GlooTransport(world.gradients), reduction)
+    collectives = UnevenCollectives(GlooTransport(world.gradients), reduction)
     sizes = [150_000, 3, 40_000, 0, 300_000, 1000]
     for turn in range(3):
         flats = [values(world.rank, n, torch.float32, turn * 10 + i) for i, n in enumerate(sizes)]
@@ -141,23 +135,6 @@ def interleaved(world: World) -> None:
 
 def test_several_collectives_under_way_at_once() -> None:
     run_ranks(4, interleaved)
-
-
-def dealt(world: World) -> None:
-    collectives = Collectives(GlooTransport(world.gradients), made((1,) * world.size, range(world.size)))
-    me, size = world.rank, world.size
-    sends = [torch.full((me + j,), 10.0 * me + j) for j in range(size)]
-    receives = [torch.full((i + me,), torch.nan) for i in range(size)]
-    collectives.all_to_all(sends, receives).wait()
-    assert all(torch.equal(got, torch.full((i + me,), 10.0 * i + me)) for i, got in enumerate(receives))
-    assert collectives.sent_bytes == sum(4 * (me + j) for j in range(size) if j != me)
-    with pytest.raises(ValueError, match=r"2 sends and \d receives for \d ranks"):
-        collectives.all_to_all(sends[:2], receives)
-    collectives.close()
-
-
-def test_all_to_all_of_uneven_parts() -> None:
-    run_ranks(3, dealt)
 
 
 def ring(world: World) -> tuple[list[int], int, int]:
@@ -187,8 +164,6 @@ def refused(world: World) -> None:
         collectives.all_reduce(torch.zeros(4, 4).t())
     with pytest.raises(ValueError, match="on the CPU"):
         collectives.all_gather(torch.zeros(4, device="meta"))
-    with pytest.raises(ValueError, match="broadcast from rank 2 of 2"):
-        collectives.broadcast(torch.zeros(4), 2)
     with pytest.raises(ValueError, match="a reduction over 3 ranks on a transport of 2"):
         open_collectives(world.gradients, made((1, 1, 1), (0, 1, 2)))
     flat = torch.ones(2, 3)  # a refusal leaves nothing behind
@@ -203,7 +178,7 @@ def test_bad_tensors_are_refused_before_anything_is_sent() -> None:
 
 def deserted(world: World) -> float:
     group = dist.new_group(timeout=timedelta(seconds=2))
-    collectives = Collectives(GlooTransport(group), made((1, 1, 0), (0, 1, 2)))
+    collectives = UnevenCollectives(GlooTransport(group), made((1, 1, 0), (0, 1, 2)))
     if world.rank == 1:
         world.barrier()
         return 0.0
@@ -242,7 +217,7 @@ class _Broken:
 
 
 def test_what_went_wrong_in_a_thread_is_raised_by_wait() -> None:
-    collectives = Collectives(_Broken(), made((1, 1), (0, 1)))
+    collectives = UnevenCollectives(_Broken(), made((1, 1), (0, 1)))
     handle = collectives.all_reduce(torch.ones(10))
     with pytest.raises(ConnectionError, match="gone"):
         handle.wait()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heteromesh.comm.collectives.uneven import Collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives
 from heteromesh.comm.nics.connect import open_nics
 from heteromesh.comm.nics.transport import Lanes, card_pair
 from heteromesh.comm.tcp.abort import GroupAborted
@@ -115,7 +115,7 @@ def sums(world: World) -> tuple[tuple[int, ...], tuple[int, ...]]:
     addresses = [f"127.0.{mine}.{card + 1}" for card in range(len(CARDS[mine]))]
     counts = [len(rates) for rates in CARDS]
     transport = open_nics(world.gradients, addresses, hosts, counts, split(reduction, CARDS))
-    collectives = Collectives(transport, reduction)
+    collectives = UnevenCollectives(transport, reduction)
 
     def turn() -> tuple[int, ...]:
         before = transport.card_bytes()
@@ -128,10 +128,6 @@ def sums(world: World) -> tuple[tuple[int, ...], tuple[int, ...]]:
     first = turn()
     transport.reroute(split(reduction, degraded(CARDS, 0, 0, 0.0)))
     second = turn()
-    parts = [torch.full((i,), float(world.rank)) for i in range(world.size)]
-    got = [torch.empty(world.rank) for _ in range(world.size)]
-    collectives.all_to_all(parts, got).wait()
-    assert all((its == i).all() for i, its in enumerate(got))
     collectives.close()
     world.barrier()
     transport.close()
@@ -164,7 +160,7 @@ def left(world: World) -> None:
     cards = ((1.0, 1.0),) * 2
     addresses = [f"127.0.{world.rank}.{card + 1}" for card in range(2)]
     transport = open_nics(world.gradients, addresses, (0, 1), (2, 2), split(reduction, cards))
-    collectives = Collectives(transport, reduction)
+    collectives = UnevenCollectives(transport, reduction)
     if world.rank == 0:
         with pytest.raises(GroupAborted):
             collectives.all_reduce(torch.ones(2_000_000)).wait()

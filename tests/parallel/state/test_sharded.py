@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.torch import NativeCollectives
+from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.collectives.uneven import open_collectives
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.fragments import Piece, boxes
@@ -45,7 +45,7 @@ def collectives_of(world: World, fractions: Sequence[float], native: bool = Fals
     """Through owners, never a ring: a plain sum has the bits of a sharded one."""
     shares = owners(fractions, world.size)
     if native:
-        yield NativeCollectives(world, shares)
+        yield TorchCollectives(world.gradients, shares)
         return
     reduction = Reduction(
         hosts=tuple(range(world.size)),

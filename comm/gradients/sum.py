@@ -5,41 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
-from heteromesh.comm.collectives.torch import FlatCollectives, NativeCollectives, Waitable
-from heteromesh.comm.gradients.int8 import QuantisedSum
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.gradients.buckets import Bucket, build_buckets
+from heteromesh.comm.interfaces import Work
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 
 
 @dataclass(slots=True, eq=False)
-class Bucket:
-    """Parameters whose gradients travel together, one after the other in a flat tensor."""
+class SumBucket(Bucket):
+    """A bucket with its gradients of the step."""
 
-    parameters: tuple[torch.nn.Parameter, ...]
-    offsets: tuple[int, ...]
-    """Of each parameter in the flat tensor, and its end."""
     flat: torch.Tensor | None = None
-    """The gradients; None until the first of them arrives."""
+    """None until the first gradient arrives."""
     shard: torch.Tensor | None = None
     """With `scatter`, after `finish`: this rank's range of the sum."""
     missing: int = 0
-    handle: Waitable | None = None
+    handle: Work | None = None
     launched_ns: int = 0
 
-    @property
-    def numel(self) -> int:
-        return self.offsets[-1]
-
-    def view(self, index: int) -> torch.Tensor:
-        """Where the gradient of a parameter lies."""
+    def place(self, index: int) -> torch.Tensor:
+        """Returns where the gradient of a parameter lies."""
         if self.flat is None:
-            like = self.parameters[0]
-            self.flat = torch.empty(self.numel, dtype=like.dtype, device=like.device)
-        return self.flat[self.offsets[index] : self.offsets[index + 1]].view(self.parameters[index].shape)
+            self.flat = self.empty()
+        return self.view(self.flat, index)
 
 
 class GradientSum:
@@ -54,40 +46,44 @@ class GradientSum:
     after `finish`, and their memory is free until the next backward (the sharded optimizer sets this).
     """
 
-    def __init__(
-        self, world: World, collectives: FlatCollectives | None = None, *, bucket_bytes: int = 8 << 20
-    ) -> None:
+    def __init__(self, world: World, collectives: Collectives | None = None, *, bucket_bytes: int = 8 << 20) -> None:
         self.world, self.bucket_bytes = world, bucket_bytes
-        self.collectives: FlatCollectives = collectives or NativeCollectives(world)
-        self.buckets: list[Bucket] = []
+        self._given = collectives
+        self.buckets: list[SumBucket] = []
         self.scatter = False
-        self.compression: QuantisedSum | None = None
-        """What fp32 buckets are summed with instead of the collectives."""
         self.parameter_seconds = 0.0
         """Waited for parameters from a sharded optimizer's owners since `take_exposed_seconds`; that optimizer adds."""
         self._exposed_seconds = 0.0
         self.present: dict[torch.nn.Parameter, bool] = {}
         """After `finish`: whether any rank has a gradient for the parameter."""
-        self._home: dict[torch.nn.Parameter, tuple[Bucket, int]] = {}
+        self._home: dict[torch.nn.Parameter, tuple[SumBucket, int]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._touched: set[torch.nn.Parameter] = set()
-        self._counts: Waitable | None = None
+        self._counts: Work | None = None
         self._count = torch.empty(0)
         self._next = 0
         self._armed = False
+
+    @property
+    def collectives(self) -> Collectives:
+        """What gradients are summed with: what was given, else the world's."""
+        collectives = self._given or self.world.collectives
+        assert collectives is not None
+        return collectives
+
+    @collectives.setter
+    def collectives(self, collectives: Collectives) -> None:
+        self._given = collectives
 
     def attach(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Takes over the gradients of these parameters (those that require one)."""
         if self.world.size == 1:
             return
-        members: list[torch.nn.Parameter] = []
-        for parameter in reversed([p for p in parameters if p.requires_grad]):
-            if members and not self._fits(members, parameter):
-                self._add_bucket(members)
-                members = []
-            members.append(parameter)
-        if members:
-            self._add_bucket(members)
+        for bucket in build_buckets(parameters, self.bucket_bytes):
+            self.buckets.append(SumBucket(bucket.parameters, bucket.offsets))
+            for index, parameter in enumerate(bucket.parameters):
+                self._home[parameter] = self.buckets[-1], index
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
 
     def detach(self) -> None:
         """Removes the hooks; the parameters keep their gradients."""
@@ -117,12 +113,13 @@ class GradientSum:
             self._launch()
         for index, bucket in enumerate(self.buckets):
             assert bucket.handle
-            sent = self._sent_bytes()
+            sent = self.collectives.sent_bytes
             bucket.handle.wait()
-            sent, took = self._sent_bytes() - sent, time.time_ns() - bucket.launched_ns
+            sent, took = self.collectives.sent_bytes - sent, time.time_ns() - bucket.launched_ns
             self.world.recorder.add(f"gradient sum {index}", "comm", bucket.launched_ns, took, sent)
         if self._counts:
             self._counts.wait()
+        self.collectives.commit()
         self._exposed_seconds += time.perf_counter() - start
         self.present = dict(zip(self._home, (self._count > 0).tolist(), strict=True))
         for bucket in self.buckets:
@@ -134,32 +131,21 @@ class GradientSum:
         self._exposed_seconds = self.parameter_seconds = 0.0
         return seconds
 
-    def _hand_over(self, bucket: Bucket) -> None:
+    def _hand_over(self, bucket: SumBucket) -> None:
         for index, parameter in enumerate(bucket.parameters):
             wanted = self.present[parameter] and not self.scatter
-            parameter.grad = bucket.view(index) if wanted else None
+            parameter.grad = bucket.place(index) if wanted else None
         if self.scatter:
             assert bucket.flat is not None
             low, high = self.collectives.bounds(bucket.numel)[self.world.rank :][:2]
             # a copy, so that the rest can go
             bucket.shard, bucket.flat = bucket.flat[low:high].clone(), None
 
-    def _fits(self, members: list[torch.nn.Parameter], parameter: torch.nn.Parameter) -> bool:
-        same = members[0].dtype == parameter.dtype and members[0].device == parameter.device
-        return same and sum(p.nbytes for p in members) + parameter.nbytes <= self.bucket_bytes
-
-    def _add_bucket(self, members: list[torch.nn.Parameter]) -> None:
-        bucket = Bucket(tuple(members), tuple(accumulate((p.numel() for p in members), initial=0)))
-        self.buckets.append(bucket)
-        for index, parameter in enumerate(members):
-            self._home[parameter] = bucket, index
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived))
-
     def _arrived(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, torch.nn.Parameter)
         bucket, index = self._home[parameter]
         if parameter not in self._touched:
-            self._move(parameter, bucket.view(index))
+            self._move(parameter, bucket.place(index))
         if not self._armed:
             return
         bucket.missing -= 1
@@ -183,20 +169,14 @@ class GradientSum:
         bucket = self.buckets[self._next]
         for index, parameter in enumerate(bucket.parameters):
             if parameter not in self._touched:
-                bucket.view(index).zero_()
+                bucket.place(index).zero_()
         assert bucket.flat is not None
         bucket.launched_ns = time.time_ns()
-        if self.compression and bucket.flat.dtype == torch.float32:
-            bucket.handle = self.compression.start(self._next, bucket.flat, spread=not self.scatter)
-        else:
-            act = self.collectives.reduce_scatter if self.scatter else self.collectives.all_reduce
-            bucket.handle = act(bucket.flat)
+        act = self.collectives.reduce_scatter if self.scatter else self.collectives.all_reduce
+        bucket.handle = act(bucket.flat, self._next)
         self._next += 1
         if self._next == len(self.buckets):
             self._launch_counts(bucket.flat.device)
-
-    def _sent_bytes(self) -> int:
-        return self.collectives.sent_bytes + (self.compression.sent_bytes if self.compression else 0)
 
     def _launch_counts(self, device: torch.device) -> None:
         """On how many ranks each parameter got a gradient: known when the last bucket leaves."""

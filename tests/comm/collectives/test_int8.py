@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from heteromesh.comm.collectives.gloo import GlooTransport
-from heteromesh.comm.collectives.torch import NativeCollectives
-from heteromesh.comm.gradients.int8 import BLOCK, QuantisedSum, dequantise, quantise, seconds_per_value
-from heteromesh.comm.gradients.reducer import GradientSum
+from heteromesh.comm.collectives.int8 import BLOCK, Int8Collectives, dequantise, quantise, seconds_per_value
+from heteromesh.comm.collectives.torch import TorchCollectives
+from heteromesh.comm.gradients.sum import GradientSum
 from heteromesh.parallel.state.sharded import ShardedOptimizer
 from heteromesh.planner.reduction.compression import seconds_saved
 from heteromesh.planner.reduction.reduction import Reduction, plan_reduction
@@ -20,9 +20,9 @@ from ranks import World, run_ranks
 SHARES = (0.6, 0.0, 0.4)
 
 
-def quantised(world: World) -> QuantisedSum:
+def quantised(world: World) -> Int8Collectives:
     assert world.gradients
-    return QuantisedSum(GlooTransport(world.gradients), NativeCollectives(world, SHARES))
+    return Int8Collectives(TorchCollectives(world.gradients, SHARES), GlooTransport(world.gradients))
 
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK + 7])
@@ -49,7 +49,7 @@ def test_a_block_with_a_bad_value_is_not_a_number(bad: float) -> None:
 
 def sums(world: World) -> None:
     size, count = world.size, 5 * BLOCK + 11
-    low, high = NativeCollectives(world, SHARES).bounds(count)[world.rank :][:2]
+    low, high = TorchCollectives(world.gradients, SHARES).bounds(count)[world.rank :][:2]
 
     def mine(rank: int, step: int) -> torch.Tensor:
         return torch.randn(count, generator=torch.Generator().manual_seed(10 * step + rank))
@@ -58,7 +58,8 @@ def sums(world: World) -> None:
         applied, true = torch.zeros(count), torch.zeros(count)
         for step in range(50):
             flat = mine(world.rank, step)
-            compression.start(0, flat, spread=True).wait()
+            compression.all_reduce(flat, 0).wait()
+            compression.commit()
             rows = world.gather(flat.numpy().tobytes())
             assert all(row == rows[0] for row in rows), "the same bits everywhere"
             applied += flat
@@ -66,18 +67,20 @@ def sums(world: World) -> None:
             # what rounding took away comes later: the difference never grows with the steps
             assert float((applied - true).abs().max()) < 0.2
         flat = mine(world.rank, 0)
-        compression.start(1, flat, spread=False).wait()
+        compression.reduce_scatter(flat, 1).wait()
         expected = sum(mine(rank, 0) for rank in range(size))
         assert torch.allclose(flat[low:high], expected[low:high], atol=0.1)
         before = compression.sent_bytes
         flat = mine(world.rank, 0)
         flat[7] = math.nan if world.rank == 1 else 0.0
-        compression.start(2, flat, spread=True).wait()
+        compression.all_reduce(flat, 2).wait()
+        compression.commit()
         assert not flat[7].isfinite()
         sent = (count - (high - low)) + (size - 1) * (high - low)
         assert sent <= compression.sent_bytes - before <= 1.05 * sent
         flat = mine(world.rank, 0)
-        compression.start(2, flat, spread=True).wait()
+        compression.all_reduce(flat, 2).wait()
+        compression.commit()
         assert torch.allclose(flat, expected, atol=0.2), "no error is left of what was not finite"
 
 
@@ -90,9 +93,8 @@ def train(world: World, compressed: bool, sharded: bool) -> tuple[list[float], b
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8))
     teacher = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
-    gradients = GradientSum(world, NativeCollectives(world, SHARES), bucket_bytes=2048)
-    compression = quantised(world)
-    gradients.compression = compression if compressed else None
+    collectives = quantised(world) if compressed else TorchCollectives(world.gradients, SHARES)
+    gradients = GradientSum(world, collectives, bucket_bytes=2048)
     gradients.attach(model.parameters())
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
     if sharded:
@@ -109,7 +111,7 @@ def train(world: World, compressed: bool, sharded: bool) -> tuple[list[float], b
         losses.append(float(world.sum(loss.detach().clone())))
     if sharded:
         optimizer.close()
-    compression.close()
+    collectives.close()
     means = [sum(losses[i : i + 20]) / 20 for i in range(0, len(losses), 20)]
     return means, b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 
