@@ -3,11 +3,11 @@
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
+from mesh import SECRET, everywhere, mesh
 
 from heteromesh.comm.tcp import collectives
 from heteromesh.comm.tcp.abort import Abort, GroupAborted
@@ -16,29 +16,6 @@ from heteromesh.comm.tcp.connect import Place, build
 from heteromesh.comm.tcp.frame import Frame, FrameError, checksum, unpack
 from heteromesh.comm.tcp.link import Link, Message, Outbox
 from heteromesh.comm.tcp.listen import Listener
-
-SECRET = b"test"
-
-
-@contextmanager
-def mesh(size, links=1, epoch=1, hosts=("127.0.0.1",)):
-    """Transports of `size` ranks in this process, and a pool with a thread for each."""
-    listeners = [Listener(SECRET, hosts) for _ in range(size)]
-    addresses = [listener.addresses for listener in listeners]
-    places = [Place(addresses=addresses, rank=r, epoch=epoch, links=links) for r in range(size)]
-    with ThreadPoolExecutor(size) as pool:
-        transports = list(pool.map(lambda r: build(listeners[r], places[r], SECRET, Abort()), range(size)))
-        try:
-            yield transports, pool
-        finally:
-            for transport in transports:
-                transport.close()
-            for listener in listeners:
-                listener.close()
-
-
-def everywhere(pool, act, transports):
-    return list(pool.map(act, transports))
 
 
 @pytest.mark.parametrize(("size", "count", "links"), [(1, 10, 1), (2, 7, 1), (3, 100_001, 1), (5, 300_000, 2)])
