@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.gradients.buckets import BUCKET_BYTES, build_buckets
 from heteromesh.comm.gradients.exchange import GradientExchange, Held, Members, Share, Summed
 from heteromesh.comm.gradients.ledger import LedgerShare, StepLedger
@@ -54,6 +55,8 @@ class _Attempt:
     """Of the buckets that have left."""
     facts: _Sum | None = None
     """Loss, valid tokens and presence of gradients."""
+    collectives: Collectives | None = None
+    """What these sums are made with; None before the first, and in a world of one rank."""
     unfinished: bool = False
     """Whether a sum was started and not all have been waited for."""
 
@@ -163,8 +166,8 @@ class GradientReducer(GradientExchange):
         self._step = -1
         if self._keep:
             self._ledger.clear()
-        if self._world.collectives is not None:
-            self._world.collectives.commit()
+        if self._attempt.collectives is not None:
+            self._attempt.collectives.commit()
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -215,10 +218,10 @@ class GradientReducer(GradientExchange):
         self._attempt.unfinished, started = True, time.time_ns()
         if self._world.size == 1:
             return _Sum(flat, None, started)
-        collectives = self._world.collectives
-        assert collectives is not None
-        act = collectives.reduce_scatter if self._scatter and key is not None else collectives.all_reduce
         try:
+            collectives = self._attempt.collectives = self._attempt.collectives or self._world.collectives
+            assert collectives is not None
+            act = collectives.reduce_scatter if self._scatter and key is not None else collectives.all_reduce
             return _Sum(flat, act(flat, key), started)
         except GroupAborted as error:
             # for `finish` to raise: the pass whose backward has come here is none the worse for it
@@ -247,7 +250,7 @@ class GradientReducer(GradientExchange):
         return torch.tensor(numbers, dtype=torch.float64, device=self._world.device)
 
     def _wait(self, number: int, under_way: _Sum) -> None:
-        collectives = self._world.collectives
+        collectives = self._attempt.collectives
         if under_way.work is None or collectives is None:
             return
         sent = collectives.sent_bytes
@@ -257,9 +260,9 @@ class GradientReducer(GradientExchange):
 
     def _own_range(self, number: int, flat: torch.Tensor) -> torch.Tensor:
         """Returns what this rank gets of a bucket's sum; where that is a part, the memory of the rest is given back."""
-        if not self._scatter or self._world.collectives is None:
+        if not self._scatter or self._attempt.collectives is None:
             return flat
-        low, high = self._world.collectives.bounds(flat.numel())[self._world.rank :][:2]
+        low, high = self._attempt.collectives.bounds(flat.numel())[self._world.rank :][:2]
         self._totals.pop(number, None)
         if not self._keep:
             self._ledger.open(_EVERYBODY).flats.pop(number, None)

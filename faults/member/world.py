@@ -21,7 +21,7 @@ class EpochWorld(World):
     several may use `exchange` and `collectives`.
     """
 
-    __slots__ = ("_collectives", "_group", "_open", "_over", "epoch", "fresh", "members", "names")
+    __slots__ = ("_collectives", "_group", "_open", "_over", "epoch")
 
     def __init__(
         self,
@@ -34,9 +34,17 @@ class EpochWorld(World):
         """`fresh`: see comm/world.py. `collectives` makes what gradients are summed with, at its first use."""
         self._group, self._open, self._over = group, collectives, False
         view = group.view
-        super().__init__(rank=view.rank, size=view.size, exchange=group.transport, recorder=recorder)
         self._collectives: Any = None
-        self.epoch, self.members, self.names, self.fresh = view.epoch, view.members, view.names, fresh
+        super().__init__(
+            rank=view.rank,
+            size=view.size,
+            exchange=group.transport,
+            recorder=recorder,
+            members=view.members,
+            names=view.names,
+            fresh=fresh,
+        )
+        self.epoch = view.epoch
 
     @property
     def collectives(self) -> Any:

@@ -184,10 +184,11 @@ def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs
 
     Raises UserError where int8 is asked for and does not work.
     """
-    world, collectives = executor.world, executor.gradients.collectives
+    world = executor.world
     if world.size == 1 or config.gradient_compression == "none":
         yield None
         return
+    collectives = executor.gradients.collectives
     if not isinstance(collectives, UnevenCollectives):
         if config.gradient_compression == "int8":
             raise UserError(
