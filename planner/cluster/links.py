@@ -35,6 +35,15 @@ class Links:
     """Per host, all cards that reach any host."""
     _memo: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, compare=False, repr=False)
 
+    @property
+    def by_degree(self) -> bool:
+        """Whether nothing but the number of ranks matters: here their hosts do."""
+        return False
+
+    def host_key(self, host: int) -> object:
+        """Returns the rates of a host's links, and its fabric."""
+        return self.link[host], self.fabrics[host], self.fabric_nics[host], self.ethernet[host]
+
     def __call__(self, ranks: Sequence[int]) -> float:
         """Bytes per second each way of the slowest member of a set of two ranks or more."""
         key = tuple(self.hosts[r] for r in ranks)

@@ -9,7 +9,7 @@ from itertools import accumulate, combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
+from heteromesh.planner.cost.passes import Costs, Method
 
 Floats = NDArray[np.float64]
 PAIRED_HOSTS = 64
@@ -73,7 +73,7 @@ class Envelope:
 def envelope(costs: Costs) -> Envelope:
     """The envelope of a cost model.
 
-    `costs.rate` must depend on the degree alone (RateByDegree), or treat the ranks of a host alike and give no set on
+    `costs.rate` must depend on the degree alone, or treat the ranks of a host alike and give no set on
     several hosts a higher rate than the fastest pair of ranks on two hosts.
     """
     n = costs.ranks
@@ -124,7 +124,7 @@ def _split(method: Method, degrees: list[int], costs: Costs, rates: list[float])
 
 def _best_rates(costs: Costs) -> list[float]:
     """By degree - 1: bytes per second that no set of that degree exceeds."""
-    if isinstance(costs.rate, RateByDegree):
+    if costs.rate.by_degree:
         return [math.inf, *(costs.rate(range(d)) for d in range(2, costs.ranks + 1))]
     members: dict[int, list[int]] = {}
     for rank, host in enumerate(costs.hosts):

@@ -19,10 +19,10 @@ out hidden under forward, the way back under backward: C_r becomes max(C_r / 3, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import mul
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from heteromesh.planner.model.attention import ModelAttention
 from heteromesh.planner.model.method import Method as Method
@@ -34,18 +34,24 @@ FORWARD = 1 / 3
 """Of a pass's compute."""
 
 
-@runtime_checkable
-class Topology(Protocol):
-    """A rate that knows who is next to whom."""
+class LinkModel(Protocol):
+    """How fast sets of ranks exchange."""
+
+    @property
+    def by_degree(self) -> bool:
+        """Whether nothing but the number of ranks matters."""
 
     def __call__(self, ranks: Sequence[int]) -> float:
-        """Bytes per second each way of the slowest member when everyone exchanges with everyone."""
+        """Returns bytes per second each way of the slowest member when everyone exchanges with everyone."""
 
     def around(self, ranks: Sequence[int], inner: int) -> float:
-        """The same when every rank sends to the one `inner` places before it."""
+        """Returns the same when every rank sends to the one `inner` places before it."""
 
     def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
-        """Seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it."""
+        """Returns seconds a byte of the whole, which the ranks hold in these shares, until every rank has all of it."""
+
+    def host_key(self, host: int) -> object:
+        """Returns what hosts have in common that are interchangeable in exchanges."""
 
 
 class Wires(NamedTuple):
@@ -111,7 +117,7 @@ class Costs:
     capacity: tuple[int, ...]
     """Per rank, tokens of activations that fit."""
     methods: tuple[Method, ...]
-    rate: Callable[[Sequence[int]], float] = field(compare=False)
+    rate: LinkModel = field(compare=False)
     """Bytes per second each way that the slowest member of a set of ranks has for exchanges inside the set."""
     hosts: tuple[int, ...]
     """Per rank, the host it is on."""
@@ -197,7 +203,7 @@ class Costs:
     def wires(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> Wires:
         """Seconds of the method's transfers among these ranks. tokens: of their shards, or in proportion to these."""
         degree, rate = len(ranks), self.rate(ranks)
-        if method.scaling == "peers" and isinstance(self.rate, Topology):
+        if method.scaling == "peers":
             whole = sum(tokens)
             seconds = self.rate.gathering(ranks, [n / whole for n in tokens]) * whole / max(tokens)
             once = method.bytes_per_token * seconds
@@ -208,7 +214,7 @@ class Costs:
         if method.overlap != "rounds":
             split = (once, 0.0) if method.overlap == "nothing" else (0.0, once)
             return Wires(*split, messages[0], messages[1], hides)
-        around = self.rate.around(ranks, max(1, method.inner)) if isinstance(self.rate, Topology) else rate
+        around = self.rate.around(ranks, max(1, method.inner))
         # in groups the owner of a block is as far as the ring goes: at the same place of another group
         home, last = method.home(degree) / (around if method.inner else rate), method.exposed_home_share(degree)
         hidden = method.carried(degree) / around + home * (1 - last)
@@ -310,3 +316,20 @@ class RateByDegree:
             return math.inf
         degree = min((d for d in self.table if d >= len(ranks)), default=max(self.table))
         return self.table[degree]
+
+    @property
+    def by_degree(self) -> bool:
+        """Whether nothing but the number of ranks matters: so it is in a table."""
+        return True
+
+    def around(self, ranks: Sequence[int], inner: int) -> float:
+        """Returns the rate of any exchange: the table has no other."""
+        return self(ranks)
+
+    def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
+        """Returns seconds a byte of the whole: the largest share goes to every other rank."""
+        return max(shares) * (len(ranks) - 1) / self(ranks)
+
+    def host_key(self, host: int) -> object:
+        """Returns the same for all hosts."""
+        return None

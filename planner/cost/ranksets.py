@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from heteromesh.planner.cluster.links import Links
-from heteromesh.planner.cost.passes import FORWARD, LOCAL, Costs, Load, Method, RateByDegree, dealt_pairs
+from heteromesh.planner.cost.passes import FORWARD, LOCAL, Costs, Load, Method, dealt_pairs
 from heteromesh.planner.cost.shards import shares
 
 SIZE = 1 << 20
@@ -82,12 +81,12 @@ class Fleet:
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         same = len(set(costs.speeds)) == 1 and len(set(costs.capacity)) == 1
-        self.uniform = same and isinstance(costs.rate, RateByDegree)
+        self.uniform = same and costs.rate.by_degree
         self.wide = self._wide()
         """All ranks, by host and dealt over hosts: ranks that a split pass takes among equally free ones."""
         self.alike = self._groups(list(zip(costs.speeds, costs.capacity, strict=True)))
         """Equal devices."""
-        self.near = [] if isinstance(costs.rate, RateByDegree) else self._groups(costs.hosts)
+        self.near = [] if costs.rate.by_degree else self._groups(costs.hosts)
         """Hosts, where they matter."""
         self._teams: dict[object, tuple[Team, ...]] = {}
         self._places, self._kinds = _places(costs)
@@ -174,7 +173,7 @@ class Fleet:
         turn = [self.costs.hosts[:r].count(self.costs.hosts[r]) for r in every]
         # Ranks of one host share its NICs: dealt over hosts, a pass too large for one host may exchange faster.
         spread = sorted(every, key=lambda r: (turn[r], r))
-        return [every] if spread == every or isinstance(self.costs.rate, RateByDegree) else [spread, every]
+        return [every] if spread == every or self.costs.rate.by_degree else [spread, every]
 
     def _groups(self, keys: Sequence[object]) -> list[list[int]]:
         """Ranks with equal keys; without groups of one rank and of all."""
@@ -206,11 +205,10 @@ def _moving(costs: Costs, ranks: Sequence[int], compute: Line, largest: float) -
 def _places(costs: Costs) -> tuple[list[int], list[int]]:
     """(per rank its place, per place its kind): equal devices of a host are one place, equal places are of one kind.
 
-    Empty where links are not known; a rate of `Links` depends on nothing else. So does it where a host's devices
-    differ: then every host is a kind.
+    Empty where links are not known; known ones depend on nothing else. So do they where a host's devices differ: then
+    every host is a kind.
     """
-    links = costs.rate
-    if not isinstance(links, Links):
+    if costs.rate.by_degree:
         return [], []
     devices: dict[int, set[tuple[float, int]]] = {}
     for host, speed, room in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
@@ -222,8 +220,7 @@ def _places(costs: Costs) -> tuple[list[int], list[int]]:
         place = (host, speed, room)
         if place not in places:
             places[place] = len(places)
-            wires = (links.link[host], links.fabrics[host], links.fabric_nics[host], links.ethernet[host])
-            kind = (speed, room, wires, host if len(devices[host]) > 1 else None)
+            kind = (speed, room, costs.rate.host_key(host), host if len(devices[host]) > 1 else None)
             kinds.append(numbers.setdefault(kind, len(numbers)))
         own.append(places[place])
     return own, kinds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.report.simulate import slowed_seconds
@@ -18,7 +17,7 @@ _NOTHING = 1e-12
 
 def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> float | None:
     """Seconds of the step; None where exchange rates come from a table, which does not say who shares what."""
-    if not isinstance(costs.rate, Links):
+    if costs.rate.by_degree:
         return None
     left = [slowed_seconds(p, step.batch, costs, slow) for p in step.passes]
     demands = [_demands(p, step, costs, seconds) for p, seconds in zip(step.passes, left, strict=True)]

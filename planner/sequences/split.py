@@ -52,6 +52,54 @@ class _Option:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """Ranks that could run a pass, and when."""
+
+    ranks: tuple[int, ...]
+    team: Team
+    start: float
+    idle: float
+    """Rank time lost to waiting, at speed 1."""
+
+
+class _Filling:
+    """A pass while sequences are added to it."""
+
+    def __init__(self, team: Team, length: int, seconds: float) -> None:
+        """`length`: of its first sequence; `seconds`: that it may take."""
+        self._team, self._limit = team, seconds
+        self.tokens, self.squares = length, length**2
+        self._left = [seconds - line.at(length, length**2) for line in team.lines]
+        """By line of the team's seconds, the time that it leaves."""
+        if length > team.even:
+            self._left = [seconds - team.seconds(length, length**2)] * len(team.lines)
+
+    def has_time(self) -> bool:
+        """Whether any sequence may fit."""
+        return min(self._left) > 0
+
+    def reach(self) -> float:
+        """Returns the length of the longest sequence that fits in time."""
+        return min(map(_reach, self._team.lines, self._left))
+
+    def add(self, length: int) -> bool:
+        """Adds a sequence; False where it takes too long after all."""
+        tokens, squares = self.tokens + length, self.squares + length * length
+        if tokens > self._team.even:
+            left = self._limit - self._team.seconds(tokens, squares)
+            if left < 0:
+                return False
+            self._left = [left] * len(self._left)
+        else:
+            self._left = [
+                left - (line.per_token * length + line.per_square * length * length)
+                for line, left in zip(self._team.lines, self._left, strict=True)
+            ]
+        self.tokens, self.squares = tokens, squares
+        return True
+
+
 class Splitter:
     """Adds split passes to a draft, one at a time."""
 
@@ -77,8 +125,7 @@ class Splitter:
     def one(self, head: int) -> bool:
         """A pass for this sequence; False if no set of several ranks can take it."""
         load = [slot.free for slot in self.draft.ends]
-        option = _best(self.task, load, head, self.target, self.choice, self.left)
-        option = option or _anywhere(self.task, load, head)
+        option = self._best(load, head) or _anywhere(self.task, load, head)
         if option is None:
             return False
         for place in option.places:
@@ -86,6 +133,70 @@ class Splitter:
         p = SplitPass(tuple(sorted(option.ranks)), option.team, option.places)
         self.draft.add_split(p, max(load[r] for r in option.ranks), option.end)
         return True
+
+    def _best(self, load: list[float], head: int) -> _Option | None:
+        """Returns the least wasteful pass that has sequence `head` and ends by the target."""
+        options = (
+            self._filled(candidate, head)
+            for pool in _pools(self.task, load)
+            for candidate in self._fitting(pool, load, head)
+        )
+        return min(options, key=lambda option: option.score, default=None)
+
+    def _fitting(self, pool: list[int], load: list[float], head: int) -> Iterator[_Candidate]:
+        """Yields, of each degree, the ranks of a pool that wait least and end with the sequence in time."""
+        task, choice, length = self.task, self.choice, self.task.lengths[head]
+        speeds = task.costs.speeds
+        ranks = sorted(pool, key=load.__getitem__)
+        free = [load[r] for r in ranks]
+        power = list(accumulate((speeds[r] for r in ranks), initial=0.0))
+        busy = list(accumulate((speeds[r] * load[r] for r in ranks), initial=0.0))
+        tried = 0
+        for degree in range(max(choice.least, task.fewest(head)), len(ranks) + 1):
+            team = task.fleet.team(ranks[:degree], length)
+            if team is None or (task.fleet.uniform and team.most < length):
+                continue
+            at = _window(free, power, busy, degree, self.target - _alone(team, length), choice.late)
+            if at is None:
+                continue
+            members = ranks[at : at + degree]
+            team = task.fleet.team(members, length)
+            start = free[at + degree - 1]
+            if team is None or team.most < length or start + _alone(team, length) > self.target:
+                continue
+            idle = choice.idle * (start * team.power - (busy[at + degree] - busy[at]))
+            yield _Candidate(tuple(members), team, start, idle)
+            tried += 1
+            if tried == choice.degrees:
+                return
+
+    def _filled(self, candidate: _Candidate, head: int) -> _Option:
+        """Returns the pass with `head` and, longest first, whatever else fits its memory and the target."""
+        task, team, lengths = self.task, candidate.team, self.task.lengths
+        filling = _Filling(team, lengths[head], self.target - candidate.start)
+        room = self._room(team, lengths[head])
+        # A short sequence pays the exchange; worth it only if that is less than its share of a local pass's fixed cost.
+        joins = team.wire <= task.token_price * team.power / len(candidate.ranks)
+        shortest = 0 if joins else max(task.costs.capacity)
+        places, value, place = [head], task.value(head, self.choice.price), head
+        while room - filling.tokens > FULL * room and filling.has_time() and len(places) < JOINED:
+            reach = min(room - filling.tokens, filling.reach())
+            place = self.left.next(max(place + 1, bisect_left(task.negative, -reach)))
+            if place >= len(lengths) or lengths[place] <= shortest:
+                break
+            if filling.add(lengths[place]):
+                places.append(place)
+                value += task.value(place, self.choice.price)
+        seconds = team.seconds(filling.tokens, filling.squares)
+        score = (team.power * seconds + candidate.idle) / value
+        return _Option(score, candidate.ranks, team, tuple(places), candidate.start + seconds)
+
+    def _room(self, team: Team, length: int) -> int:
+        """Returns the tokens that a pass with a sequence of this length may hold."""
+        if team.resident < team.even:
+            # memory of the host is for sequences that are too long, not for more of them
+            return max(length, team.resident)
+        return team.most if self.choice.full else team.even
 
 
 class _Left:
@@ -126,38 +237,6 @@ def _first_local(task: Task, target: float, share: float) -> int:
     return len(task.lengths)
 
 
-def _best(task: Task, load: list[float], head: int, target: float, choice: Choice, left: _Left) -> _Option | None:
-    """The least wasteful pass that has sequence `head` and ends by `target`."""
-    best: _Option | None = None
-    speeds, fewest = task.costs.speeds, task.fewest(head)
-    for pool in _pools(task, load):
-        ranks = sorted(pool, key=load.__getitem__)
-        free = [load[r] for r in ranks]
-        power = list(accumulate((speeds[r] for r in ranks), initial=0.0))
-        busy = list(accumulate((speeds[r] * load[r] for r in ranks), initial=0.0))
-        tried = 0
-        for degree in range(max(choice.least, fewest), len(ranks) + 1):
-            team = task.fleet.team(ranks[:degree], task.lengths[head])
-            if team is None or (task.fleet.uniform and team.most < task.lengths[head]):
-                continue
-            at = _window(free, power, busy, degree, target - _alone(task, team, head), choice.late)
-            if at is None:
-                continue
-            members = ranks[at : at + degree]
-            team = task.fleet.team(members, task.lengths[head])
-            start = free[at + degree - 1]
-            if team is None or team.most < task.lengths[head] or start + _alone(task, team, head) > target:
-                continue
-            idle = choice.idle * (start * team.power - (busy[at + degree] - busy[at]))
-            option = _filled(task, team, tuple(members), head, start, target, idle, choice, left)
-            if best is None or option.score < best.score:
-                best = option
-            tried += 1
-            if tried == choice.degrees:
-                break
-    return best
-
-
 def _pools(task: Task, load: list[float]) -> list[list[int]]:
     near = task.fleet.near
     if len(near) > NARROW:
@@ -165,9 +244,8 @@ def _pools(task: Task, load: list[float]) -> list[list[int]]:
     return near + task.fleet.alike + task.fleet.wide
 
 
-def _alone(task: Task, team: Team, head: int) -> float:
-    n = task.lengths[head]
-    return team.seconds(n, n * n) if n <= team.most else 0.0
+def _alone(team: Team, length: int) -> float:
+    return team.seconds(length, length * length) if length <= team.most else 0.0
 
 
 def _window(
@@ -183,58 +261,6 @@ def _window(
             if idle <= 1e-9:
                 break
     return best
-
-
-def _filled(
-    task: Task,
-    team: Team,
-    ranks: tuple[int, ...],
-    head: int,
-    start: float,
-    target: float,
-    idle: float,
-    choice: Choice,
-    left: _Left,
-) -> _Option:
-    """The pass with `head` and, longest first, whatever else fits its memory and the target."""
-    lengths = task.lengths
-    places = [head]
-    tokens, squares = lengths[head], lengths[head] ** 2
-    seconds = team.seconds(tokens, squares)
-    value = task.value(head, choice.price)
-    # A short sequence pays the exchange; worth it only if that is less than its share of a local pass's fixed cost.
-    joins = team.wire <= task.token_price * team.power / len(ranks)
-    rank_room = max(task.costs.capacity)
-    room = team.most if choice.full else team.even
-    if team.resident < team.even:
-        room = max(tokens, team.resident)  # memory of the host is for sequences that are too long, not for more of them
-    spare, late = room - tokens, target - start
-    # what each line of the team's seconds leaves of the time
-    times = [late - line.at(tokens, squares) for line in team.lines]
-    if tokens > team.even:
-        times = [late - seconds] * len(times)
-    place, full = head, FULL * room
-    while spare > full and min(times) > 0 and len(places) < JOINED:
-        reach = min(map(_reach, team.lines, times))
-        place = left.next(max(place + 1, bisect_left(task.negative, -min(spare, reach))))
-        if place >= len(lengths) or (lengths[place] <= rank_room and not joins):
-            break
-        n = lengths[place]
-        if tokens + n > team.even:
-            later = late - team.seconds(tokens + n, squares + n * n)
-            if later < 0:
-                continue
-            times = [later] * len(times)
-        else:
-            times = [
-                time - (line.per_token * n + line.per_square * n * n)
-                for line, time in zip(team.lines, times, strict=True)
-            ]
-        places.append(place)
-        tokens, squares, spare = tokens + n, squares + n * n, spare - n
-        value += task.value(place, choice.price)
-    seconds = team.seconds(tokens, squares)
-    return _Option((team.power * seconds + idle) / value, ranks, team, tuple(places), start + seconds)
 
 
 def _reach(line: Line, seconds: float) -> float:

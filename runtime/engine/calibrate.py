@@ -27,7 +27,7 @@ from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.linear import LinearAttention
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.fit import fit_jointly
-from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
+from heteromesh.planner.cost.passes import Costs, LinkModel, Method, RateByDegree
 from heteromesh.planner.cost.shards import make_pass
 from heteromesh.planner.model.attention import AttentionShape as LayerShape
 from heteromesh.planner.model.attention import ModelAttention, split_methods
@@ -97,9 +97,7 @@ class Calibration:
         self._shape: tuple[AttentionShape | None] | None = None
         """Once it has been looked at."""
 
-    def measure(
-        self, tokens_per_device: int | None = None, rate: Callable[[Sequence[int]], float] | None = None
-    ) -> Costs:
+    def measure(self, tokens_per_device: int | None = None, rate: LinkModel | None = None) -> Costs:
         """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
         own = self._affordable()
@@ -141,7 +139,7 @@ class Calibration:
                 length *= 2
         return found
 
-    def _with_exchanges(self, costs: Costs, rate: Callable[[Sequence[int]], float] | None) -> Costs:
+    def _with_exchanges(self, costs: Costs, rate: LinkModel | None) -> Costs:
         """Adds rate, latency and the compute of the methods that matter here, from passes over all ranks."""
         costs = replace(costs, rate=rate or self._rates(costs.hosts))
         costs = replace(costs, seconds_per_round=self.round_seconds())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import MeasuredModel
-from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.passes import Costs, LinkModel
 from heteromesh.planner.model.method import Method
 from heteromesh.planner.model.spec import ModelSpec
 from heteromesh.planner.plan import Pass, Step
@@ -22,7 +22,6 @@ from heteromesh.runtime.engine.passes import StepExecutor
 from heteromesh.runtime.probe.model.decoder import Decoder
 from heteromesh.runtime.work.reader import Reader
 
-Rate = Callable[[Sequence[int]], float]
 LONGEST_PASSES = 5.5
 """A calibration takes about as long as so many passes of its longest sequence."""
 EFFICIENCY = 0.6
@@ -46,7 +45,7 @@ class ModelCosts:
 
 
 def measure_model(
-    world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: Rate | None, seconds: float
+    world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: LinkModel | None, seconds: float
 ) -> ModelCosts:
     """Every rank of the world must call it. tflops: this rank's matrix rates. rate: of exchanges, where measured.
     seconds: for a calibration, roughly; the least of the ranks' counts.
@@ -98,7 +97,7 @@ def _longest(spec: ModelSpec, layers: int, limits: Sequence[tuple[float, float]]
     return 0
 
 
-def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str, rate: Rate | None) -> Costs:
+def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str, rate: LinkModel | None) -> Costs:
     torch.manual_seed(0)
     model = Decoder(spec, layers).to(world.device)
     executor = StepExecutor(model, world, autocast=torch.bfloat16 if dtype == "bf16" else None)

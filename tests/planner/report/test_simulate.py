@@ -8,7 +8,7 @@ import pytest
 from heteromesh.planner import plan as plans
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.json import costs_to_json
-from heteromesh.planner.cost.passes import Costs, Method
+from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.plan import Pass, Plan, PlannedCluster, Step
 from heteromesh.planner.report.simulate import Disturbance, simulate_plan, simulate_step, slowed_seconds
 from heteromesh.planner.report.simulate_nics import shared_nic_seconds
@@ -70,7 +70,7 @@ def plain_costs(ranks=4, **changes):
         "speeds": (1.0,) * ranks,
         "capacity": (1000,) * ranks,
         "methods": (Method(name="gather", bytes_per_token=1e7),),
-        "rate": lambda members: 1e9,
+        "rate": RateByDegree({4: 1e9}),
         "hosts": tuple(range(ranks)),
     }
     return Costs(**values | changes)

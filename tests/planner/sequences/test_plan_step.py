@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_bound import even, fitting_batch, random_costs
 
 from heteromesh.errors import UserError
+from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.cost.shards import deal
 from heteromesh.planner.plan import Step
@@ -76,10 +77,9 @@ def test_unequal_speeds_and_memories_are_used():
 
 
 def test_slow_network_keeps_a_pass_inside_a_host():
-    def rate(ranks):
-        return 1e11 if len({r // 4 for r in ranks}) == 1 else 1e7
-
-    costs = replace(flexsp(8), rate=rate, hosts=(0, 0, 0, 0, 1, 1, 1, 1))
+    hosts, slow = (0, 0, 0, 0, 1, 1, 1, 1), (1e7, 1e7)
+    rate = Links(hosts=hosts, link=(1e11, 1e11), fabrics=("", ""), fabric_nics=slow, ethernet=slow)
+    costs = replace(flexsp(8), rate=rate, hosts=hosts)
     step = plan_step([20_000, 20_000, 20_000, 20_000], costs)
     check_step(step, costs)
     assert all(len({r // 4 for r in p.ranks}) == 1 for p in step.passes)
