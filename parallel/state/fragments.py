@@ -21,6 +21,15 @@ class Fragment:
     start: int
     tensor: torch.nn.Parameter
     """(n,): the same memory; what the inner optimizer updates."""
+    bucket: int
+    """In which bucket of the gradients the parameter lies."""
+    first: int
+    """Where in the bucket's flat tensor the fragment begins."""
+
+    @property
+    def last(self) -> int:
+        """Where in the bucket's flat tensor it ends."""
+        return self.first + self.tensor.numel()
 
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """(n,): the fragment's elements of a tensor of the parameter's shape."""

@@ -6,15 +6,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.interfaces import Work
+from heteromesh.comm.records import Recorder
+from heteromesh.parallel.state.flats import FlatBuckets
+
+
+class WaitMeter(Protocol):
+    """Where it is added up how long a rank waited for parameters."""
+
+    parameter_seconds: float
 
 
 class ParameterGather:
@@ -28,12 +35,14 @@ class ParameterGather:
     def __init__(
         self,
         model: nn.Module,
-        gradients: GradientSum,
-        flats: Sequence[torch.Tensor],
+        flats: FlatBuckets,
+        collectives: Collectives,
+        recorder: Recorder,
+        meter: WaitMeter,
     ) -> None:
-        """flats: the parameters of each of the gradients' buckets, the first used last."""
-        self._gradients, self._flats = gradients, flats
-        self._home = {p: i for i, bucket in enumerate(gradients.buckets) for p in bucket.parameters}
+        """flats: the parameters, of which the first bucket is used last."""
+        self._flats, self._collectives, self._recorder, self._meter = flats.flats, collectives, recorder, meter
+        self._home = {p: i for i, bucket in enumerate(flats.buckets) for p in bucket.parameters}
         self._pending: dict[int, tuple[Work, int]] = {}
         self._watch = _Watch(self)
         self._watching: ExitStack | None = None
@@ -41,9 +50,8 @@ class ParameterGather:
 
     def start(self) -> None:
         """Gathers every bucket, in the order of their first use."""
-        collectives = self._gradients.collectives
         for index in reversed(range(len(self._flats))):
-            self._pending[index] = collectives.all_gather(self._flats[index]), time.time_ns()
+            self._pending[index] = self._collectives.all_gather(self._flats[index]), time.time_ns()
 
     def wait_all(self) -> None:
         """Returns when every parameter is up to date."""
@@ -51,7 +59,7 @@ class ParameterGather:
 
     def wait(self, indices: Iterable[int]) -> None:
         """Returns when these buckets are here."""
-        collectives, recorder = self._gradients.collectives, self._gradients.world.recorder
+        collectives, recorder = self._collectives, self._recorder
         for index in indices:
             under_way = self._pending.pop(index, None)
             if under_way is None:
@@ -60,7 +68,7 @@ class ParameterGather:
             start, clock, sent = time.time_ns(), time.perf_counter_ns(), collectives.sent_bytes
             handle.wait()
             waited = time.perf_counter_ns() - clock
-            self._gradients.parameter_seconds += waited / 1e9
+            self._meter.parameter_seconds += waited / 1e9
             sent, now = collectives.sent_bytes - sent, time.time_ns()
             recorder.add(f"parameter gather {index}", "comm", launched, now - launched, sent)
             recorder.add("parameter gather, exposed", "wait", start, waited)

@@ -1,61 +1,286 @@
-"""The sharded optimizer (ZeRO-1 and 2, arXiv 1910.02054) with uneven shards: each rank updates what it owns.
+"""Sharded optimizer state: each rank holds and updates uneven ranges of the parameters, once or twice in the world.
 
-Gradients of a bucket are summed by their owners alone (reduce-scatter, during the last backward), each owner updates
-its range of the bucket's parameters and keeps their optimizer state, and the updated parameters are gathered from
-their owners while the next forward already runs. Who owns how much is the collectives' affair.
+A fixed world (ZeRO-1 and 2, arXiv 1910.02054) holds one copy: gradients of a bucket are summed by their owners alone
+(reduce-scatter, during the last backward), each owner updates its range, and the updated parameters are gathered while
+the next forward already runs. In a world of changing members each holds its own range and a neighbour's: owner and
+mirror do the same arithmetic on the same sums, so that when a member is lost its range lives on in the mirror, and
+nothing is recomputed. Parameters are brought up to date, and state is dealt out anew, in attempts that may be aborted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.gradients.buckets import Bucket
+from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.tcp.transport import TcpTransport
+from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import check_elementwise, is_elementwise_state
-from heteromesh.parallel.state.fragments import Fragment, Piece
-from heteromesh.parallel.state.gather import ParameterGather
+from heteromesh.parallel.state.flats import FlatBuckets, check_parameters
+from heteromesh.parallel.state.fragmented import FragmentedOptimizer
+from heteromesh.parallel.state.fragments import Fragment
+from heteromesh.parallel.state.gather import ParameterGather, WaitMeter
+from heteromesh.parallel.state.owner import StoredState, clip_whole, scale_in
+from heteromesh.parallel.state.parts import StatePart, exchange_state, plan_moves
+from heteromesh.planner.ownership.ownership import Ownership, Range
+
+COPIES = 2
+"""Of each range where members come and go."""
 
 
-class ShardedOptimizer:
-    """Runs `optimizer` over the fragments of parameters that this rank owns.
-
-        executor = StepExecutor(model, world, collectives=collectives)
-        optimizer = ShardedOptimizer(torch.optim.AdamW(model.parameters()), model, executor.gradients)
-        executor.run(...); optimizer.clip_gradients(1.0); optimizer.step()
+class Sharded:
+    """Runs an optimizer over the ranges of the buckets that this rank holds.
 
     Any element-wise optimizer will do; it is tried out here. From here to `close` the optimizer's groups hold this
     rank's fragments (their hyperparameters, and schedules over them, work as before) and the parameters of a bucket
-    lie one after the other in memory. State that the optimizer has already is kept. Parameters are up to date when
-    the model's forward uses them; before they are used otherwise, call `wait`. Every rank makes the same calls.
+    lie one after the other in memory. State that the optimizer has already is kept.
+
+    `world`: one that stays; its collectives say who owns what, and gradients come as this rank's ranges. Without one
+    nothing is dealt out until the first `reshard`, and gradients come whole.
 
     Raises UserError for optimizers that are not element-wise, for parameters that are not the model's, and for
     embeddings with sparse gradients.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, gradients: GradientSum) -> None:
-        self.inner, self._gradients, self._world = optimizer, gradients, gradients.world
-        if self._world.size == 1:
-            raise UserError("one rank has nothing to shard: use the optimizer as it is, or start more ranks")
-        _check_model(optimizer, model, gradients)
-        check_elementwise(optimizer)
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        buckets: Sequence[Bucket],
+        world: World | None = None,
+        collectives: Collectives | None = None,
+        meter: WaitMeter | None = None,
+    ) -> None:
+        check_parameters(optimizer, model, buckets)
+        self._world = world or World()
+        self._collectives = collectives or self._world.collectives
         # torch.compile's wrapper is no part of a name, as in torch's own checkpoints
-        self.names = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
-        self._original = [list(group["params"]) for group in optimizer.param_groups]
+        names = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
+        self._optimizer = FragmentedOptimizer(optimizer, names)
+        self._flats = FlatBuckets(buckets)
+        self.parameter_seconds = 0.0
+        self.ownership = Ownership.whole()
+        self.params_synced = True
+        """Whether all parameters are up to date on all members."""
+        self._arrived_over: object = None
+        """The transport over which all parameters have come here, since the last update."""
+        self._next: tuple[Ownership, list[list[Range]], list[StatePart]] | None = None
+        own = [self._own_range(size) for size in self._flats.sizes]
+        self._starts = [low for low, _ in own]
+        """Where in its bucket each summed tensor begins."""
         before = optimizer.state_dict()
-        flats = [_flatten(bucket.parameters) for bucket in gradients.buckets]
-        self._fragments = self._cut(flats)
-        for group, own in zip(optimizer.param_groups, self._fragments, strict=True):
-            group["params"] = [fragment.tensor for fragment in own]
-        optimizer.state.clear()
-        self._load(before)
-        self._gather = ParameterGather(model, gradients, flats)
+        self._optimizer.hold(self._flats.fragments([[range_] for range_ in own]))
+        self._optimizer.load_state_dict(before)
+        self._gather: ParameterGather | None = None
+        if self._collectives is not None:
+            self._gather = ParameterGather(model, self._flats, self._collectives, self._world.recorder, meter or self)
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds, in the order of the optimizer's groups."""
+        return self._optimizer.fragments
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds now."""
+        return self._optimizer.state_bytes
+
+    def weights_ready(self) -> None:
+        """See StateOwner."""
+        if self._gather is not None:
+            self._gather.wait_all()
+
+    def refresh(self, world: World) -> str:
+        """See StateOwner. Raises LostState where owner and mirror of a range are gone."""
+        if self._gather is not None:
+            return ""
+        transport = _transport_of(world)
+        if not self.params_synced and self._arrived_over is not transport:
+            with world.recorder.span("parameters gathered, exposed", "wait"):
+                self._flats.exchange(transport, self.ownership, world.members)
+            self._arrived_over = transport
+        return self._flats.digest()
+
+    def apply(self, summed: Summed, limit: float) -> float:
+        """See StateOwner."""
+        norm = self.take(summed, limit, self._world)
+        if math.isfinite(norm):
+            self.update()
+        return norm
+
+    def take(self, summed: Summed, limit: float, world: World) -> float:
+        """See StateOwner."""
+        scale_in(summed)
+        if self._gather is None:  # all members have the whole sums
+            norm = clip_whole(summed, self._flats.buckets, limit)
+            self._hand_out(summed)
+            return norm
+        self._hand_out(summed)
+        mine = [f.tensor.grad for f in self.fragments if f.tensor.grad is not None]
+        squares = torch.zeros(world.size, dtype=torch.float64)
+        squares[world.rank] = _squared_norm(mine)
+        # one number a rank, added in rank order: the same bits everywhere
+        norm = math.sqrt(sum(world.sum(squares).tolist()))
+        if math.isfinite(norm):
+            total = torch.tensor(norm, device=world.device)
+            nn.utils.clip_grads_with_norm_([f.tensor for f in self.fragments], limit, total)
+        return norm
+
+    def update(self) -> None:
+        """See StateOwner. In a world that stays, parameters are under way from here on."""
+        self.weights_ready()
+        self._optimizer.step()
+        self.params_synced, self._arrived_over = False, None
+        if self._gather is not None:
+            self._gather.start()
+
+    def is_settled(self, world: World) -> bool:
+        """See StateOwner."""
+        return self._gather is not None or self.ownership.members == world.members
+
+    def reshard(self, world: World, speeds: Sequence[float]) -> str:
+        """See StateOwner. Raises LostState where owner and mirror of a range are gone."""
+        parameters = self.refresh(world)
+        ownership = Ownership(
+            fractions=tuple(map(float, speeds)), members=world.members, copies=COPIES, names=world.names
+        )
+        parts = self._collect(world, ownership.ranges_held_by)
+        mine = [ownership.ranges_held_by(world.members[world.rank], size) for size in self._flats.sizes]
+        # what is held now stays until the new ranges are whole everywhere
+        self._next = ownership, mine, parts
+        return f"{ownership.members}:{ownership.fractions}:{parameters}"
+
+    def finish_reshard(self) -> None:
+        """See StateOwner."""
+        if self._next is None:
+            return
+        (self.ownership, ranges, parts), self._next, self.params_synced = self._next, None, True
+        self._optimizer.hold_parts(self._flats.fragments(ranges), parts)
+
+    @contextmanager
+    def gathered(self, world: World) -> Iterator[None]:
+        """See StateOwner."""
+        self.weights_ready()
+        if self._gather is not None:
+            yield
+            return
+        self.refresh(world)
+        parts = self._collect(world, lambda member, size: [(0, size)] if member == world.members[0] else [])
+        if world.rank:
+            yield
+            return
+        with self._optimizer.holding(self._flats.fragments(self._flats.whole), parts):
+            yield
+
+    def snapshot(self) -> Any:
+        """See StateOwner. Without what the others hold, unless nothing is dealt out yet."""
+        everything = [(number, 0, size) for number, size in enumerate(self._flats.sizes)]
+        parts = self._optimizer.parts(everything) if self.ownership.is_whole else []
+        return {
+            "groups": self._optimizer.options,
+            "ownership": asdict(self.ownership),
+            "parts": [tuple(part) for part in parts],
+            "params_synced": self.params_synced,
+        }
+
+    def adopt(self, state: Any) -> None:
+        """See StateOwner."""
+        self._optimizer.set_options(state["groups"])
+        self.params_synced, self._arrived_over = state["params_synced"], None
+        self.ownership, parts = Ownership(**state["ownership"]), [StatePart(*part) for part in state["parts"]]
+        ranges = self._flats.whole if self.ownership.is_whole else []
+        self._optimizer.hold_parts(self._flats.fragments(ranges), parts)
+
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """See StateOwner."""
+        self.weights_ready()
+        return self._optimizer.checkpoint_entries()
+
+    def checkpoint_room(self, stored: StoredState) -> dict[str, Any]:
+        """See StateOwner."""
+        self.weights_ready()
+        return self._optimizer.checkpoint_room(stored)
+
+    def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
+        """See StateOwner."""
+        self._optimizer.load_entries(entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the unsharded optimizer's, whole, on the CPU, on every rank: it loads there and the other way round.
+
+        Every rank must call it. Takes the memory that sharding saves; checkpoints do without.
+        """
+        return self._optimizer.state_dict(self._world)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes this rank's part of the unsharded optimizer's state. Raises ValueError for one of other groups."""
+        self._optimizer.load_state_dict(state)
+
+    def take_exposed_seconds(self) -> float:
+        """See StateOwner."""
+        seconds, self.parameter_seconds = self.parameter_seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """Gives the optimizer the model's parameters back, but no state: that is in checkpoints."""
+        try:
+            self.weights_ready()
+        finally:
+            if self._gather is not None:
+                self._gather.close()
+            self._optimizer.restore()
+
+    def _own_range(self, numel: int) -> Range:
+        if self._collectives is None:
+            return 0, numel
+        low, high = self._collectives.bounds(numel)[self._world.rank :][:2]
+        return low, high
+
+    def _hand_out(self, summed: Summed) -> None:
+        """Makes the sums the fragments' gradients, as views."""
+        for fragment in self.fragments:
+            fragment.tensor.grad = None
+            if summed.present[fragment.parameter]:
+                start = self._starts[fragment.bucket]
+                fragment.tensor.grad = summed.tensors[fragment.bucket][fragment.first - start : fragment.last - start]
+
+    def _collect(self, world: World, wanted: Callable[[int, int], Sequence[Range]]) -> list[StatePart]:
+        """Returns the state that this rank wants, from those who hold it.
+
+        wanted: by member and the elements of a bucket, the ranges that it wants.
+        """
+        outgoing, sources = plan_moves(self.ownership, world.members, world.rank, self._flats.sizes, wanted)
+        parts = [self._optimizer.parts(slices) for slices in outgoing]
+        mine, parts[world.rank] = parts[world.rank], []
+        return mine + exchange_state(_transport_of(world), parts, sources)
+
+
+class ShardedOptimizer(Sharded):
+    """A `Sharded` for a loop of one's own, in place of the optimizer:
+
+        executor = StepExecutor(model, world, collectives=collectives)
+        optimizer = ShardedOptimizer(torch.optim.AdamW(model.parameters()), model, executor.gradients)
+        executor.run(...); optimizer.clip_gradients(1.0); optimizer.step()
+
+    Parameters are up to date when the model's forward uses them; before they are used otherwise, call `wait`. Every
+    rank makes the same calls.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, gradients: GradientSum) -> None:
+        world = gradients.world
+        if world.size == 1:
+            raise UserError("one rank has nothing to shard: use the optimizer as it is, or start more ranks")
+        super().__init__(optimizer, model, gradients.buckets, world, gradients.collectives, gradients)
+        self.inner, self._gradients = optimizer, gradients
         gradients.scatter = True
 
     @property
@@ -63,224 +288,46 @@ class ShardedOptimizer:
         """The optimizer's own."""
         return self.inner.param_groups
 
-    @property
-    def fragments(self) -> list[Fragment]:
-        """What this rank owns, in the order of the optimizer's groups."""
-        return [fragment for own in self._fragments for fragment in own]
-
-    @property
-    def state_bytes(self) -> int:
-        """Optimizer state that this rank holds now."""
-        values = (v for state in self.inner.state.values() for v in state.values())
-        return sum(v.nbytes for v in values if isinstance(v, torch.Tensor))
-
     def clip_gradients(self, limit: float = math.inf) -> float:
         """Scales the step's gradients so that their norm over all ranks is at most `limit`; the norm before, equal on
         every rank."""
-        self._hand_gradients()
-        mine = [f.tensor.grad for f in self.fragments if f.tensor.grad is not None]
-        squares = torch.zeros(self._world.size, dtype=torch.float64)
-        squares[self._world.rank] = _squared_norm(mine)
-        # one number a rank, added in rank order: the same bits everywhere
-        norm = math.sqrt(sum(self._world.sum(squares).tolist()))
-        if math.isfinite(norm):
-            total = torch.tensor(norm, device=self._world.device)
-            torch.nn.utils.clip_grads_with_norm_([f.tensor for f in self.fragments], limit, total)
-        return norm
+        return self.take(self._sums(), limit, self._world)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Updates what this rank owns and starts to gather the parameters."""
         if closure is not None:
             raise UserError("step was given a closure, which a sharded optimizer can't call again: call step() alone")
-        owned = [len(own) for own in self._fragments]
-        if [len(group["params"]) for group in self.inner.param_groups] != owned:
-            raise UserError(
-                "parameters were added to an optimizer after it had been sharded: add them before training starts"
-            )
-        self.wait()
-        self._hand_gradients()
-        self.inner.step()
-        self.zero_grad()
+        self._hand_out(self._sums())
+        self.update()
         for bucket in self._gradients.buckets:
             bucket.shard = None
-        self._gather.start()
-
-    def zero_grad(self) -> None:
-        """Drops the gradients of the fragments."""
-        for fragment in self.fragments:
-            fragment.tensor.grad = None
 
     def wait(self) -> None:
         """Returns when all parameters are up to date on this rank: before they are saved or used outside a forward."""
-        self._gather.wait_all()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As the unsharded optimizer's, whole, on the CPU, on every rank: it loads there and the other way round.
-
-        Every rank must call it. Takes the memory that sharding saves; checkpoints do without.
-        """
-        number = {p: i for i, p in enumerate(p for group in self._original for p in group)}
-        mine = []
-        for fragment in self.fragments:
-            state = {
-                k: (v.cpu(), is_elementwise_state(k, v, fragment.tensor)) if isinstance(v, torch.Tensor) else (v, False)
-                for k, v in self.inner.state.get(fragment.tensor, {}).items()
-            }
-            mine.append((number[fragment.parameter], fragment.start, state))
-        whole: dict[int, dict[str, Any]] = {}
-        parameters = list(number)
-        for index, start, state in (entry for entries in self._world.gather(mine) for entry in entries):
-            for key, (value, cut) in state.items():
-                place = whole.setdefault(index, {})
-                if not cut:
-                    place[key] = value
-                    continue
-                shape = parameters[index].shape
-                target = place.setdefault(key, torch.empty(shape, dtype=value.dtype))
-                target.view(-1)[start : start + value.numel()] = value
-        return {"state": dict(sorted(whole.items())), "param_groups": self._described_groups()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes this rank's part of the unsharded optimizer's state. Raises ValueError for one of other groups."""
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        if saved != [len(group) for group in self._original]:
-            raise ValueError(f"the state is of parameter groups of sizes {saved}: load it into the same groups")
-        self._load(state)
-
-    def pieces(self) -> dict[str, dict[str, Any]]:
-        """By parameter name, this rank's part of the state: `Piece` where there is a value for each element."""
-        found = {}
-        for fragment in self.fragments:
-            state = self.inner.state.get(fragment.tensor, {})
-            shape, start = fragment.parameter.shape, fragment.start
-            found[self.names[fragment.parameter]] = {
-                k: Piece(v, shape, start) if is_elementwise_state(k, v, fragment.tensor) else v
-                for k, v in state.items()
-            }
-        return found
-
-    def load_pieces(self, pieces: Mapping[str, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes what `pieces` and `named_groups` gave, cut for this rank."""
-        states = {}
-        for i, fragment in enumerate(self.fragments):
-            given = pieces.get(self.names[fragment.parameter], {})
-            if given:
-                states[i] = {k: v.tensor if isinstance(v, Piece) else v for k, v in given.items()}
-        self._load_fragments(states, groups)
-
-    def named_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups with the names of whole parameters in place of this rank's fragments."""
-        return [
-            {k: v for k, v in group.items() if k != "params"} | {"params": [self.names[p] for p in original]}
-            for group, original in zip(self.inner.param_groups, self._original, strict=True)
-        ]
+        self.weights_ready()
 
     def close(self) -> None:
-        """Gives the optimizer the model's parameters back, but no state: that of all ranks is in `state_dict` and in
-        checkpoints."""
-        try:
-            self.wait()
-        finally:
-            self._restore()
-
-    def _restore(self) -> None:
-        self._gather.close()
+        """As of `Sharded`; the gradients are whole again."""
+        super().close()
         self._gradients.scatter = False
-        self.inner.state.clear()
-        for group, original in zip(self.inner.param_groups, self._original, strict=False):
-            group["params"] = original
 
-    def _cut(self, flats: list[torch.Tensor]) -> list[list[Fragment]]:
-        """This rank's fragments, by parameter group."""
-        owned: dict[torch.Tensor, Fragment] = {}
-        for bucket, flat in zip(self._gradients.buckets, flats, strict=True):
-            low, high = self._range(bucket.numel)
-            for parameter, start, stop in zip(bucket.parameters, bucket.offsets, bucket.offsets[1:], strict=False):
-                first, last = max(low, start), min(high, stop)
-                if first < last:
-                    owned[parameter] = Fragment(parameter, first - start, nn.Parameter(flat[first:last]))
-        return [[owned[p] for p in group if p in owned] for group in self._original]
+    def _sums(self) -> Summed:
+        empty, buckets = torch.empty(0), self._gradients.buckets
+        present = {
+            p: bucket.shard is not None and self._gradients.present[p] for bucket in buckets for p in bucket.parameters
+        }
+        shards = tuple(empty if b.shard is None else b.shard for b in buckets)
+        return Summed(loss=0.0, valid=0, present=present, tensors=shards, digest="", exposed_seconds=0.0)
 
-    def _range(self, numel: int) -> tuple[int, int]:
-        low, high = self._gradients.collectives.bounds(numel)[self._world.rank :][:2]
-        return low, high
 
-    def _hand_gradients(self) -> None:
-        """The step's gradients to the fragments, once."""
-        owned = {fragment.parameter: fragment for fragment in self.fragments}
-        for bucket in self._gradients.buckets:
-            if bucket.shard is None:
-                continue
-            low, _ = self._range(bucket.numel)
-            for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=False):
-                fragment = owned.get(parameter)
-                if fragment is not None and self._gradients.present[parameter]:
-                    first = offset + fragment.start - low
-                    fragment.tensor.grad = bucket.shard[first : first + fragment.tensor.numel()]
-
-    def _load(self, whole: Mapping[str, Any]) -> None:
-        """From the unsharded optimizer's format; torch's own loading does the rest."""
-        ids = [i for group in whole["param_groups"] for i in group["params"]]
-        number = dict(zip((p for group in self._original for p in group), ids, strict=True))
-        state = {}
-        for i, fragment in enumerate(self.fragments):
-            given = whole["state"].get(number[fragment.parameter])
-            if given is not None:
-                # copies: torch's loading may keep what it is given, and the caller's optimizer goes on with its own
-                state[i] = {
-                    k: fragment.slice_of(v).clone() if is_elementwise_state(k, v, fragment.parameter) else deepcopy(v)
-                    for k, v in given.items()
-                }
-        self._load_fragments(state, whole["param_groups"])
-
-    def _load_fragments(self, states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """states: by position among the fragments."""
-        numbered: list[dict[str, Any]] = []
-        for group, own in zip(groups, self._fragments, strict=True):
-            start = sum(len(g["params"]) for g in numbered)
-            numbered.append(dict(group) | {"params": list(range(start, start + len(own)))})
-        self.inner.load_state_dict({"state": dict(states), "param_groups": numbered})
-
-    def _described_groups(self) -> list[dict[str, Any]]:
-        first = accumulate((len(group) for group in self._original), initial=0)
-        return [
-            {k: v for k, v in group.items() if k != "params"} | {"params": list(range(start, start + len(original)))}
-            for group, original, start in zip(self.inner.param_groups, self._original, first, strict=False)
-        ]
+def _transport_of(world: World) -> TcpTransport:
+    transport = world.exchange
+    assert isinstance(transport, TcpTransport), "members come and go only over the TCP data plane"
+    return transport
 
 
 def _squared_norm(tensors: Sequence[torch.Tensor]) -> float:
-    """Of all together; norms of low-precision tensors in float32."""
+    """Returns that of all together; norms of low-precision tensors are formed in float32."""
     wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
     norms = [torch.linalg.vector_norm(t, dtype=dtype).double() for t, dtype in zip(tensors, wide, strict=True)]
     return float(torch.stack(norms).square().sum()) if norms else 0.0
-
-
-def _flatten(parameters: tuple[nn.Parameter, ...]) -> torch.Tensor:
-    """Moves parameters into one flat tensor, of which they are views from now on."""
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.data = part.view(parameter.shape)
-    return flat
-
-
-def _check_model(optimizer: torch.optim.Optimizer, model: nn.Module, gradients: GradientSum) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    bucketed = {p for bucket in gradients.buckets for p in bucket.parameters}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if parameter not in names:
-            raise UserError(
-                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's: "
-                "give it the model's parameters only, or turn shard_optimizer off"
-            )
-        if parameter.requires_grad and parameter not in bucketed:
-            raise UserError(
-                f"parameter {names[parameter]} was made trainable after the executor had been made: "
-                "set requires_grad before training starts"
-            )
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True and any(p in bucketed for p in module.parameters(recurse=False)):
-            raise UserError(
-                f"{name or type(module).__name__} has sparse gradients, which can't be sharded: "
-                "build it with sparse=False or turn shard_optimizer off"
-            )

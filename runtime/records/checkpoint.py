@@ -18,26 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import has_value_per_element
 from heteromesh.parallel.state.fragments import Piece
-from heteromesh.parallel.state.sharded import ShardedOptimizer
-from heteromesh.runtime.records.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, stored_state
+from heteromesh.parallel.state.owner import Replicated, StateOwner
+from heteromesh.runtime.records.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, Stored, stored_state
 
-Optimizer = torch.optim.Optimizer | ShardedOptimizer
-
+Owner = StateOwner | torch.optim.Optimizer
+"""An optimizer itself: everybody holds all of its state."""
 META = "meta.json"
 # one process without a process group is what this module asks for when it says no_dist
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -55,14 +47,16 @@ class Checkpoints:
                 shutil.rmtree(part)
         world.barrier()
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, trainer: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | StateOwner, trainer: Mapping[str, Any]
+    ) -> None:
         """Starts writing the state after `step` updates; returns when it has been copied.
 
         Waits for an earlier checkpoint first, and raises UserError if that could not be written.
         """
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
-            state = _copied(_state(model, optimizer))
+            state = _copied(_state(model, owner_of(model, optimizer)))
         meta = {"schema": 1, "step": step, "parameters": _shapes(model), "trainer": dict(trainer)}
         self._pending = self._thread.submit(self._write, step, state, meta)
 
@@ -83,20 +77,20 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return max(self._whole(), default=None)
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, optimizer: Owner) -> dict[str, Any]:
         """Restores model and optimizer; returns what `save` was given as `trainer`.
 
         Any number of ranks will do, whatever the number that saved it, and whether or not the optimizer was sharded.
 
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
-        meta = _read_meta(path)
+        meta, owner = _read_meta(path), owner_of(model, optimizer)
         _compare(meta["parameters"], _shapes(model), path)
         try:
             stored = stored_state(path)
-            _make_state_whole(optimizer)
-            state = _state(model, optimizer)
-            pieces = _room_for_pieces(state, optimizer, stored) if isinstance(optimizer, ShardedOptimizer) else {}
+            room = owner.checkpoint_room({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
+            pieces = _take_pieces(room, stored)
+            state = {"model": get_model_state_dict(model), "optimizer": room}
             load(
                 state,
                 checkpoint_id=path,
@@ -109,7 +103,9 @@ class Checkpoints:
                 f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
                 "remove it to resume from the one before, or start anew in another run directory"
             ) from error
-        _restore(model, optimizer, state, pieces, stored)
+        set_model_state_dict(model, state["model"])
+        _put_pieces(state["optimizer"], stored, pieces)
+        owner.load_entries(state["optimizer"], stored)
         trainer: dict[str, Any] = meta["trainer"]
         return trainer
 
@@ -149,65 +145,31 @@ class Checkpoints:
             ) from error
 
 
-def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    if isinstance(optimizer, ShardedOptimizer):
-        optimizer.wait()
-        sharded = {"state": optimizer.pieces(), "param_groups": optimizer.named_groups()}
-        return {"model": get_model_state_dict(model), "optimizer": sharded}
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+def owner_of(model: nn.Module, optimizer: Owner) -> StateOwner:
+    """Returns who owns the optimizer's state: everybody, where it is the optimizer itself."""
+    return Replicated(optimizer, model) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
 
 
-def _make_state_whole(optimizer: Optimizer) -> None:
-    """Torch makes room for what is to be loaded only in an optimizer without any state and gradients."""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        if any(p not in optimizer.state for p in trained):
-            optimizer.state.clear()
-            optimizer.zero_grad()
+def _state(model: nn.Module, owner: StateOwner) -> dict[str, Any]:
+    owner.weights_ready()
+    return {"model": get_model_state_dict(model), "optimizer": owner.checkpoint_entries()}
 
 
-def _room_for_pieces(
-    state: dict[str, Any], optimizer: ShardedOptimizer, stored: Mapping[str, Mapping[str, tuple[str, Any]]]
-) -> dict[str, Piece]:
-    """Puts room for the stored state of this rank's fragments into `state`; the pieces of it by their flat keys."""
-    pieces: dict[str, Piece] = {}
-    room: dict[str, dict[str, Any]] = {}
-    for fragment in optimizer.fragments:
-        name = optimizer.names[fragment.parameter]
-        for key, (flat, entry) in stored.get(name, {}).items():
-            if not isinstance(entry, TensorStorageMetadata):
-                room.setdefault(name, {})[key] = None
-            elif has_value_per_element(key, entry.size, fragment.parameter):
-                empty = torch.empty(fragment.tensor.numel(), dtype=entry.properties.dtype)
-                pieces[flat] = Piece(empty, entry.size, fragment.start)
-            else:
-                room.setdefault(name, {})[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    state["optimizer"]["state"] = room
-    return pieces
+def _take_pieces(room: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]]) -> dict[str, Piece]:
+    """Takes the pieces, which torch can't load, out of the optimizer's room; returns them by their flat keys."""
+    found = {}
+    for name, entries in room["state"].items():
+        for key in [key for key, value in entries.items() if isinstance(value, Piece)]:
+            found[stored[name][key].flat] = entries.pop(key)
+    return found
 
 
-def _restore(
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    pieces: Mapping[str, Piece],
-    stored: Mapping[str, Mapping[str, tuple[str, Any]]],
-) -> None:
-    """What was loaded, into model and optimizer; a parameter that had no optimizer state gets none."""
-    set_model_state_dict(model, state["model"])
-    if isinstance(optimizer, ShardedOptimizer):
-        loaded: dict[str, dict[str, Any]] = state["optimizer"]["state"]
-        for name, entries in stored.items():
-            own = {key: pieces[flat] for key, (flat, _) in entries.items() if flat in pieces}
-            if own:
-                loaded[name] = loaded.get(name, {}) | own
-        optimizer.load_pieces(loaded, state["optimizer"]["param_groups"])
-        return
-    given = state["optimizer"]
-    given["state"] = {name: entries for name, entries in given["state"].items() if name in stored}
-    # not strict: a parameter that never had a gradient has no state
-    set_optimizer_state_dict(model, optimizer, given, options=StateDictOptions(strict=False))
+def _put_pieces(room: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]], pieces: Mapping[str, Piece]) -> None:
+    """Puts them back."""
+    for name, entries in stored.items():
+        own = {key: pieces[entry.flat] for key, entry in entries.items() if entry.flat in pieces}
+        if own:
+            room["state"].setdefault(name, {}).update(own)
 
 
 def _copied(value: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -74,14 +74,22 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         return super().lookup_tensor(index)
 
 
-def stored_state(path: Path) -> dict[str, dict[str, tuple[str, Any]]]:
-    """By parameter name and key, what a checkpoint has of optimizer state: (flat key, its metadata)."""
+class Stored(NamedTuple):
+    """A value in a checkpoint."""
+
+    flat: str
+    """Its key there."""
+    metadata: Any
+
+
+def stored_state(path: Path) -> dict[str, dict[str, Stored]]:
+    """Returns what a checkpoint has of optimizer state, by parameter name and key."""
     metadata: Metadata = FileSystemReader(path).read_metadata()
-    found: dict[str, dict[str, tuple[str, Any]]] = {}
+    found: dict[str, dict[str, Stored]] = {}
     for flat, entry in metadata.state_dict_metadata.items():
         where = (metadata.planner_data or {}).get(flat, ())
         if tuple(where[:2]) == STATE and len(where) == 4:
-            found.setdefault(str(where[2]), {})[str(where[3])] = flat, entry
+            found.setdefault(str(where[2]), {})[str(where[3])] = Stored(flat, entry)
     return found
 
 

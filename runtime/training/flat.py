@@ -62,7 +62,7 @@ class FlatParameters:
             first, last = max(start - low, 0), min(stop - low, parameter.numel())
             if first < last:
                 tensor = nn.Parameter(parameter.detach().view(-1)[first:last])
-                found.append(Held(self._groups[number], number, Fragment(parameter, first, tensor)))
+                found.append(Held(self._groups[number], number, Fragment(parameter, first, tensor, 0, 0)))
         return found
 
     def exchange(self, transport: TcpTransport, sources: Sequence[tuple[Range, int]], kept: Sequence[Range]) -> None:

@@ -25,7 +25,7 @@ from heteromesh.runtime.engine.baselines import EvenSplit, compare
 from heteromesh.runtime.engine.passes import StepExecutor, StepResult
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.process.peers import SILENCE_SECONDS, PeerWatch
-from heteromesh.runtime.records.checkpoint import Checkpoints, Optimizer
+from heteromesh.runtime.records.checkpoint import Checkpoints
 from heteromesh.runtime.records.metrics import HEADER, ProgressBar, StepMetrics
 from heteromesh.runtime.records.rundir import CHECKPOINTS, RunDirectory
 from heteromesh.runtime.training.build import find_cluster, find_collectives, find_compression, find_costs, find_plan
@@ -96,7 +96,7 @@ class TrainingLoop:
             collectives=stack.enter_context(find_collectives(self.config, self.cluster, trainer.optimizer, world)),
         )
         stack.callback(self.executor.close)
-        self.optimizer: Optimizer = trainer.optimizer
+        self.optimizer: torch.optim.Optimizer | ShardedOptimizer = trainer.optimizer
         if self.config.shard_optimizer and world.size > 1:
             self.optimizer = ShardedOptimizer(trainer.optimizer, trainer.model, self.executor.gradients)
             stack.callback(self.optimizer.close)

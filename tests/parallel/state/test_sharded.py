@@ -15,8 +15,10 @@ from torch import nn
 from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.collectives.uneven import open_collectives
 from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.records import Recorder
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.parallel.state.flats import FlatBuckets
 from heteromesh.parallel.state.fragments import Piece, boxes
 from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.sharded import ShardedOptimizer
@@ -411,9 +413,9 @@ def logged_chain() -> tuple[Logged, Chain, ParameterGather]:
     model = Chain(collectives.log)
     gradients = GradientSum(World(rank=0, size=2), collectives, bucket_bytes=1)  # type: ignore[arg-type]
     gradients.attach(model.parameters())
-    flats = [bucket.parameters[0].detach().view(-1) for bucket in gradients.buckets]
+    flats = FlatBuckets(gradients.buckets)
     collectives.names = {layer.weight.data_ptr(): str(i) for i, layer in enumerate(model.layers)}
-    return collectives, model, ParameterGather(model, gradients, flats)
+    return collectives, model, ParameterGather(model, flats, collectives, Recorder(), gradients)  # type: ignore[arg-type]
 
 
 def test_each_layer_waits_for_its_own_parameters_only() -> None:
