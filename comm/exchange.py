@@ -59,7 +59,7 @@ class Exchange:
         self._world = world
 
     def among(self, members: Sequence[int]) -> Exchange:
-        """The same exchange for some of its members, numbered as listed."""
+        """Returns the same exchange for some of its members, numbered as listed."""
         return type(self)(self._world, [self.ranks[i] for i in members])
 
     def start(self, sends: Sequence[Addressed], receives: Sequence[Addressed], name: str) -> Work:
@@ -84,7 +84,7 @@ class Exchange:
         self.start_all_to_all(sends, receives, name).wait()
 
     def start_all_to_all(self, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor], name: str) -> Work:
-        """As `all_to_all`, but returns while the messages travel."""
+        """Does what `all_to_all` does, but returns while the messages travel."""
         if not len(sends) == len(receives) == len(self.ranks):
             raise ValueError(f"{len(sends)} sends and {len(receives)} receives for {len(self.ranks)} members")
         for tensor in (*sends, *receives):
@@ -94,7 +94,7 @@ class Exchange:
         return self.start([(i, sends[i]) for i in others], [(i, receives[i]) for i in reversed(others)], name)
 
     def _post(self, sends: Sequence[Addressed], receives: Sequence[Addressed]) -> Sequence[Work]:
-        """Receives first: gloo's ready-to-receive messages would queue behind data."""
+        """Posts receives first: gloo's ready-to-receive messages would queue behind data."""
         outgoing = [(self.ranks[i], t) for i, t in sends if t.numel()]
         incoming = [(self.ranks[i], t) for i, t in receives if t.numel()]
         network = self._world.exchange

@@ -18,7 +18,7 @@ NCCL_NAMES: dict[Network, str] = {"rdma": "IB", "socket": "Socket"}
 
 
 def group_options(network: Network, backend: str) -> object | None:
-    """The `pg_options` of `torch.distributed.new_group` for a group on this network.
+    """Returns the `pg_options` of `torch.distributed.new_group` for a group on this network.
 
     With NCCL `ncclConfig_t.netName`, which holds for this group alone; None with gloo, which only has sockets. Raises
     UserError for another backend, and for NCCL where this torch was built without it.
@@ -37,7 +37,7 @@ def group_options(network: Network, backend: str) -> object | None:
 def device_options(
     cluster: Cluster | None, ranks: Sequence[int], device: torch.device, timeout: timedelta
 ) -> object | None:
-    """The options of a group of these world ranks for tensors on their devices: the network that reaches all of them.
+    """Returns options of a group of these world ranks for tensors on their devices: the network that reaches them all.
 
     None, which is torch's own, on CPU ranks, where the hosts are not described, and for one host, which needs none.
     """

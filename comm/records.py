@@ -57,6 +57,6 @@ class Recorder:
         self.spans.append(Span(name, category, start_ns, duration_ns, self.step, bytes_sent))
 
     def take_comm_seconds(self) -> float:
-        """Seconds spent in exchanges since the last call."""
+        """Returns the seconds spent in exchanges since the last call."""
         seconds, self.comm_ns = self.comm_ns / 1e9, 0
         return seconds

@@ -29,7 +29,7 @@ class PipelineGroups:
     _groups: list[dist.ProcessGroup]
 
     def chain_members(self) -> dict[int, int]:
-        """By stage, the rank inside `chain_group` (torch sorts a group's ranks)."""
+        """Returns, by stage, the rank inside `chain_group` (torch sorts a group's ranks)."""
         ordered = sorted(self.chain)
         return {stage: ordered.index(rank) for stage, rank in enumerate(self.chain)}
 
@@ -51,7 +51,7 @@ class PipelineGroups:
 def join_pipeline(
     world: World, stages: Sequence[Sequence[int]], timeout: timedelta = timedelta(minutes=10)
 ) -> PipelineGroups:
-    """This rank's place among `stages`: stages[s][r] is the world rank of stage s in replica r.
+    """Finds this rank's place among `stages`: stages[s][r] is the world rank of stage s in replica r.
 
     Every rank of the world must call this with the same stages, which name each rank once; equally many ranks a stage.
     """
@@ -61,7 +61,7 @@ def join_pipeline(
     groups: list[dist.ProcessGroup] = []
 
     def mine(sets: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-        """A group for each set; all ranks make all groups in the same order."""
+        """Makes a group for each set; all ranks make all groups in the same order."""
         own = None
         for ranks in sets:
             if len(ranks) < 2:

@@ -60,7 +60,7 @@ class World:
         self.names = self.names or tuple(f"rank {rank}" for rank in range(self.size))
 
     def new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-        """A communicator of these ranks for device tensors, on the network that reaches them all.
+        """Makes a communicator of these ranks for device tensors, on the network that reaches them all.
 
         Every rank of the world must make the same calls.
         """
@@ -69,7 +69,7 @@ class World:
         return group
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable `value` on every rank (control group, so for the plan thread alone; blocks)."""
+        """Returns rank 0's picklable `value` on every rank (control group, so for the plan thread alone; blocks)."""
         if self.size == 1:
             return value
         values = [value if self.rank == 0 else None]
@@ -77,7 +77,7 @@ class World:
         return values[0]
 
     def once(self, act: Callable[[], T]) -> T:
-        """Rank 0's result of `act` on every rank; its exception is raised on every rank."""
+        """Returns rank 0's result of `act` on every rank; its exception is raised on every rank."""
         outcome: T | Exception | None = None
         if self.rank == 0:
             try:
@@ -90,13 +90,13 @@ class World:
         return cast(T, outcome)
 
     def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Rank 0's values in these tensors on every rank, in place."""
+        """Copies rank 0's values of these tensors to every rank, in place."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0, group=self.gradients)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable `value`, in rank order, on every rank (statistics group; blocks)."""
+        """Returns every rank's picklable `value`, in rank order, on every rank (statistics group; blocks)."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -104,13 +104,13 @@ class World:
         return values
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over the ranks of a CPU vector, in place (statistics group; blocks)."""
+        """Sums a CPU vector over the ranks element by element, in place (statistics group; blocks)."""
         if self.size > 1:
             dist.all_reduce(vector, group=self.statistics)
         return vector
 
     def sum_ahead(self, vector: torch.Tensor) -> torch.Tensor:
-        """As `sum`, in the control group, so for the plan thread alone."""
+        """Does what `sum` does in the control group, so for the plan thread alone."""
         if self.size > 1:
             dist.all_reduce(vector, group=self.control)
         return vector
@@ -122,12 +122,12 @@ class World:
 
 
 def local_rank() -> int:
-    """This process's index on its host, as torchrun gives it (0 without torchrun)."""
+    """Returns this process's index on its host, as torchrun gives it (0 without torchrun)."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def pick_device() -> torch.device:
-    """The CUDA device of this local rank where there is one, else the CPU.
+    """Returns the CUDA device of this local rank where there is one, else the CPU.
 
     Raises UserError when a host starts more ranks than it has CUDA devices.
     """
@@ -177,7 +177,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | No
 
 
 def _check_networks(world: World) -> None:
-    """A communicator whose ranks are on different networks would hang."""
+    """Raises UserError where ranks are on different networks: their communicator would hang."""
     networks = world.gather(world.cluster and network_of(world.cluster, range(world.size)))
     other = next((rank for rank, network in enumerate(networks) if network != networks[0]), None)
     if other is not None:

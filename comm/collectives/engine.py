@@ -15,7 +15,7 @@ LEAST_WINDOW, MOST_WINDOW = 512 << 10, 64 << 20
 
 
 def window(seconds_per_byte: float) -> int:
-    """Bytes of the tensors that may be on their way through others before more is sent, at this predicted pace.
+    """Returns how many bytes of tensors may be on their way through others before more is sent, at this pace.
 
     Sending everything at once would let some connections run far ahead of others, whose pieces then come late, and
     keep results waiting behind contributions (20 MB, 2 hosts of 1 Gbit/s and 2 of 200 Mbit/s: 0.98 s with 4 MiB,

@@ -237,7 +237,7 @@ def _payload(values: int) -> torch.Tensor:
 
 
 def _sum_in_rank_order(own: torch.Tensor, rank: int, arrived: dict[int, torch.Tensor]) -> None:
-    """own: this rank's contribution, and the sum afterwards."""
+    """Adds all contributions up in `own`, which is this rank's before."""
     if not arrived:
         return
     total = torch.zeros_like(own)

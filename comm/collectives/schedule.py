@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from heteromesh.comm.dtypes import wide, wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype, in_accumulation_dtype
 from heteromesh.comm.interfaces import Transport, Work
 from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.planner.reduction.schedule import Piece, pieces, representatives
@@ -112,7 +112,7 @@ class ReductionSchedule:
         leaders: dict[int, int],
         sources: frozenset[int],
     ) -> None:
-        """The hosts' partial sums in host order, summed and sent back."""
+        """Sums the hosts' partial sums in host order and sends the result back."""
         me, home = self.transport.rank, self.reduction.hosts[self.transport.rank]
         sums: list[list[torch.Tensor]] = []
         for host in sorted(members):
@@ -121,7 +121,7 @@ class ReductionSchedule:
                 sums.append(parts)
             elif count:
                 # several contributions were summed there already, and are not rounded on their way
-                sums.append([self._buffer(mine, mine.dtype if count == 1 else wide_dtype(mine.dtype))])
+                sums.append([self._buffer(mine, mine.dtype if count == 1 else accumulation_dtype(mine.dtype))])
                 waits.append(self._recv(leaders[host], sums[-1][0], PARTIAL))
         peers: list[int] = []
         if self.spread:
@@ -162,10 +162,10 @@ class ReductionSchedule:
 
 
 def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In the order given, in the wide type; the first tensor may be overwritten. One part is returned as it is."""
+    """Sums in the order given, in the accumulation type, maybe into the first part. One part is returned as it is."""
     if len(parts) == 1:
         return parts[0]
-    total = wide(parts[0])
+    total = in_accumulation_dtype(parts[0])
     for part in parts[1:]:
         total.add_(part)
     return total

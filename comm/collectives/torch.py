@@ -33,12 +33,12 @@ class TorchCollectives(Collectives):
         return self._finished_by([work], 2 * flat.nbytes * (self.size - 1) // self.size)
 
     def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        """One reduction an owner."""
+        """Starts one reduction an owner."""
         works = [dist.reduce(part, group_dst=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
         return self._finished_by(works, sum(part.nbytes for i, part in self._parts(flat) if i != self.rank))
 
     def all_gather(self, flat: torch.Tensor) -> Work:
-        """One broadcast an owner."""
+        """Starts one broadcast an owner."""
         works = [dist.broadcast(part, group_src=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
         sent = sum(part.nbytes for i, part in self._parts(flat) if i == self.rank)
         return self._finished_by(works, sent * (self.size - 1))

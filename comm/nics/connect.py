@@ -1,4 +1,4 @@
-"""Opens connections between all cards of all hosts, with a gloo group to exchange addresses."""
+"""Opens connections between all NICs of all hosts, with a gloo group to exchange addresses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from heteromesh.comm.nics.transport import NicTransport, card_pair
+from heteromesh.comm.nics.schedule import DeficitRoundRobin, connection_shares, nic_pair
 from heteromesh.comm.tcp.abort import Abort, GroupAborted
 from heteromesh.comm.tcp.connect import Address, Place, build
 from heteromesh.comm.tcp.listen import Listener
+from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.nics import Split
 
@@ -24,20 +25,20 @@ def open_nics(
     group: dist.ProcessGroup,
     addresses: Sequence[str],
     hosts: Sequence[int],
-    cards: Sequence[int],
+    nics: Sequence[int],
     split: Split,
     *,
     seconds: float = SECONDS,
     connect_seconds: float = SECONDS,
-) -> NicTransport:
-    """A transport over every card. All ranks of the group call it.
+) -> TcpTransport:
+    """Connects the ranks of the group over every NIC of their hosts, all of them at once.
 
     Args:
         group: a gloo group that sees nothing else meanwhile; it stays the caller's.
-        addresses: this host's cards, one address each, in the order of `split`. A socket bound to an address must
-            leave by that card (a routing rule for each source address).
+        addresses: this host's NICs, one address each, in the order of `split`. A socket bound to an address must
+            leave by that NIC (a routing rule for each source address).
         hosts: per rank, its host.
-        cards: per host, how many it has.
+        nics: per host, how many it has.
         split: planner/cluster/nics.py's.
         seconds: how long a peer may be silent to the kernel.
         connect_seconds: how long connecting may take.
@@ -47,19 +48,20 @@ def open_nics(
     """
     rank = group.rank()
     secret = _tell(group, secrets.token_bytes(32) if rank == 0 else b"")[0]
-    listener, problem = _listen(rank, secret, addresses, cards[hosts[rank]])
+    listener, problem = _listen(rank, secret, addresses, nics[hosts[rank]])
     try:
         told = _tell(group, (listener.addresses if listener else (), problem))
         if problems := [its for _, its in told if its]:
             raise UserError(problems[0])
         assert listener is not None
-        sockets = _connect(listener, secret, rank, [given for given, _ in told], max(cards), connect_seconds)
+        sockets = _connect(listener, secret, rank, [given for given, _ in told], max(nics), connect_seconds)
     finally:
         if listener is not None:
             listener.close()
     for sock in (sock for ends in sockets.values() for sock in ends):
         _limit(sock, seconds)
-    return NicTransport(rank=rank, sockets=sockets, abort=Abort(), hosts=hosts, cards=cards, split=split)
+    schedulers = {peer: DeficitRoundRobin(connection_shares(rank, peer, hosts, nics, split)) for peer in sockets}
+    return TcpTransport(rank=rank, size=len(hosts), epoch=0, sockets=sockets, abort=Abort(), schedulers=schedulers)
 
 
 def _tell(group: dist.ProcessGroup, mine: Any) -> list[Any]:
@@ -69,29 +71,29 @@ def _tell(group: dist.ProcessGroup, mine: Any) -> list[Any]:
 
 
 def _listen(rank: int, secret: bytes, addresses: Sequence[str], count: int) -> tuple[Listener | None, str]:
-    """Or what is wrong: every rank must hear of it."""
+    """Returns a listener, or what is wrong: every rank must hear of it."""
     if len(addresses) != count:
-        return None, f"rank {rank} has {len(addresses)} addresses and its host {count} cards: give one address a card"
+        return None, f"rank {rank} has {len(addresses)} addresses and its host {count} NICs: give one address a NIC"
     try:
         return Listener(secret, addresses), ""
     except OSError as error:
         where = ", ".join(addresses)
-        return None, f"rank {rank} can't listen at {where} ({error.strerror}): give the addresses of its own cards"
+        return None, f"rank {rank} can't listen at {where} ({error.strerror}): give the addresses of its own NICs"
 
 
 def _connect(
     listener: Listener, secret: bytes, rank: int, given: Sequence[Sequence[Address]], most: int, seconds: float
 ) -> dict[int, list[socket.socket]]:
-    """By peer, a connection for each `card_pair`."""
+    """Returns, by peer, a connection for each `nic_pair`."""
     # `build` takes address i of both ends for connection i: as many addresses as connections, here in both orders
-    pairs = [card_pair(i, most, most, most) for i in range(most**2)]
+    pairs = [nic_pair(i, most, most, most) for i in range(most**2)]
     places = [[theirs[there % len(theirs)] for _, there in pairs] for theirs in given]
     places[rank] = [given[rank][here % len(given[rank])] for here, _ in pairs]
     abort, missing = Abort(), set[int]()
     late = threading.Timer(seconds, lambda: abort.set(_too_late(seconds, missing)))
     late.start()
     try:
-        place = Place(addresses=places, rank=rank, epoch=0, group="cards", links=len(pairs))
+        place = Place(addresses=places, rank=rank, epoch=0, group="nics", links=len(pairs))
         built = build(listener, place, secret, abort, missing)
     finally:
         late.cancel()
@@ -103,13 +105,11 @@ def _connect(
 
 def _too_late(seconds: float, missing: set[int]) -> GroupAborted:
     ranks = ", ".join(map(str, sorted(missing)))
-    return GroupAborted(
-        f"no connection over every card with ranks {ranks} within {seconds:g} s: check the cards' routes"
-    )
+    return GroupAborted(f"no connection over every NIC with ranks {ranks} within {seconds:g} s: check the NICs' routes")
 
 
 def _limit(sock: socket.socket, seconds: float) -> None:
-    """A peer that the kernel hears nothing from for so long is lost, whether something is under way to it or not."""
+    """Makes the kernel give a peer up that it hears nothing from for so long, whether something is under way or not."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(int(seconds / 2), 1))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(int(seconds / 6), 1))

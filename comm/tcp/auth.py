@@ -55,14 +55,14 @@ class Acceptor:
         """A key of this connection alone; set by `check`."""
 
     def rest(self, head: bytes) -> int:
-        """How many bytes follow the answer's head. Raises AuthError for a claim that is too long."""
+        """Returns how many bytes follow the answer's head. Raises AuthError for a claim that is too long."""
         (size,) = struct.unpack("!H", head[NONCE:])
         if size > MAX_CLAIM:
             raise AuthError(f"a claim of {size} bytes is longer than {MAX_CLAIM}")
         return int(size) + MAC
 
     def check(self, head: bytes, rest: bytes) -> tuple[bytes, bytes]:
-        """(claim, proof to send back). Raises AuthError when the other end does not know the secret."""
+        """Returns (claim, proof to send back). Raises AuthError when the other end does not know the secret."""
         other, claim, proof = head[:NONCE], rest[:-MAC], rest[-MAC:]
         if not equal(proof, mac(self._secret, b"connector", self._nonce, other, claim)):
             raise AuthError("the other end does not know this job's secret")
@@ -90,7 +90,7 @@ class Connector:
         self._data, self._answered = b"", False
 
     def advance(self, sock: socket.socket) -> bool:
-        """The next part of it on a readable socket that doesn't block; True when the acceptor has proved itself.
+        """Reads on from a socket that doesn't block; returns True when the acceptor has proved itself.
 
         Raises OSError, HandshakeEnded and AuthError.
         """
@@ -107,7 +107,7 @@ class Connector:
         return False
 
     def answer(self, hello: bytes) -> bytes:
-        """What to send. Raises AuthError when the other end speaks another protocol."""
+        """Returns what to send. Raises AuthError when the other end speaks another protocol."""
         if hello[: len(MAGIC)] != MAGIC:
             raise AuthError("the other end does not speak this protocol")
         other = hello[len(MAGIC) :]

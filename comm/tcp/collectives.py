@@ -40,7 +40,7 @@ class CheckedSum:
 
 
 def shards(count: int, size: int) -> list[tuple[int, int]]:
-    """[start, end) of each rank's shard of `count` elements: equal but for the last ones, aligned to 16 elements."""
+    """Cuts `count` elements in a shard [start, end) for each rank: equal but for the last ones, aligned to 16 elements."""
     each = -(-count // size)
     each = -(-each // _ALIGN) * _ALIGN
     return [(min(i * each, count), min((i + 1) * each, count)) for i in range(size)]
@@ -103,8 +103,10 @@ def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor], tag: int 
 
 @recorded
 def broadcast(transport: TcpTransport, tensor: torch.Tensor, root: int) -> None:
-    """Rank `root`'s values on every rank. Large tensors go out in shards that the receivers pass on to each other, so
-    that the root sends its bytes only once."""
+    """Copies rank `root`'s values to every rank.
+
+    Large tensors go out in shards that the receivers pass on to each other, so that the root sends its bytes only once.
+    """
     if transport.size == 1 or not tensor.numel():
         return
     flat = tensor.view(-1)
@@ -175,14 +177,14 @@ class DirectSum:
         self.peers = [(self.rank + i) % self.size for i in range(1, self.size)]
 
     def digest(self, checks: Sequence[int]) -> str:
-        """One word for all chunks of the result, in the order of their bytes."""
+        """Returns one word for all chunks of the result, in the order of their bytes."""
         if not self.checked:
             return ""
         packed = b"".join(check.to_bytes(8, "big") for check in checks)
         return hashlib.blake2b(packed, digest_size=16).hexdigest()
 
     def whole(self, flat: torch.Tensor, out: torch.Tensor) -> CheckedSum:
-        """Everybody's whole vector to everybody."""
+        """Sends everybody's whole vector to everybody."""
         room = torch.empty((self.size, flat.numel()), dtype=flat.dtype)
         room[self.rank] = flat
         receives = {p: self.transport.recv_bytes(p, bytes_of(room[p]), self._whole) for p in self.peers}
@@ -199,7 +201,7 @@ class DirectSum:
     def sharded(
         self, flat: torch.Tensor, out: torch.Tensor, cuts: Sequence[tuple[int, int]], *, gather: bool
     ) -> CheckedSum:
-        """Reduce-scatter by chunks; with `gather` each summed chunk goes to everybody at once.
+        """Sums by chunks, each at its owner; with `gather` each summed chunk goes to everybody at once.
 
         cuts: by rank, [start, end) of what it sums. `out` may be `flat` itself (`gather`), or this rank's range of it.
         """
@@ -296,7 +298,7 @@ class DirectSum:
             torch.add(first, value, out=total if value is not values[-1] else out)
 
     def _join(self, masks: dict[int, int]) -> int:
-        """The union of the contributors; each peer may only have contributed itself."""
+        """Returns the union of the contributors; each peer may only have contributed itself."""
         union = self.mine
         for peer, mask in masks.items():
             if mask not in (0, 1 << peer):

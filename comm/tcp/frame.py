@@ -56,7 +56,7 @@ class Frame:
 
 
 def unpack(header: bytes | bytearray, epoch: int) -> Frame:
-    """The header's frame. Raises FrameError for foreign bytes, another epoch and impossible sizes."""
+    """Reads a header. Raises FrameError for foreign bytes, another epoch and impossible sizes."""
     magic, its_epoch, tag, sequence, size, offset, total, check, mask = _HEADER.unpack(header)
     if magic != _MAGIC:
         raise FrameError("bytes that are no frame")
@@ -68,7 +68,7 @@ def unpack(header: bytes | bytearray, epoch: int) -> Frame:
 
 
 def checksum(view: memoryview) -> int:
-    """Sum of the 8-byte words modulo 2**64 (and of the bytes at the end); never 0, which means unchecked.
+    """Sums the 8-byte words modulo 2**64 (and of the bytes at the end); never 0, which means unchecked.
 
     Any single changed bit or byte changes it. It guards against accidents, not against attackers.
     """
@@ -80,7 +80,7 @@ def checksum(view: memoryview) -> int:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of any dtype. Raises ValueError for others."""
+    """Returns the memory of a contiguous CPU tensor of any dtype. Raises ValueError for others."""
     if not tensor.is_contiguous():
         raise ValueError(f"a tensor must be contiguous to be sent or received, got strides {tensor.stride()}")
     if tensor.device.type != "cpu":

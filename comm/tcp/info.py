@@ -53,7 +53,7 @@ def tcp_info(sock: socket.socket) -> TcpInfo:
 
 
 def together(infos: Iterable[TcpInfo]) -> TcpInfo:
-    """Of parallel connections: counts added, times of the busiest one."""
+    """Combines parallel connections: counts added, times of the busiest one."""
     every = list(infos)
     busiest = max(every, key=lambda info: info.busy, default=TcpInfo())
     return TcpInfo(

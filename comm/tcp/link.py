@@ -43,7 +43,20 @@ class Message:
         return True
 
 
-class Outbox:
+class LinkScheduler(Protocol):
+    """Decides which of the connections to one peer takes which message."""
+
+    def __bool__(self) -> bool:
+        """Tells whether any message waits."""
+
+    def put(self, message: Message) -> None:
+        """Takes a message over."""
+
+    def outbox(self, place: int) -> Outbox:
+        """Returns where a connection, by its place among the peer's, takes what it sends next."""
+
+
+class Outbox(LinkScheduler):
     """Messages to one peer in order. Each connection takes the next piece when it has sent its last.
 
     So fast connections carry more: two NICs of unequal rate, or one slow TCP flow among several, balance themselves.
@@ -59,8 +72,11 @@ class Outbox:
     def put(self, message: Message) -> None:
         self._queue.append(message)
 
+    def outbox(self, place: int) -> Outbox:
+        return self
+
     def take(self) -> tuple[Message, memoryview, bytes] | None:
-        """(message, piece of its bytes, header), or None when nothing waits."""
+        """Returns (message, piece of its bytes, header), or None when nothing waits."""
         if not self._queue:
             return None
         message = self._queue[0]
@@ -85,21 +101,22 @@ class Inbox(Protocol):
     """Where arriving messages belong."""
 
     def match(self, frame: Frame) -> Message | None:
-        """The receive that this frame belongs to; None when it is not posted yet."""
+        """Returns the receive that this frame belongs to; None when it is not posted yet."""
 
     def finished(self, message: Message) -> None:
-        """The last byte of this message has come or gone."""
+        """Takes note that the last byte of this message has come or gone."""
 
 
 class Link:
     """A non-blocking connection. Not thread-safe; the transport's lock guards it."""
 
-    def __init__(self, sock: socket.socket, peer: int, epoch: int) -> None:
+    def __init__(self, sock: socket.socket, peer: int, epoch: int, place: int = 0) -> None:
+        """`place`: among the connections to this peer."""
         sock.setblocking(False)
         if sock.getsockname()[0] == sock.getpeername()[0]:
             # same host: what fits in the caches is copied twice as fast; between hosts the kernel sizes the buffer
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_BUFFER)
-        self.sock, self.peer, self._epoch = sock, peer, epoch
+        self.sock, self.peer, self.place, self._epoch = sock, peer, place, epoch
         self.fd = sock.fileno()
         self.parked: Frame | None = None
         """The frame whose receive is not posted; nothing is read before it is."""

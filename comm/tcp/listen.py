@@ -80,7 +80,7 @@ class Listener:
     """Accepts in a thread of its own until `close`. `addresses`: where peers reach this process, (host, port) each."""
 
     def __init__(self, secret: bytes, hosts: Sequence[str] = ("127.0.0.1",), ports: Sequence[int] = ()) -> None:
-        """One socket per host address of this machine; port 0 (the default) takes a free one.
+        """Opens one socket per host address of this machine; port 0 (the default) takes a free one.
 
         Raises OSError when an address cannot be bound.
         """
@@ -114,7 +114,7 @@ class Listener:
             self._heard[group, epoch] = heard
 
     def take(self, group: str, epoch: int) -> dict[tuple[int, int], socket.socket]:
-        """The connections that have come for this epoch since the last call, by (rank, link)."""
+        """Returns the connections that have come for this epoch since the last call, by (rank, link)."""
         with self._lock:
             return self._ready.pop((group, epoch), {})
 

@@ -79,13 +79,13 @@ class Records:
         """Nanoseconds in operations that have been left."""
 
     def enter(self, name: str) -> None:
-        """An operation begins; one at a time."""
+        """Takes note that an operation begins; one at a time."""
         self.name = name
         self.since = time.monotonic_ns()
         self.entered += 1
 
     def exit(self) -> None:
-        """It has ended, in order or not."""
+        """Takes note that it has ended, in order or not."""
         now = time.monotonic_ns()
         self._ring[self.finished % len(self._ring)] = (self.name, self.since, now, self._cells[:])
         self.inside += now - self.since
@@ -105,7 +105,7 @@ class Records:
             self.exit()
 
     def waited(self, peer: int, incoming: bool, began: int, flow: int) -> None:
-        """Somebody was blocked since `began` on a message from (or to) the peer, whose flow was `flow` then."""
+        """Counts that somebody was blocked since `began` on a message from (or to) the peer, whose flow was `flow` then."""
         now = time.monotonic_ns()
         spent = now - began
         if not incoming:
@@ -117,7 +117,7 @@ class Records:
             self._cells[self._late + peer] += late
 
     def flow(self, peer: int, now: int) -> int:
-        """Nanoseconds in which a message of the peer was arriving; of parallel connections the mean."""
+        """Returns the nanoseconds in which a message of the peer was arriving; of parallel connections the mean."""
         links, total = self._links[peer], self._cells[self._flow + peer]
         for link in links:
             if link.flowing:
@@ -125,11 +125,11 @@ class Records:
         return total // len(links) if len(links) > 1 else total
 
     def counts(self, now: int) -> Counts:
-        """Everything so far. `now`: time.monotonic_ns()."""
+        """Returns everything so far. `now`: time.monotonic_ns()."""
         return self._counts(self._cells)._replace(flow=tuple(self.flow(peer, now) for peer in range(self._size)))
 
     def operations(self) -> list[Operation]:
-        """The last ones in order; the oldest of a full ring only serves as the base of the next."""
+        """Returns the last ones in order; the oldest of a full ring only serves as the base of the next."""
         keep, last = len(self._ring), self.finished
         first = max(0, last - keep)
         base, found = [0] * len(self._cells), []
@@ -152,7 +152,7 @@ class Records:
         return counts._replace(flow=tuple(ns // max(1, len(links)) for ns, links in flow))
 
     def connections(self) -> dict[int, TcpInfo]:
-        """By peer, what the kernel knows now; without those that are closed."""
+        """Returns, by peer, what the kernel knows now; without those that are closed."""
         found = {}
         for peer, links in enumerate(self._links):
             with suppress(OSError):
@@ -164,7 +164,7 @@ class Records:
 def recorded(
     act: Callable[Concatenate[TcpTransport, P], T],
 ) -> Callable[Concatenate[TcpTransport, P], T]:
-    """A collective that keeps a record of each call. One within another is part of it."""
+    """Makes a collective keep a record of each call. One within another is part of it."""
 
     @wraps(act)
     def call(transport: TcpTransport, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -26,7 +26,7 @@ _PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("buil
 
 
 def digest_of(state: Any) -> str:
-    """Equal for equal states: members that start with the same one need no copy of it."""
+    """Returns a digest that is equal for equal states: members that start with the same one need no copy of it."""
     head, tensors = pack(state)
     told = hashlib.blake2b(head, digest_size=16)
     for tensor in tensors:
@@ -36,7 +36,7 @@ def digest_of(state: Any) -> str:
 
 
 def pack(state: Any) -> tuple[bytes, list[torch.Tensor]]:
-    """The state without its tensors, and its tensors (contiguous, each once)."""
+    """Returns the state without its tensors, and its tensors (contiguous, each once)."""
     tensors: list[torch.Tensor] = []
     places: dict[int, int] = {}
 
@@ -55,7 +55,7 @@ def pack(state: Any) -> tuple[bytes, list[torch.Tensor]]:
 
 
 def unpack(head: bytes) -> tuple[Any, list[torch.Tensor]]:
-    """The state with room in place of its tensors, and that room in order. Raises pickle.UnpicklingError."""
+    """Returns the state with room in place of its tensors, and that room in order. Raises pickle.UnpicklingError."""
     rooms: dict[int, torch.Tensor] = {}
 
     class Unpacker(pickle.Unpickler):
@@ -85,7 +85,7 @@ def send_state(transport: TcpTransport, rank: int, head: bytes, tensors: Sequenc
 
 
 def receive_state(transport: TcpTransport, source: int) -> Any:
-    """A state that rank `source` sends. Raises GroupAborted."""
+    """Receives a state that rank `source` sends. Raises GroupAborted."""
     size = torch.empty(1, dtype=torch.int64)
     transport.recv(source, size, Tag.STATE).wait()
     head = torch.empty(int(size), dtype=torch.uint8)

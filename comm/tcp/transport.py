@@ -20,7 +20,7 @@ import torch
 from heteromesh.comm.interfaces import Work
 from heteromesh.comm.tcp.abort import Abort, GroupAborted
 from heteromesh.comm.tcp.frame import Frame, bytes_of
-from heteromesh.comm.tcp.link import Link, Message, Outbox
+from heteromesh.comm.tcp.link import Link, LinkScheduler, Message, Outbox
 from heteromesh.comm.tcp.records import Records
 
 _READ = select.EPOLLIN | select.EPOLLRDHUP
@@ -39,7 +39,7 @@ class TcpWork(Work):
 
     @property
     def check(self) -> int:
-        """Sum of the checksums of a received message's pieces; 0 when it was not checked."""
+        """The sum of the checksums of a received message's pieces; 0 when it was not checked."""
         return self._message.check
 
     def wait(self) -> int:
@@ -52,9 +52,8 @@ class TcpWork(Work):
 class _Peer:
     """What there is to know of one other rank."""
 
-    def __init__(self, epoch: int, piece: int, links: Sequence[Link]) -> None:
-        self.links = links
-        self.outbox = Outbox(epoch, piece)
+    def __init__(self, links: Sequence[Link], scheduler: LinkScheduler) -> None:
+        self.links, self.scheduler = links, scheduler
         self.sent: defaultdict[int, int] = defaultdict(int)
         self.posted: defaultdict[int, int] = defaultdict(int)
         self.receives: dict[tuple[int, int], Message] = {}
@@ -87,8 +86,10 @@ class TcpTransport:
         sockets: Mapping[int, Sequence[socket.socket]],
         abort: Abort,
         piece: int = 1 << 20,
+        schedulers: Mapping[int, LinkScheduler] | None = None,
     ) -> None:
-        """`sockets`: one or more per other rank. `piece`: bytes that one of several connections takes at a time."""
+        """`sockets`: one or more per other rank. `piece`: bytes that one of several connections takes at a time, where
+        there are no `schedulers` for the peers' connections."""
         self.rank, self.size, self.epoch = rank, size, epoch
         self.abort = abort
         self._lock = threading.Lock()
@@ -103,9 +104,9 @@ class TcpTransport:
         self.moved = 0
         """Turns in which bytes moved: the sign of life of an operation under way."""
         for peer, ends in sockets.items():
-            links = [Link(end, peer, epoch) for end in ends]
+            links = [Link(end, peer, epoch, place) for place, end in enumerate(ends)]
             whole = piece if len(links) > 1 else 1 << 31
-            self._peers[peer] = _Peer(epoch, whole, links)
+            self._peers[peer] = _Peer(links, schedulers[peer] if schedulers else Outbox(epoch, whole))
             for link in links:
                 self._links[link.fd] = link
                 self._poll.register(link.fd, _READ)
@@ -131,16 +132,16 @@ class TcpTransport:
         check: int = 0,
         keep: torch.Tensor | None = None,
     ) -> TcpWork:
-        """As `send`, with the contributor mask that goes along and, when `checked`, a checksum (given or computed)."""
+        """Does what `send` does, with a contributor mask and, when `checked`, a checksum (given or computed)."""
         self._check_peer(peer, view)
         with self._guarded():
             end = self._peers[peer]
             message = Message(view, tag, end.sent[tag], mask, checked, check)
             end.sent[tag] += 1
-            end.outbox.put(message)
+            end.scheduler.put(message)
             self._check_alive(end)
             for link in end.links:
-                if link.fd not in self._writing and end.outbox:
+                if link.fd not in self._writing and end.scheduler:
                     self._flush(link, end)
         return TcpWork(self, message, peer, keep)
 
@@ -186,12 +187,12 @@ class TcpTransport:
                     self._turned.notify_all()
 
     def stalled_on(self) -> tuple[int, ...]:
-        """The ranks whose bytes (either way) somebody waits for now; read without the lock, for diagnosis."""
+        """Returns the ranks whose bytes (either way) somebody waits for now; read without the lock, for diagnosis."""
         waiting = [end for _, end in list(self._waiting)]
         return tuple(sorted(peer for peer, end in self._peers.items() if end in waiting))
 
     def links_to(self, peer: int) -> Sequence[Link]:
-        """The connections with one rank."""
+        """Returns the connections with one rank."""
         return self._peers[peer].links
 
     def close(self) -> None:
@@ -237,7 +238,7 @@ class TcpTransport:
             self._followers -= 1
 
     def _drive(self) -> None:
-        """One turn: wait for events without the lock, then move bytes with it."""
+        """Takes one turn: waits for events without the lock, then moves bytes with it."""
         for message, end in self._waiting:
             if not message.done:
                 self._absorb(end)
@@ -284,17 +285,13 @@ class TcpTransport:
 
     def _flush(self, link: Link, end: _Peer) -> None:
         try:
-            more = link.flush(self._outbox(link, end), end)
+            more = link.flush(end.scheduler.outbox(link.place), end)
         except OSError as error:
             self._lost(link, str(error))
             return
         if more != (link.fd in self._writing):
             (self._writing.add if more else self._writing.discard)(link.fd)
             self._interest(link)
-
-    def _outbox(self, link: Link, end: _Peer) -> Outbox:
-        """Where the connection takes what it sends."""
-        return end.outbox
 
     def _interest(self, link: Link) -> None:
         what = (0 if link.parked is not None or link.ended else _READ) | (
@@ -304,11 +301,11 @@ class TcpTransport:
             self._poll.modify(link.fd, what)
 
     def _ended(self, link: Link, end: _Peer) -> None:
-        """A peer that has left in order may close first; it is lost when something of it is still due."""
+        """Lets a peer that has left in order close first; it is lost when something of it is still due."""
         others = [other for other in end.links if not other.ended]
         if others:
             self._interest(link)
-        elif end.receives or end.outbox or link.fd in self._writing:
+        elif end.receives or end.scheduler or link.fd in self._writing:
             self._lost(link, "connection closed by peer")
         else:
             self._poll.unregister(link.fd)
@@ -359,7 +356,7 @@ class TcpTransport:
                 self._try_resume(link, end)
 
     def _adopt(self, end: _Peer, key: tuple[int, int], early: Message, view: memoryview) -> Message:
-        """The receive of a message that has come, or is coming, before it."""
+        """Posts the receive of a message that has come, or is coming, before it."""
         if len(early.view) != len(view):
             raise ValueError(
                 f"message {early.sequence} with tag {early.tag} has {len(early.view)} bytes, "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as functional
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.layout import Layout, layout_of
@@ -104,7 +104,7 @@ def linear_attention(
     fading = _check_linear(q, k, v, decay, causal)
     context = _ACTIVE.get()
     if context is None:
-        queries, keys, values = (x.to(wide_dtype(x.dtype)) for x in (q, k, v))
+        queries, keys, values = (x.to(accumulation_dtype(x.dtype)) for x in (q, k, v))
         out = chunked(queries, keys, values, fading) if causal else queries @ (keys.transpose(-1, -2) @ values)
         return out.to(q.dtype)
     _check_tokens(context, q)

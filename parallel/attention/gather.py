@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.kernels.block import merge_into
 from heteromesh.parallel.attention.kernels.tiled import (
@@ -88,7 +88,7 @@ class _GatherAttention(torch.autograd.Function):
         transfer.wait()
         remote = side.sort(parts) if parts else kv[:0]
         if parts:
-            wide = out.to(wide_dtype(out.dtype))
+            wide = out.to(accumulation_dtype(out.dtype))
             keys, values = remote.chunk(2, 1)
             for t in side.remote_tiles:
                 merge_into(wide[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, keys, values, t, scale))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.methods import check_tensors
 from heteromesh.parallel.attention.shape_check import Agreement
@@ -150,13 +150,13 @@ class _Local:
         self._own, self._decay, self._causal = own, decay, causal
         self._parts = [self.split(x) for x in (q, k, v)]
         self.empty = torch.empty(
-            q.shape[1], q.shape[3], v.shape[3], dtype=wide_dtype(q.dtype), device=q.device
+            q.shape[1], q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype), device=q.device
         )  # of one state
         self._rates = _log(decay, self.empty)
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """(1, H, n, d) cut into segments."""
-        return list(x[0].to(wide_dtype(x.dtype)).split([len(s) for s in self._own], 1)) if self._own else []
+        return list(x[0].to(accumulation_dtype(x.dtype)).split([len(s) for s in self._own], 1)) if self._own else []
 
     def operands(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v of a segment."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.kernels.block import merge_into
 from heteromesh.parallel.attention.kernels.tiled import (
@@ -77,7 +77,7 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scale: float, causal: bool
     ) -> torch.Tensor:
         q, kv = rows(q), torch.cat([rows(k), rows(v)], 1)
-        out = torch.empty(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
+        out = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         lse = out.new_empty(q.shape[:2])
 
         def visit(block: Block) -> Tensors:
@@ -103,8 +103,8 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         q, kv, out, lse = ctx.saved_tensors
         ring, grad = ctx.ring, rows(grads[0])
-        dq = torch.zeros(q.shape, dtype=wide_dtype(q.dtype), device=q.device)
-        dkv = torch.zeros(kv.shape, dtype=wide_dtype(q.dtype), device=q.device)
+        dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        dkv = torch.zeros(kv.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
 
         def visit(block: Block) -> Tensors:
             keys, values = block.tensors[0].chunk(2, 1)

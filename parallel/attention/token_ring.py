@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.parallel.attention.kernels.block import merge_into
 from heteromesh.parallel.attention.kernels.tiled import backward_tile, default_scale, forward_tiles, heads_first
 from heteromesh.parallel.attention.kernels.tiled import rows_first as rows
@@ -40,7 +40,7 @@ class _TokenRingAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scale: float, causal: bool
     ) -> torch.Tensor:
         q, k, v = rows(q), rows(k), rows(v)
-        wide = wide_dtype(q.dtype)
+        wide = accumulation_dtype(q.dtype)
         out = torch.empty(q.shape, dtype=wide, device=q.device)
         lse = out.new_empty(q.shape[:2])
 

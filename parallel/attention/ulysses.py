@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.kernels.tiled import heads_first, tile_attention
 from heteromesh.parallel.attention.kernels.tiles import Tile
@@ -130,7 +130,7 @@ def _joined_keys(parts: Sequence[torch.Tensor], shares: Sequence[HeadShare], kv_
     """The gradients of all key heads; one that several ranks had is summed in rank order."""
     if sum(s.keys for s in shares) == kv_heads:
         return torch.cat(list(parts), 1)
-    total = parts[0].new_zeros(len(parts[0]), kv_heads, parts[0].shape[2], dtype=wide_dtype(parts[0].dtype))
+    total = parts[0].new_zeros(len(parts[0]), kv_heads, parts[0].shape[2], dtype=accumulation_dtype(parts[0].dtype))
     for part, share in zip(parts, shares, strict=True):
         total[:, share.first_key : share.last_key] += part
     return total.to(parts[0].dtype)

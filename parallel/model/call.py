@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
-from heteromesh.comm.dtypes import wide
+from heteromesh.comm.dtypes import in_accumulation_dtype
 
 IGNORED = -100
 """Label of a token that has nothing to predict (PyTorch's default ignore_index)."""
@@ -35,8 +35,8 @@ class ModelCall:
     def losses(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Per-token losses (n,), in float32 at least, 0 where the label is IGNORED; positions and labels (1, n)."""
         if self._takes_targets:
-            losses = wide(self.output(x, positions, targets=labels)).view(-1)
+            losses = in_accumulation_dtype(self.output(x, positions, targets=labels)).view(-1)
         else:
-            logits = wide(self.output(x, positions)).flatten(0, 1)
+            logits = in_accumulation_dtype(self.output(x, positions)).flatten(0, 1)
             losses = functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.masked_fill(labels.view(-1) == IGNORED, 0.0)

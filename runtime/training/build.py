@@ -31,7 +31,7 @@ from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.passes import StepExecutor
-from heteromesh.runtime.network.nics import open_card_collectives
+from heteromesh.runtime.network.nics import open_nic_collectives
 from heteromesh.runtime.probe.model.known import known_costs
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.process.peers import SILENCE_SECONDS
@@ -119,9 +119,9 @@ def find_collectives(
 ) -> Iterator[Collectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
-    Where hosts are described with several Ethernet cards and all can be used, over all of them
+    Where hosts are described with several Ethernet NICs and all can be used, over all of them
     (runtime/network/nics.py). None in a world of one rank. Raises UserError when the optimizer is to be sharded and
-    can't be, or its state fits nowhere, and where the user named cards that can't be used.
+    can't be, or its state fits nowhere, and where the user named NICs that can't be used.
     """
     if world.size == 1:
         yield None
@@ -133,9 +133,9 @@ def find_collectives(
         yield TorchCollectives(world.gradients, fractions)
         return
     # the watch of the peers is to be the first to see that a host is silent: its sentence says more
-    over_cards = open_card_collectives(world, cluster, limits, 1.5 * min(SILENCE_SECONDS, config.timeout_seconds))
-    if over_cards is not None:
-        with _closing(over_cards, world) as collectives:
+    over_nics = open_nic_collectives(world, cluster, limits, 1.5 * min(SILENCE_SECONDS, config.timeout_seconds))
+    if over_nics is not None:
+        with _closing(over_nics, world) as collectives:
             yield collectives
         return
     assert world.gradients
@@ -158,8 +158,8 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
         if isinstance(error, GroupAborted):
             # the watch of the peers, if it saw who is gone, says so instead
             sentence = (
-                f"the connections over all cards of the hosts failed ({error}): look at the other ranks' output and at "
-                "each card and its cable, then start the run again (resume=True continues at the last checkpoint)"
+                f"the connections over all NICs of the hosts failed ({error}): look at the other ranks' output and at "
+                "each NIC and its cable, then start the run again (resume=True continues at the last checkpoint)"
             )
             raise PeerLost(sentence).with_traceback(error.__traceback__) from error
         raise

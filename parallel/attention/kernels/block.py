@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.parallel.attention.kernels.flash import DTYPES, FLASH, Kernel, Kind, checked
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ def _cpu_backward(
 
 def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """(B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
-    wide = wide_dtype(q.dtype)
+    wide = accumulation_dtype(q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(wide)) * scale
     if causal:

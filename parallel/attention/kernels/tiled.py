@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.dtypes import wide_dtype
+from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.parallel.attention.kernels.block import backward_block, forward_block, merge_into
 from heteromesh.parallel.attention.kernels.tiles import Rows, covers_once
 from heteromesh.parallel.attention.kernels.tiles import Tile as Tile
@@ -41,7 +41,7 @@ class RowSum:
         self.total = (
             torch.empty(like.shape, dtype=like.dtype, device=like.device)
             if self._once
-            else torch.zeros(like.shape, dtype=wide_dtype(like.dtype), device=like.device)
+            else torch.zeros(like.shape, dtype=accumulation_dtype(like.dtype), device=like.device)
         )
 
     def add(self, rows: Rows, *parts: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ def forward_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse), rows first. Every row must be in some tile; two tiles share all of their query rows or none."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=wide_dtype(q.dtype), device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
     for (first, last), group in _by_rows(tiles).items():
         part, part_lse = forward_tile(q, k, v, group[0], scale)
         if len(group) > 1:

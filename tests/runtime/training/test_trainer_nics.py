@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from nic_bytes import nic_bytes
 
 import heteromesh as hm
-from heteromesh.comm.nics.transport import NicTransport
+from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World as OwnWorld
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
@@ -69,13 +70,13 @@ def train(world: World, cluster: Path, folder: Path, names: str, changes: dict[s
         count = described.hosts[host].nics[0].count
         os.environ[nics.NICS_VARIABLE] = ",".join(names.format(host, card + 1) for card in range(count))
     used: list[tuple[int, ...]] = []
-    close = NicTransport.close
+    close = TcpTransport.close
 
-    def closing(transport: NicTransport) -> None:
-        used.append(transport.card_bytes())
+    def closing(transport: TcpTransport) -> None:
+        used.append(nic_bytes(transport, described.rank_hosts))
         close(transport)
 
-    NicTransport.close = closing  # type: ignore[method-assign]  # this process ends with the test
+    TcpTransport.close = closing  # type: ignore[method-assign]  # this process ends with the test
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         trainer = make_trainer(cluster, folder, **changes)
@@ -127,7 +128,7 @@ def train_or_refuse(world: World, cluster: Path, folder: Path, names: str) -> st
     [
         ("127.0.0.1,nosuch7", "HETEROMESH_NICS on host 'h0' names 'nosuch7', which is no interface there"),
         ("127.0.0.1,192.0.2.77", "HETEROMESH_NICS on host 'h0' names '192.0.2.77', which is no interface there"),
-        ("127.0.0.1", "HETEROMESH_NICS on host 'h0' is '127.0.0.1' and the cluster file describes 2 Ethernet cards"),
+        ("127.0.0.1", "HETEROMESH_NICS on host 'h0' is '127.0.0.1' and the cluster file describes 2 Ethernet NICs"),
         ("127.0.0.1,127.0.0.1", "name each once, in the file's order, or describe others"),
     ],
 )
@@ -145,9 +146,9 @@ def test_cards_that_nobody_named_and_that_are_not_there_are_told_once_and_left_a
     assert first[1] == second[1]
     assert second[3] == ""
     assert first[3].count("\n") == 1
-    start = "heteromesh: gradients are summed over one card of each host: the cluster file describes 7 Ethernet cards"
+    start = "heteromesh: gradients are summed over one NIC of each host: the cluster file describes 7 Ethernet NICs"
     assert first[3].startswith(start)
-    assert first[3].rstrip().endswith("set HETEROMESH_NICS on it to the cards' names, as in eth0,eth1")
+    assert first[3].rstrip().endswith("set HETEROMESH_NICS on it to the NICs' names, as in eth0,eth1")
 
 
 def test_one_rank_needs_no_cards(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_the_kernel_says_by_which_interface_packets_leave() -> None:
 def test_cards_by_which_packets_do_not_leave_are_named(tmp_path: Path) -> None:
     cluster = load_cluster(write_cluster(tmp_path, (1, 1), (1, 1)))
     own, other = (
-        nics.Cards(interfaces=(Interface(name=name, address=address, prefix=8, mbit=None),))
+        nics.HostNics(interfaces=(Interface(name=name, address=address, prefix=8, mbit=None),))
         for name, address in (("eth7", "127.0.0.1"), ("lo", "127.0.0.2"))
     )
     problem = nics._wrong_way(cluster, 0, [own, other])
@@ -198,7 +199,7 @@ def test_more_connections_than_files_may_be_opened_are_not_tried(monkeypatch: py
     world = OwnWorld(rank=3, size=10)
     monkeypatch.setattr(nics.resource, "getrlimit", lambda _: (1024, 1024))
     assert nics._too_many(world, [2, 2]) == ""
-    assert "rank 3 may open 1024 files and all cards take 576 connections" in nics._too_many(world, [8, 1])
+    assert "rank 3 may open 1024 files and all NICs take 576 connections" in nics._too_many(world, [8, 1])
 
 
 def train_until_one_leaves(world: World, cluster: Path, folder: Path) -> str:
@@ -236,14 +237,14 @@ test_trainer_nics.run_in_sandbox(test_trainer_nics.Path({cluster!r}), test_train
 
 def run_in_sandbox(cluster: Path, folder: Path, steps: int) -> None:
     """Says whether all cards are used, trains, and says which peers were lost."""
-    found = build.open_card_collectives
+    found = build.open_nic_collectives
 
     def opened(*args: Any) -> Any:
         collectives = found(*args)
         print("over all cards" if collectives else "over one card", flush=True)
         return collectives
 
-    build.open_card_collectives = opened
+    build.open_nic_collectives = opened
     try:
         make_trainer(cluster, folder, max_steps=steps, checkpoint_every=1, timeout_seconds=4.0).fit()
     except PeerLost as lost:
@@ -285,7 +286,7 @@ def test_sandbox_hosts_use_all_cards_tell_a_cut_one_and_a_missing_rule(tmp_path:
             assert "over all cards" in text
             assert "lost: " in text
             assert "resume=True" in text
-        assert any("lost: the connections over all cards of the hosts failed" in text for text in ended), ended
+        assert any("lost: the connections over all NICs of the hosts failed" in text for text in ended), ended
         assert time.monotonic() - began < 15
         sandbox.hosts[1].plug("eth1")
         second = sandbox.hosts[1].interfaces[1].address
