@@ -40,7 +40,7 @@ class CheckedSum:
 
 
 def shards(count: int, size: int) -> list[tuple[int, int]]:
-    """Cuts `count` elements in a shard [start, end) for each rank: equal but for the last ones, aligned to 16 elements."""
+    """Cuts `count` elements in a shard [start, end) for each rank, equal but for the last ones, aligned to 16."""
     each = -(-count // size)
     each = -(-each // _ALIGN) * _ALIGN
     return [(min(i * each, count), min((i + 1) * each, count)) for i in range(size)]

@@ -105,7 +105,7 @@ class Records:
             self.exit()
 
     def waited(self, peer: int, incoming: bool, began: int, flow: int) -> None:
-        """Counts that somebody was blocked since `began` on a message from (or to) the peer, whose flow was `flow` then."""
+        """Counts time blocked since `began` on a message from (or to) the peer, whose flow was `flow` then."""
         now = time.monotonic_ns()
         spent = now - began
         if not incoming:
