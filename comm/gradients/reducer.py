@@ -107,10 +107,11 @@ class GradientReducer(GradientExchange):
         self._step, self._world, self._attempt = step, world, _Attempt()
 
     def held(self) -> Held:
-        return self._ledger.held()
+        return self._ledger.held() if self._keep else {}
 
     def settle(self, held: Mapping[int, Held]) -> None:
-        self._ledger.settle(held)
+        if self._keep:
+            self._ledger.settle(held)
 
     @contextmanager
     def share(self, members: Members, sequences: Sequence[int]) -> Iterator[Share]:
