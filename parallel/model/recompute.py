@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from heteromesh.parallel.attention.api import active_pass
+from heteromesh.parallel.attention.api import PassContext, active_pass
+from heteromesh.parallel.model.draws import Draws, active_draws
 
 
 def recompute_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -29,6 +30,12 @@ def keep_activations(layers: Iterable[nn.Module]) -> None:
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     # the recomputation may run on another thread of autograd, which does not know the pass, and after the forwards of
-    # other passes
-    current = active_pass()
-    return nullcontext(), current.active() if current else nullcontext()
+    # other passes; its dropouts draw what they drew in the forward that is about to begin
+    current, draws = active_pass(), active_draws()
+    return nullcontext(), _repeated(current, draws.again() if draws else None)
+
+
+@contextmanager
+def _repeated(context: PassContext | None, draws: Draws | None) -> Iterator[None]:
+    with context.active() if context else nullcontext(), draws.again().active() if draws else nullcontext():
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,10 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.layout import layout_of
 from heteromesh.parallel.model.call import ModelCall
+from heteromesh.parallel.model.draws import token_places
+from heteromesh.parallel.model.layers import outermost_layers
 from heteromesh.parallel.model.offload import offload
+from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.parallel.model.recompute import keep_activations, recompute_layers
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.work.reader import PassInput
@@ -67,8 +70,8 @@ class StepExecutor:
 
     `model(input_ids, position_ids)` returns logits (1, n, vocab), as a tensor or in `.logits`; or, if it takes
     `targets`, per-token losses (1, n). `autocast`: a dtype for torch.autocast. `speeds`: of every world rank, as the
-    planner had them (they decide which rank works on how many heads). `collectives`: what gradients are summed with;
-    without it torch's own. A `ShardedOptimizer` takes over `gradients`.
+    planner had them (they decide which rank works on how many heads). `seed`: of dropouts and the like. `collectives`:
+    what gradients are summed with; without it torch's own. A `ShardedOptimizer` takes over `gradients`.
     """
 
     def __init__(
@@ -77,22 +80,25 @@ class StepExecutor:
         world: World,
         *,
         speeds: Sequence[float] = (),
+        seed: int = 0,
         autocast: torch.dtype | None = None,
         checkpoint_activations: bool = False,
         collectives: Collectives | None = None,
     ) -> None:
         self.model, self.world = model, world
         self.speeds = tuple(speeds) or (1.0,) * world.size
-        self._autocast = autocast
+        self._autocast, self._seed, self._number = autocast, seed, 0
+        self._randomness = PassRandomness(model)
         self._call = ModelCall(model)
         self.gradients = GradientSum(world, collectives)
         self.gradients.attach(model.parameters())
         self.forwards = 2 if checkpoint_activations else 1
         """How often a layer's forward runs in a pass."""
-        self._recomputed = recompute_layers(_outermost_layers(model)) if checkpoint_activations else []
+        self._recomputed = recompute_layers(_layers(model)) if checkpoint_activations else []
 
     def close(self) -> None:
         """Takes the executor's hooks off the model."""
+        self._randomness.close()
         self.gradients.detach()
         keep_activations(self._recomputed)
 
@@ -103,15 +109,18 @@ class StepExecutor:
         *,
         valid_tokens: int | None = None,
         votes: Sequence[float] = (),
+        number: int | None = None,
     ) -> StepResult:
         """Forward and backward of this rank's passes. Every rank of the world must call this with the same step.
 
         inputs: by position in the step (`Reader.step_inputs`). valid_tokens: of the whole step, where known; else the
-        ranks add theirs up first. votes: numbers to be summed over the ranks along with the loss. The gradients of
-        the step replace older ones.
+        ranks add theirs up first. votes: numbers to be summed over the ranks along with the loss. number: of the
+        step, which random numbers are drawn by; else the calls are counted. The gradients of the step replace older
+        ones.
         """
         if valid_tokens is None:
             valid_tokens = int(self.world.sum(torch.tensor([float(sum(p.valid for p in inputs.values()))]))[0])
+        self._number = self._number + 1 if number is None else number
         self.gradients.clear(self.model.parameters())
         mine = step.passes_of(self.world.rank)
         timer = _PassTimer(self.world)
@@ -122,10 +131,18 @@ class StepExecutor:
                 context = prepare_pass(plan, lengths, self.world, self.speeds)
                 if position == mine[-1][0]:
                     self.gradients.arm()
-                losses[position] = self.forward_backward(context, inputs[position], max(1, valid_tokens), plan.offload)
+                with self.drawing(self._number, context, plan.sequences):
+                    losses[position] = self.forward_backward(
+                        context, inputs[position], max(1, valid_tokens), plan.offload
+                    )
         with self.world.recorder.span("gradient sum, exposed", "wait"):
             self._finish_gradients(bool(mine))
         return self._result(step, losses, timer, valid_tokens, votes)
+
+    def drawing(self, number: int, context: PassContext, places: Sequence[int]) -> AbstractContextManager[None]:
+        """Draws what is random in a pass of step `number` by places[j] of its j-th sequence in the step's batch."""
+        tokens = token_places(context.layout.segments[context.member], places, self.world.device)
+        return self._randomness.during(self._seed, number, tokens)
 
     def forward_backward(
         self, context: PassContext, batch: PassInput, valid: int, offload_ratio: float = 0.0
@@ -239,11 +256,9 @@ def _slots(step: Step) -> list[tuple[int, int]]:
     return [(rank, position) for position, plan in enumerate(step.passes) for rank in plan.ranks]
 
 
-def _outermost_layers(model: nn.Module) -> list[nn.Module]:
-    """The elements of the model's outermost module lists."""
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    layers = [layer for layers in outer for layer in layers]
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers that may be recomputed. Raises UserError where there are none."""
+    layers = list(outermost_layers(model).values())
     if not layers:
         raise UserError(
             "checkpoint_activations needs a model whose layers are in an nn.ModuleList, and this one has none: "

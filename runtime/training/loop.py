@@ -91,6 +91,7 @@ class TrainingLoop:
         self.executor = StepExecutor(
             trainer.model,
             world,
+            seed=self.config.seed,
             autocast=self.config.autocast,
             checkpoint_activations=self.config.checkpoint_activations,
             collectives=stack.enter_context(find_collectives(self.config, self.cluster, trainer.optimizer, world)),
@@ -212,12 +213,13 @@ class TrainingLoop:
         """One update. `mark`: when the step before ended."""
         world, step, number = self.world, prepared.step, self.done + 1
         world.recorder.step = number
-        torch.manual_seed(hash((self.config.seed, number, world.rank)))
         waits = [0.0] * (2 * world.size)
         waits[2 * world.rank : 2 * world.rank + 2] = plan_wait, data_wait
         self.executor.speeds = prepared.correction.applied(self.costs).speeds
         start, stop = time.perf_counter(), float(self.interrupt.signal is not None)
-        result = self.executor.run(step, prepared.inputs, valid_tokens=prepared.valid_tokens, votes=[stop, *waits])
+        result = self.executor.run(
+            step, prepared.inputs, valid_tokens=prepared.valid_tokens, votes=[stop, *waits], number=number
+        )
         if result.non_finite or not math.isfinite(result.loss):
             raise UserError(self._blame(number, prepared, result))
         with world.recorder.span("optimizer", "optimizer"):

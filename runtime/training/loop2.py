@@ -62,6 +62,7 @@ class ElasticLoop:
         self.executor = StepExecutor(
             trainer.model,
             World(),
+            seed=self.config.seed,
             autocast=self.config.autocast,
             checkpoint_activations=self.config.checkpoint_activations,
         )
@@ -80,7 +81,7 @@ class ElasticLoop:
         own = OwnCosts(self.executor, trainer.reader, self.config.tokens_per_device)
         planner = ElasticPlanner(self.config.plan_seconds)
         stack.callback(planner.close)
-        self.work = StepWork(self.executor, trainer.reader, own, planner, self._create, seed=self.config.seed)
+        self.work = StepWork(self.executor, trainer.reader, own, planner, self._create)
         self.own = own
         state = digest_of(self._capture())
         self.member = Member(terms_from_environment(facts=elastic_facts(trainer), step=self.done, state=state))

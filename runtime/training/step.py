@@ -112,11 +112,9 @@ class StepWork:
         own: OwnCosts,
         planner: ElasticPlanner,
         create: Callable[[], None],
-        *,
-        seed: int,
     ) -> None:
         """`create` makes the run directory, once in the life of the job, on rank 0."""
-        self._executor, self._reader, self._own, self._planner, self._seed = executor, reader, own, planner, seed
+        self._executor, self._reader, self._own, self._planner = executor, reader, own, planner
         self._create, self._begun = create, False
         self._parameters = [p for p in executor.model.parameters() if p.requires_grad]
         self._recorder: Recorder = executor.world.recorder
@@ -202,15 +200,13 @@ class StepWork:
         places = [last.places[i] for i in item.sequences]
         members = tuple(last.members[rank] for rank in item.ranks)
         batch = self._input(world, now, item, lengths, places)
-        # dropout depends on the work, not on who does it
-        torch.manual_seed(hash((self._seed, now.number, places[0], item.ranks.index(world.rank))))
         world.recorder.take_comm_seconds()
         started, sent = time.perf_counter(), world.recorder.exchanged_bytes
         with (
             now.gradients.into(members, places) as share,
             world.recorder.span(f"pass {position} {item.method} x{len(item.ranks)}", "pass"),
         ):
-            losses = group.run(lambda _: self._forward_backward(world, now, item, lengths, batch, speeds))
+            losses = group.run(lambda _: self._forward_backward(world, now, item, places, batch, speeds))
             share.loss += float(losses.double().sum())
             share.valid += batch.valid
         took = time.perf_counter() - started
@@ -231,12 +227,13 @@ class StepWork:
         world: EpochWorld,
         now: _Current,
         item: Pass,
-        lengths: Sequence[int],
+        places: Sequence[int],
         batch: PassInput,
         speeds: Sequence[float],
     ) -> torch.Tensor:
-        context = prepare_pass(item, lengths, world, speeds)
-        return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload)
+        context = prepare_pass(item, [now.batch.lengths[i] for i in places], world, speeds)
+        with self._executor.drawing(now.number, context, places):
+            return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload)
 
     def _sum(self, group: Group, steps: Steps, now: _Current, told: Sequence[Tidings]) -> tuple[Result, str]:
         facts = [now.gradients.loss(), float(now.gradients.valid()), *now.gradients.present()]

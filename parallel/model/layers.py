@@ -1,0 +1,12 @@
+"""A model's layers: what is recomputed, cut into stages and named when random numbers are drawn."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the elements of the model's outermost module lists, by qualified name; {} where it has none."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return {f"{name}.{child}": layer for name in outer for child, layer in lists[name].named_children()}
