@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,33 +131,37 @@ class StepExecutor:
                 context = prepare_pass(plan, lengths, self.world, self.speeds)
                 if position == mine[-1][0]:
                     self.gradients.arm()
-                with self.drawing(self._number, context, plan.sequences):
-                    losses[position] = self.forward_backward(
-                        context, inputs[position], max(1, valid_tokens), plan.offload
-                    )
+                losses[position] = self.forward_backward(
+                    context, inputs[position], max(1, valid_tokens), plan.offload, self._number, plan.sequences
+                )
         with self.world.recorder.span("gradient sum, exposed", "wait"):
             self._finish_gradients(bool(mine))
         return self._result(step, losses, timer, valid_tokens, votes)
 
-    def drawing(self, number: int, context: PassContext, places: Sequence[int]) -> AbstractContextManager[None]:
-        """Draws what is random in a pass of step `number` by places[j] of its j-th sequence in the step's batch."""
-        tokens = token_places(context.layout.segments[context.member], places, self.world.device)
-        return self._randomness.during(self._seed, number, tokens)
-
     def forward_backward(
-        self, context: PassContext, batch: PassInput, valid: int, offload_ratio: float = 0.0
+        self,
+        context: PassContext,
+        batch: PassInput,
+        valid: int,
+        offload_ratio: float = 0.0,
+        number: int = 0,
+        places: Sequence[int] = (),
     ) -> torch.Tensor:
         """Runs one pass without summing gradients; per-token losses (n,), detached, 0 where ignored.
 
         offload_ratio: share of the activations that waits for backward in host memory.
-        The gradient added to the parameters is that of the losses' sum divided by `valid`.
+        number, places: the step and places[j] of the pass's j-th sequence in its batch, by which random numbers are
+        drawn. The gradient added to the parameters is that of the losses' sum divided by `valid`.
         """
         device = self.world.device
         tokens, positions, labels = (
             t.to(device, non_blocking=True) for t in (batch.tokens, batch.positions, batch.labels)
         )
         weights = tuple(self.model.parameters())
-        with context.active():
+        where = token_places(
+            context.layout.segments[context.member], places or range(len(context.layout.lengths)), device
+        )
+        with context.active(), self._randomness.during(self._seed, number, where):
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
                 losses = self._call.losses(tokens, positions, labels)

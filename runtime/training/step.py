@@ -232,8 +232,7 @@ class StepWork:
         speeds: Sequence[float],
     ) -> torch.Tensor:
         context = prepare_pass(item, [now.batch.lengths[i] for i in places], world, speeds)
-        with self._executor.drawing(now.number, context, places):
-            return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload)
+        return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload, now.number, places)
 
     def _sum(self, group: Group, steps: Steps, now: _Current, told: Sequence[Tidings]) -> tuple[Result, str]:
         facts = [now.gradients.loss(), float(now.gradients.valid()), *now.gradients.present()]
