@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from heteromesh.planner.reduction.reduction import plan_reduction
 from mesh import everywhere, mesh
 from shares import Branches, Reducer, check, work
 
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.direct import DirectCollectives
 from heteromesh.comm.collectives.int8 import ErrorFeedback, Int8Collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
@@ -26,8 +28,8 @@ SIZE = 3
 class Members:
     """Three members in one process, with the epochs of three steps."""
 
-    def __init__(self, int8: bool) -> None:
-        self._int8 = int8
+    def __init__(self, owners: str, int8: bool) -> None:
+        self._owners, self._int8 = owners, int8
         self.models = [Branches() for _ in range(SIZE)]
         self.errors = [ErrorFeedback() for _ in range(SIZE)]
         self.reducers = [Reducer(model, keep=True, bucket_bytes=64) for model in self.models]
@@ -38,6 +40,8 @@ class Members:
             worlds = []
             for transport, errors in zip(transports, self.errors, strict=True):
                 collectives: Collectives = DirectCollectives(transport)
+                if self._owners == "uneven":
+                    collectives = UnevenCollectives(transport, plan_reduction((0, 1, 1), [1e8, 3e8], [1e9, 1e9]))
                 if self._int8:
                     collectives = Int8Collectives(collectives, transport, errors)
                 worlds.append(World(rank=transport.rank, size=SIZE, exchange=transport, collectives=collectives))
@@ -87,9 +91,10 @@ class Members:
         return found
 
 
+@pytest.mark.parametrize("owners", ["direct", "uneven"])
 @pytest.mark.parametrize("int8", [False, True])
-def test_an_epoch_that_ends_changes_no_bit(int8: bool) -> None:
-    calm, shaken = Members(int8), Members(int8)
+def test_an_epoch_that_ends_changes_no_bit(owners: str, int8: bool) -> None:
+    calm, shaken = Members(owners, int8), Members(owners, int8)
     for step in range(3):
         if step:
             shaken.lose(step)
