@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from heteromesh.comm.collectives.schedule import ReductionSchedule
 from heteromesh.comm.interfaces import OnceWork, Transport, Work
 from heteromesh.comm.tags import Tag
 from heteromesh.comm.tcp.abort import GroupAborted
+from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.planner.reduction.reduction import Reduction
 
 _TAGS = 1 << 12
@@ -51,19 +53,19 @@ class UnevenCollectives(Collectives):
             self._check(flat)
             work: Any = dist.all_reduce(flat, group=self._ring, async_op=True)
             return OnceWork(lambda: self._finish_ring(work, flat.nbytes))
-        return self._start(flat, frozenset(range(self.size)), spread=True)
+        return self._start("all_reduce", flat, frozenset(range(self.size)), spread=True)
 
     def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        return self._start(flat, frozenset(range(self.size)), spread=False)
+        return self._start("reduce_scatter", flat, frozenset(range(self.size)), spread=False)
 
     def all_gather(self, flat: torch.Tensor) -> Work:
-        return self._start(flat, None, spread=True)
+        return self._start("all_gather", flat, None, spread=True)
 
     def close(self) -> None:
         """Ends the threads, after what they are waiting for. The transport stays the caller's."""
         self._engine.close()
 
-    def _start(self, flat: torch.Tensor, sources: frozenset[int] | None, *, spread: bool) -> Work:
+    def _start(self, name: str, flat: torch.Tensor, sources: frozenset[int] | None, *, spread: bool) -> Work:
         self._check(flat)
         if isinstance(self._engine.error, GroupAborted):
             raise self._engine.error
@@ -73,10 +75,15 @@ class UnevenCollectives(Collectives):
         wait = self._engine.start(schedule)
 
         def finish() -> None:
-            wait()
+            with self._recorded(name):
+                wait()
             self.sent_bytes += schedule.sent_bytes
 
         return OnceWork(finish)
+
+    def _recorded(self, name: str) -> AbstractContextManager[None]:
+        """Returns a context that the diagnosis sees; ranks wait for their collectives in the same order."""
+        return self.transport.records.operation(name) if isinstance(self.transport, TcpTransport) else nullcontext()
 
     def _finish_ring(self, work: Any, size: int) -> None:
         work.wait()

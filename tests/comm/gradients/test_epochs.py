@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from heteromesh.planner.reduction.reduction import plan_reduction
 from mesh import everywhere, mesh
 from shares import Branches, Reducer, check, work
 
@@ -21,6 +20,7 @@ from heteromesh.comm.collectives.uneven import UnevenCollectives
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
+from heteromesh.planner.reduction.reduction import plan_reduction
 
 SIZE = 3
 
@@ -79,6 +79,9 @@ class Members:
             if not reducer.held():
                 work(reducer, self.models[world.rank], [((world.rank,), 3 * world.rank + step)])
             summed = reducer.finish()
+            if world.rank == 0 and not self._int8:
+                names = {operation.name for operation in world.exchange.records.operations()}  # type: ignore[union-attr]
+                assert names == {"all_reduce"}, "the diagnosis sees the sums"
             tensors = tuple(tensor.clone() for tensor in summed.tensors)
             reducer.committed()
             return replace(summed, tensors=tensors)
