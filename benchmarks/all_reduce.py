@@ -31,7 +31,7 @@ from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectiv
 from heteromesh.comm.nics.connect import open_nics
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.planner.cluster.nics import card_rates, split
+from heteromesh.planner.cluster.nics import nic_rates, split
 from heteromesh.planner.reduction.reduction import reduction_for
 
 CLUSTERS: dict[str, tuple[tuple[float, ...], ...]] = {
@@ -79,7 +79,7 @@ def work(chosen: argparse.Namespace) -> None:
     }
     over_cards = None
     if any(len(rates) > 1 for rates in CLUSTERS[chosen.worker]):
-        over_cards = over_all_cards(groups[0], cluster(chosen.worker))
+        over_cards = over_all_nics(groups[0], cluster(chosen.worker))
         ways["cards"] = over_cards.all_reduce
     seconds = measure(ways, chosen, size)
     if rank == 0:
@@ -92,8 +92,8 @@ def work(chosen: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def over_all_cards(group: dist.ProcessGroup, described: Cluster) -> UnevenCollectives:
-    reduction, rates = reduction_for(described), card_rates(described)
+def over_all_nics(group: dist.ProcessGroup, described: Cluster) -> UnevenCollectives:
+    reduction, rates = reduction_for(described), nic_rates(described)
     addresses = os.environ["ALL_REDUCE_ADDRESSES"].split(",")
     cards = [len(its) for its in rates]
     transport = open_nics(group, addresses, reduction.hosts, cards, split(reduction, rates))

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.hosts import ClusterResources, HostResources
 from heteromesh.planner.stages.placement import place
 from heteromesh.planner.stages.predict import predict
 from heteromesh.planner.stages.stages import Placement, Stage
@@ -90,13 +90,13 @@ def work(constants: Constants) -> Workload:
     )
 
 
-def cluster(kind: str, hosts: int, constants: Constants) -> Sites:
+def cluster(kind: str, hosts: int, constants: Constants) -> ClusterResources:
     """The first half of the hosts is stage 0."""
     rdma = constants.infiniband_at_8 if kind == "InfiniBand" and hosts == 8 else RDMA
     fabrics = {"InfiniBand": ("ib", "ib"), "RoCE": ("roce", "roce"), "Ethernet": ("", ""), "hybrid": ("ib", "roce")}
 
-    def host(index: int) -> Site:
-        return Site(
+    def host(index: int) -> HostResources:
+        return HostResources(
             ranks=tuple(range(DEVICES * index, DEVICES * (index + 1))),
             speeds=(1.0,) * DEVICES,
             memory=72e9,
@@ -107,7 +107,9 @@ def cluster(kind: str, hosts: int, constants: Constants) -> Sites:
             ethernet=constants.ethernet,
         )
 
-    return Sites(hosts=tuple(map(host, range(hosts))), uplink=constants.uplink if kind == "hybrid" else math.inf)
+    return ClusterResources(
+        hosts=tuple(map(host, range(hosts))), uplink=constants.uplink if kind == "hybrid" else math.inf
+    )
 
 
 def layout(hosts: int, layers: tuple[int, int], samples: int) -> Placement:
@@ -166,7 +168,7 @@ def splits() -> list[dict[str, Any]]:
             replace(cluster("hybrid", 2, Constants(samples=768)).hosts[i], speeds=(v / SPEEDS[0],) * DEVICES)
             for i, v in enumerate(SPEEDS)
         ]
-        sites = Sites(hosts=tuple(hosts))
+        sites = ClusterResources(hosts=tuple(hosts))
         decision = place(sites, [w], tensor_parallel=(1,))
         chosen = next(c for c in decision.candidates if c.family == "pipeline across fabrics")
         assert chosen.placement

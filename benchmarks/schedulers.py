@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.cost.ranksets import Fleet
+from heteromesh.planner.cost.ranksets import RankSetCache
 
 MORE_MICRO_BATCHES = 4
 """FlexSP tries this many numbers of micro-batches from the smallest on (its training script's value)."""
@@ -39,9 +39,9 @@ class Peers:
 
     def __init__(self, costs: Costs) -> None:
         self.costs, self.ranks, self.room = costs, costs.ranks, costs.capacity[0]
-        fleet = Fleet(costs)
+        rank_sets = RankSetCache(costs)
         self.degrees = [2**i for i in range(self.ranks.bit_length()) if 2**i <= self.ranks]
-        teams = [fleet.team(range(d), 1) for d in self.degrees]
+        teams = [rank_sets.find(range(d), 1) for d in self.degrees]
         self.teams = {d: team for d, team in zip(self.degrees, teams, strict=True) if team is not None}
 
     def seconds(self, length: int, degree: int) -> float:

@@ -17,7 +17,7 @@ import torch
 from heteromesh.comm.dtypes import accumulation_dtype, in_accumulation_dtype
 from heteromesh.comm.interfaces import Transport, Work
 from heteromesh.planner.reduction.reduction import Reduction
-from heteromesh.planner.reduction.schedule import Piece, pieces, representatives
+from heteromesh.planner.reduction.schedule import ReductionPiece, pieces, representatives
 
 GATHER, PARTIAL, RESULT, HAND_OUT = range(4)
 """Stages, told apart by the tags of their messages."""
@@ -79,7 +79,7 @@ class ReductionSchedule:
         self.sent_bytes += tensor.nbytes
         return self.transport.send(peer, tensor, self.tag + stage)
 
-    def _post(self, piece: Piece, members: dict[int, list[int]], leaders: dict[int, int]) -> None:
+    def _post(self, piece: ReductionPiece, members: dict[int, list[int]], leaders: dict[int, int]) -> None:
         me, mine = self.transport.rank, self.flat[piece.start : piece.stop]
         host = self.reduction.hosts[me]
         sources = frozenset((piece.owner,)) if self.sources is None else self.sources

@@ -14,7 +14,7 @@ import torch
 from heteromesh.comm.exchange import Addressed, Exchange
 from heteromesh.parallel.attention.layout import pick, rows_of
 from heteromesh.planner.splitting.layout import Layout, Segment
-from heteromesh.planner.splitting.routes import Message, Schedule
+from heteromesh.planner.splitting.routes import RingMessage, Schedule
 
 Tensors = Sequence[torch.Tensor]
 """Of one block, rows first, all with the same number of rows."""
@@ -69,11 +69,11 @@ class Circulation:
                 deliver(message.used, tensors)
             here = arriving
 
-    def _round(self, step: int) -> tuple[Message, ...]:
+    def _round(self, step: int) -> tuple[RingMessage, ...]:
         return self._rounds[step] if 0 <= step < len(self._rounds) else ()
 
     def _travel(
-        self, messages: Sequence[Message], here: Sequence[Block], arriving: Sequence[Block]
+        self, messages: Sequence[RingMessage], here: Sequence[Block], arriving: Sequence[Block]
     ) -> tuple[list[Addressed], list[Addressed]]:
         held = {block.origin: block for block in here}
         landing = {block.origin: block for block in arriving}
@@ -92,15 +92,15 @@ def _rows(segments: Sequence[Segment]) -> int:
     return sum(map(len, segments))
 
 
-def _landing(m: Message, like: Tensors) -> Block:
+def _landing(m: RingMessage, like: Tensors) -> Block:
     return Block(m.origin, m.segments, [t.new_empty(_rows(m.segments), *t.shape[1:]) for t in like])
 
 
-def _landing_home(m: Message, like: Tensors) -> Tensors:
+def _landing_home(m: RingMessage, like: Tensors) -> Tensors:
     return [t.new_empty(_rows(m.used), *t.shape[1:]) for t in like]
 
 
-def _send_home(m: Message, results: dict[int, tuple[Block, Tensors]]) -> list[Addressed]:
+def _send_home(m: RingMessage, results: dict[int, tuple[Block, Tensors]]) -> list[Addressed]:
     block, tensors = results[m.origin]
     rows = rows_of(block.segments, m.used)
     return [(m.origin, pick(t, rows)) for t in tensors]

@@ -23,11 +23,11 @@ from heteromesh.planner.model.method import Method
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nic:
-    """Equal network cards of a host."""
+    """Equal NICs of a host."""
 
     kind: Literal["infiniband", "roce", "ethernet"]
     gbit: float
-    """Gbit/s each way, of one card."""
+    """Gbit/s each way, of one NIC."""
     count: int = 1
 
 
@@ -68,7 +68,7 @@ class Measured:
     latency_seconds: float | None = None
     """Of the smallest message between hosts (of one host: between its ranks), one way."""
     nic_gbit: tuple[tuple[float, float], ...] = ()
-    """Per host, Gbit/s to others and from others by all cards that exchanges use."""
+    """Per host, Gbit/s to others and from others by all NICs that exchanges use."""
     link_gbps: tuple[float, ...] = ()
     """Per host, GB/s each way from one device to another."""
     model: MeasuredModel | None = None

@@ -30,9 +30,9 @@ class Links:
     fabrics: tuple[str, ...]
     """Per host; empty: on none."""
     fabric_nics: tuple[float, ...]
-    """Per host, all cards that reach hosts on its fabric."""
+    """Per host, all NICs that reach hosts on its fabric."""
     ethernet: tuple[float, ...]
-    """Per host, all cards that reach any host."""
+    """Per host, all NICs that reach any host."""
     _memo: dict[tuple[int, ...], float] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
@@ -71,7 +71,7 @@ class Links:
     def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
         """Seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it.
 
-        A rank sends its share to each other one and receives theirs, both ways at once; so a slow card costs less the
+        A rank sends its share to each other one and receives theirs, both ways at once; so a slow NIC costs less the
         smaller the share behind it. With equal shares, equal to the rate of an exchange of everyone with everyone.
         """
         held: dict[int, list[float]] = {}
@@ -93,9 +93,9 @@ class Links:
         return slowest if len(present) == 1 else min(slowest, *(self.uplink(h, present) for h in present))
 
     def uplink(self, host: int, hosts: Sequence[int]) -> float:
-        """Bytes per second each way between a host and the others of a set of hosts, by all cards that reach them.
+        """Bytes per second each way between a host and the others of a set of hosts, by all NICs that reach them.
 
-        RDMA cards count where all hosts of the set are on one fabric; elsewhere Ethernet cards alone.
+        RDMA NICs count where all hosts of the set are on one fabric; elsewhere Ethernet NICs alone.
         """
         return self.fabric_nics[host] if one_fabric(self.fabrics[h] for h in hosts) else self.ethernet[host]
 

@@ -1,4 +1,4 @@
-"""Which part of the bytes between two hosts takes which of their cards, for the collectives of a reduction."""
+"""Which part of the bytes between two hosts takes which of their NICs, for the collectives of a reduction."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from heteromesh.planner.reduction.flows import Flow, spread
 from heteromesh.planner.reduction.reduction import RING_MARGIN, Reduction, plan_reduction, reduction_for
 
 Split = Mapping[tuple[int, int], tuple[tuple[float, ...], ...]]
-"""By (host that sends, host that receives): [card of the sender][card of the receiver], adding up to 1."""
+"""By (host that sends, host that receives): [NIC of the sender][NIC of the receiver], adding up to 1."""
 _LEAST_FLOW = 1e-3
 """Of the tensor: between hosts that own nothing only an all-to-all moves bytes, and these need a way too."""
 
 
-def card_rates(cluster: Cluster) -> tuple[tuple[float, ...], ...]:
-    """Per host, bytes per second each way of every Ethernet card, in the file's order."""
+def nic_rates(cluster: Cluster) -> tuple[tuple[float, ...], ...]:
+    """Per host, bytes per second each way of every Ethernet NIC, in the file's order."""
     return tuple(
         tuple(
             nic.gbit * 1e9 / 8 * NIC_UTILISATION
@@ -29,56 +29,56 @@ def card_rates(cluster: Cluster) -> tuple[tuple[float, ...], ...]:
     )
 
 
-def several_cards(cluster: Cluster) -> bool:
-    """Whether some host has more than one Ethernet card, and every host one at least."""
-    counts = [len(rates) for rates in card_rates(cluster)]
+def several_nics(cluster: Cluster) -> bool:
+    """Whether some host has more than one Ethernet NIC, and every host one at least."""
+    counts = [len(rates) for rates in nic_rates(cluster)]
     return len(counts) > 1 and min(counts) > 0 and max(counts) > 1
 
 
-def over_one_card(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
-    """The reduction of collectives that use one card of each host: what was measured, else the first Ethernet card."""
-    if cluster.measured.nic_gbit or not several_cards(cluster):
+def over_one_nic(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
+    """The reduction of collectives that use one NIC of each host: what was measured, else the first Ethernet NIC."""
+    if cluster.measured.nic_gbit or not several_nics(cluster):
         return reduction_for(cluster, max_fraction=max_fraction)
-    hosts = tuple(_with_one_card(host) for host in cluster.hosts)
+    hosts = tuple(_with_one_nic(host) for host in cluster.hosts)
     return reduction_for(replace(cluster, hosts=hosts), max_fraction=max_fraction)
 
 
-def over_all_cards(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
-    """The reduction of collectives that use every Ethernet card: a host's uplink is the sum of its cards."""
+def over_all_nics(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
+    """The reduction of collectives that use every Ethernet NIC: a host's uplink is the sum of its NICs."""
     links = cluster_links(cluster)
-    uplinks = [sum(rates) for rates in card_rates(cluster)]
+    uplinks = [sum(rates) for rates in nic_rates(cluster)]
     return plan_reduction(links.hosts, uplinks, links.link, max_fraction=max_fraction)
 
 
-def all_cards_pay(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> bool:
-    """Whether an all-reduce over all cards is predicted to take clearly less than the better way over one card."""
-    if not several_cards(cluster):
+def all_nics_pay(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> bool:
+    """Whether an all-reduce over all NICs is predicted to take clearly less than the better way over one NIC."""
+    if not several_nics(cluster):
         return False
-    one, every = (make(cluster, max_fraction=max_fraction) for make in (over_one_card, over_all_cards))
+    one, every = (make(cluster, max_fraction=max_fraction) for make in (over_one_nic, over_all_nics))
     best = min(one.seconds_per_byte, one.ring_seconds_per_byte)
     return every.seconds_per_byte * (1 + RING_MARGIN) < best
 
 
-def split(reduction: Reduction, cards: Sequence[Sequence[float]]) -> Split:
-    """Keeps the busiest card's time of an all-reduce least (planner/reduction/flows.py).
+def split(reduction: Reduction, nics: Sequence[Sequence[float]]) -> Split:
+    """Keeps the busiest NIC's time of an all-reduce least (planner/reduction/flows.py).
 
-    Host i sends host j its contribution to j's part and the results of its own: F_i + F_j of the tensor. When a card
-    degrades, call again with what it still does (`flows.degraded`); 0: down.
+    Host i sends host j its contribution to j's part and the results of its own: F_i + F_j of the tensor. When a NIC
+    degrades, call again with what it still does; 0: down.
 
     Args:
-        cards: per host, bytes per second each way of every card.
+        NICs: per host, bytes per second each way of every NIC.
 
-    Raises UserError for negative rates and for a host whose cards are all down.
+    Raises UserError for negative rates and for a host whose NICs are all down.
     """
     hosts = sorted(set(reduction.hosts))
     owned = {h: sum(f for f, its in zip(reduction.fractions, reduction.hosts, strict=True) if its == h) for h in hosts}
     pairs = [(i, j) for i in hosts for j in hosts if i != j]
     flows = [Flow(source=i, target=j, size=max(owned[i] + owned[j], _LEAST_FLOW)) for i, j in pairs]
-    return dict(zip(pairs, spread(flows, cards).fractions, strict=True))
+    return dict(zip(pairs, spread(flows, nics).fractions, strict=True))
 
 
-def _with_one_card(host: Host) -> Host:
-    """Of its Ethernet cards, the first."""
+def _with_one_nic(host: Host) -> Host:
+    """Of its Ethernet NICs, the first."""
     rest = tuple(nic for nic in host.nics if nic.kind != "ethernet")
     first: Nic = next(nic for nic in host.nics if nic.kind == "ethernet")
     return replace(host, nics=(replace(first, count=1), *rest))

@@ -23,7 +23,7 @@ class Way:
     work: float
     fixed: Floats
     """Seconds of a pass whatever its tokens, at least."""
-    wire: Floats
+    exposed: Floats
     """Seconds of exchange per token of a shard that nothing hides, at least."""
     hidden: Floats
     """Seconds of further exchange per token of the largest shard, at least."""
@@ -40,12 +40,12 @@ class Envelope:
     degree: Floats
     power: Floats
     """Sum of the largest speeds."""
-    room: Floats
+    capacity: Floats
     """Sum of the largest capacities, tokens."""
     ways: tuple[Way, ...]
     slowest: float
     """Smallest speed."""
-    wire: Floats
+    exposed: Floats
     """Seconds of exchange per token of a shard that nothing hides, at least."""
     work: Floats
     """Compute relative to that on whole sequences, at least."""
@@ -58,16 +58,16 @@ class Envelope:
         best: Floats = np.full((len(lengths), len(self.degree)), math.inf)
         square, linear = costs.seconds_per_token2 * s * s, costs.seconds_per_token * s
         for way in self.ways:
-            wires = way.wire * self.slowest * s
-            work = (square + linear) * way.work + wires
+            exposed = way.exposed * self.slowest * s
+            work = (square + linear) * way.work + exposed
             seconds = work / self.power + way.fixed
             if way.hidden.any() or way.latency.any():
                 # what is not hidden is at least the transfers without the attention that may hide them
-                rest = (square * (1 - way.hides) + linear) * way.work + wires
+                rest = (square * (1 - way.hides) + linear) * way.work + exposed
                 waits = way.hidden * s / self.degree + way.latency
                 seconds = np.maximum(seconds, rest / self.power + way.fixed + waits)
             best = np.minimum(best, seconds)
-        return np.where(s <= self.room, best, math.inf)
+        return np.where(s <= self.capacity, best, math.inf)
 
 
 def envelope(costs: Costs) -> Envelope:
@@ -79,17 +79,17 @@ def envelope(costs: Costs) -> Envelope:
     n = costs.ranks
     degrees = [d for d in range(1, n + 1) if d == 1 or any(m.fits(d) for m in costs.methods)]
     power = list(accumulate(sorted(costs.speeds, reverse=True)))
-    room = list(accumulate(sorted(costs.capacity, reverse=True)))
+    capacity = list(accumulate(sorted(costs.capacity, reverse=True)))
     rates = _best_rates(costs)
     ways = (_whole(degrees, costs), *(_split(m, degrees, costs, rates) for m in costs.methods))
-    wire, fixed = (np.min([getattr(way, part) for way in ways], axis=0) for part in ("wire", "fixed"))
+    exposed, fixed = (np.min([getattr(way, part) for way in ways], axis=0) for part in ("exposed", "fixed"))
     return Envelope(
         degree=np.array(degrees, float),
         power=np.array([power[d - 1] for d in degrees]),
-        room=np.array([room[d - 1] for d in degrees], float),
+        capacity=np.array([capacity[d - 1] for d in degrees], float),
         ways=ways,
         slowest=min(costs.speeds),
-        wire=wire,
+        exposed=exposed,
         work=np.array([1.0 if d == 1 else min(m.work for m in costs.methods if m.fits(d)) for d in degrees]),
         fixed=fixed,
     )
@@ -99,27 +99,27 @@ def _whole(degrees: list[int], costs: Costs) -> Way:
     nothing = np.zeros(len(degrees))
     alone = np.array([0.0 if d == 1 else math.inf for d in degrees])
     return Way(
-        work=1.0, fixed=costs.seconds_per_pass + alone, wire=alone, hidden=nothing, latency=nothing, hides=nothing
+        work=1.0, fixed=costs.seconds_per_pass + alone, exposed=alone, hidden=nothing, latency=nothing, hides=nothing
     )
 
 
 def _split(method: Method, degrees: list[int], costs: Costs, rates: list[float]) -> Way:
-    fixed, wire, hidden, latency, hides = (np.zeros(len(degrees)) for _ in range(5))
+    fixed, exposed, hidden, latency, hides = (np.zeros(len(degrees)) for _ in range(5))
     for i, d in enumerate(degrees):
         if d == 1 or not method.fits(d):
-            fixed[i] = wire[i] = math.inf
+            fixed[i] = exposed[i] = math.inf
             continue
-        once, home, last = method.exchanged(d) / rates[(method.inner or d) - 1], method.home(d), 0.0
+        once, back, last = method.exchanged(d) / rates[(method.inner or d) - 1], method.return_bytes(d), 0.0
         if method.overlap == "rounds":
-            last = method.exposed_home_share(d)
-        carried = method.carried(d) + home * (1 - last)
-        exposed, under = (n * costs.seconds_per_round for n in method.messages(d))
-        fixed[i] = costs.seconds_per_pass + costs.seconds_per_split_pass + exposed
+            last = method.exposed_return_share(d)
+        moved = method.hop_bytes(d) + back * (1 - last)
+        before, under = (n * costs.seconds_per_round for n in method.messages(d))
+        fixed[i] = costs.seconds_per_pass + costs.seconds_per_split_pass + before
         fixed[i] += method.extra_tiles(d) * costs.seconds_per_tile
-        wire[i] = home * last / rates[d - 1] + (once if method.overlap != "own" else 0.0)
-        hidden[i] = carried / rates[d - 1] + (once if method.overlap == "own" else 0.0)
+        exposed[i] = back * last / rates[d - 1] + (once if method.overlap != "own" else 0.0)
+        hidden[i] = moved / rates[d - 1] + (once if method.overlap == "own" else 0.0)
         latency[i], hides[i] = under, method.hidden_share(d)
-    return Way(work=method.work, fixed=fixed, wire=wire, hidden=hidden, latency=latency, hides=hides)
+    return Way(work=method.work, fixed=fixed, exposed=exposed, hidden=hidden, latency=latency, hides=hides)
 
 
 def _best_rates(costs: Costs) -> list[float]:

@@ -54,7 +54,7 @@ class LinkModel(Protocol):
         """Returns what hosts have in common that are interchangeable in exchanges."""
 
 
-class Wires(NamedTuple):
+class CommCost(NamedTuple):
     """Seconds that a method's transfers take on a set of ranks."""
 
     exposed: float
@@ -67,7 +67,7 @@ class Wires(NamedTuple):
     """Share of a rank's attention that the hidden ones may hide under."""
 
 
-class Parts(NamedTuple):
+class CostBreakdown(NamedTuple):
     """What the seconds of a pass consist of: their sum is the pass."""
 
     compute: float
@@ -156,41 +156,41 @@ class Costs:
         offload: float = 0.0,
     ) -> float:
         """Seconds of a pass with exactly these shards (shards[i][j]: tokens of sequence j on ranks[i])."""
-        return self.pass_parts(ranks, method, lengths, shards, offload).seconds
+        return self.pass_breakdown(ranks, method, lengths, shards, offload).seconds
 
-    def pass_parts(
+    def pass_breakdown(
         self,
         ranks: Sequence[int],
         method: str,
         lengths: Sequence[int],
         shards: Sequence[Sequence[int]],
         offload: float = 0.0,
-    ) -> Parts:
+    ) -> CostBreakdown:
         """As `pass_seconds`, in parts."""
         return self.priced(ranks, self.method(method), load_of(lengths, shards), offload)
 
-    def priced(self, ranks: Sequence[int], method: Method | None, load: Load, offload: float = 0.0) -> Parts:
+    def priced(self, ranks: Sequence[int], method: Method | None, load: Load, offload: float = 0.0) -> CostBreakdown:
         """The parts of a pass; method: None on one rank."""
         degree = len(ranks)
         fixed = self.seconds_per_pass + (self.seconds_per_split_pass if degree > 1 else 0.0)
         if not sum(load.tokens):
-            return Parts(0.0, 0.0, 0.0, 0.0, fixed)
-        wires = Wires(0.0, 0.0, 0.0, 0.0, 0.0)
+            return CostBreakdown(0.0, 0.0, 0.0, 0.0, fixed)
+        comm_cost = CommCost(0.0, 0.0, 0.0, 0.0, 0.0)
         if method is not None and degree > 1:
-            wires = self.wires(ranks, method, load.tokens)
+            comm_cost = self.comm_cost(ranks, method, load.tokens)
             fixed += method.extra_tiles(degree) * load.sequences * self.seconds_per_tile
-        hidden = wires.hidden * max(load.tokens) + wires.hidden_latency
+        hidden = comm_cost.hidden * max(load.tokens) + comm_cost.hidden_latency
         compute = total = moved = 0.0
         for i, (rank, (attention, rest)) in enumerate(zip(ranks, self.computing(ranks, method, load), strict=True)):
             own = attention + rest
             extra = self.offload_wait(rank, load.tokens[i], own, offload) if offload else 0.0
-            waits = wires.exposed * load.tokens[i] + max(0.0, hidden - wires.hides * attention)
+            waits = comm_cost.exposed * load.tokens[i] + max(0.0, hidden - comm_cost.hides * attention)
             compute, total, moved = max(compute, own), max(total, own + waits + extra), max(moved, own + extra)
         moved -= compute
         exchange = max(0.0, total - compute - moved)
         # of what hides in part, the latency counts in proportion
-        late = min(exchange, wires.hidden_latency / hidden * exchange) if hidden else 0.0
-        return Parts(compute, exchange - late, late + wires.exposed_latency, moved, fixed)
+        late = min(exchange, comm_cost.hidden_latency / hidden * exchange) if hidden else 0.0
+        return CostBreakdown(compute, exchange - late, late + comm_cost.exposed_latency, moved, fixed)
 
     def computing(self, ranks: Sequence[int], method: Method | None, load: Load) -> list[tuple[float, float]]:
         """(seconds of attention, of all else that grows with tokens) of each rank; method: None on one rank."""
@@ -200,7 +200,7 @@ class Costs:
         a, b = self.seconds_per_token2 * work, self.seconds_per_token * work
         return [(a * p / v, b * n / v) for p, n, v in zip(pairs, load.tokens, speeds, strict=True)]
 
-    def wires(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> Wires:
+    def comm_cost(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> CommCost:
         """Seconds of the method's transfers among these ranks. tokens: of their shards, or in proportion to these."""
         degree, rate = len(ranks), self.rate(ranks)
         if method.scaling == "peers":
@@ -213,14 +213,15 @@ class Costs:
         hides = method.hidden_share(degree)
         if method.overlap != "rounds":
             split = (once, 0.0) if method.overlap == "nothing" else (0.0, once)
-            return Wires(*split, messages[0], messages[1], hides)
+            return CommCost(*split, messages[0], messages[1], hides)
         around = self.rate.around(ranks, max(1, method.inner))
         # in groups the owner of a block is as far as the ring goes: at the same place of another group
-        home, last = method.home(degree) / (around if method.inner else rate), method.exposed_home_share(degree)
-        hidden = method.carried(degree) / around + home * (1 - last)
-        return Wires(once + home * last, hidden, messages[0], messages[1], hides)
+        back, last = method.return_bytes(degree), method.exposed_return_share(degree)
+        back /= around if method.inner else rate
+        hidden = method.hop_bytes(degree) / around + back * (1 - last)
+        return CommCost(once + back * last, hidden, messages[0], messages[1], hides)
 
-    def room(self, ranks: Sequence[int], method: Method | None, tokens: int) -> list[int]:
+    def capacity_for(self, ranks: Sequence[int], method: Method | None, tokens: int) -> list[int]:
         """Tokens that each rank can hold in a pass of so many tokens: some methods hold others' keys too."""
         held = method.held if method else 0.0
         if not held:

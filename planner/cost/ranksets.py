@@ -30,17 +30,17 @@ class Line(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Team:
+class RankSetCost:
     """What a pass on some set of ranks costs, with shards proportional to speed as far as memory allows."""
 
     ranks: tuple[int, ...]
-    """Those that it was made of; others with equal speeds, memories and links have the same team."""
+    """Those that it was made of; others with equal speeds, memories and links have the same costs."""
     speeds: tuple[float, ...]
     method: Method | None
     """None on one rank."""
     lines: tuple[Line, ...]
     """seconds = the largest of these, while tokens <= even."""
-    wire: float
+    exposed: float
     """Seconds of exchange per token of a shard that nothing hides."""
     even: int
     """Tokens up to which shards proportional to speed fit every rank."""
@@ -68,15 +68,15 @@ class Team:
 
     def _uneven(self, tokens: int, squares: int) -> float:
         """As `seconds` where some rank's memory is full."""
-        room = self.costs.room(self.ranks, self.method, tokens)
-        dealt = shares(tokens, self.speeds, room)
+        capacity = self.costs.capacity_for(self.ranks, self.method, tokens)
+        dealt = shares(tokens, self.speeds, capacity)
         load = Load(dealt, [squares * n / tokens for n in dealt], 1)
         offload = self.costs.offload_ratio(self.ranks, self.method, dealt)
         return self.costs.priced(self.ranks, self.method, load, offload).seconds
 
 
-class Fleet:
-    """Teams of one cost model, remembered; `uniform` when only a team's degree matters."""
+class RankSetCache:
+    """Costs of sets of one cost model, remembered; `uniform` when only a set's degree matters."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -88,21 +88,21 @@ class Fleet:
         """Equal devices."""
         self.near = [] if costs.rate.by_degree else self._groups(costs.hosts)
         """Hosts, where they matter."""
-        self._teams: dict[object, tuple[Team, ...]] = {}
+        self._found: dict[object, tuple[RankSetCost, ...]] = {}
         self._places, self._kinds = _places(costs)
 
-    def team(self, ranks: Sequence[int], length: int) -> Team | None:
-        """The team of these ranks with the method that is fastest for a sequence of this length; None without one.
+    def find(self, ranks: Sequence[int], length: int) -> RankSetCost | None:
+        """The costs of these ranks with the method that is fastest for a sequence of this length; None without one.
 
         Its `ranks` may be others that are alike.
         """
         key = self._key(ranks)
-        teams = self._teams.get(key)
-        if teams is None:
-            teams = self._teams[key] = self._make_all(sorted(ranks))
-        if len(teams) < 2:
-            return teams[0] if teams else None
-        fitting = [t for t in teams if t.most >= length] or [max(teams, key=lambda t: t.most)]
+        candidates = self._found.get(key)
+        if candidates is None:
+            candidates = self._found[key] = self._make_all(sorted(ranks))
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        fitting = [t for t in candidates if t.most >= length] or [max(candidates, key=lambda t: t.most)]
         return min(fitting, key=lambda t: t.seconds(min(length, t.most), length * length))
 
     def _key(self, ranks: Sequence[int]) -> object:
@@ -110,60 +110,60 @@ class Fleet:
             return len(ranks)
         if not self._kinds:
             return tuple(sorted(ranks))
-        # ranks of one kind are on one host: how many of which kinds says what the team is
+        # ranks of one kind are on one host: how many of which kinds says what the set is
         counts = Counter([self._places[r] for r in ranks])
         return tuple(sorted([self._kinds[place] * SIZE + n for place, n in counts.items()]))
 
-    def _make_all(self, ranks: Sequence[int]) -> tuple[Team, ...]:
-        """One team a method, without those that are never the fastest."""
+    def _make_all(self, ranks: Sequence[int]) -> tuple[RankSetCost, ...]:
+        """One set a method, without those that are never the fastest."""
         if len(ranks) == 1:
             return (self._make(ranks, None),)
-        teams = [self._make(ranks, m) for m in self.costs.methods if m.fits(len(ranks))]
-        if len(teams) < 2:
-            return tuple(teams)
-        most = max(t.even for t in teams)
+        candidates = [self._make(ranks, m) for m in self.costs.methods if m.fits(len(ranks))]
+        if len(candidates) < 2:
+            return tuple(candidates)
+        most = max(t.even for t in candidates)
         lengths = {int(most * 2 ** (-i / PROBES)) for i in range(PROBES * max(1, most.bit_length()))}
-        best = {min(range(len(teams)), key=lambda i: _or_never(teams[i], n)) for n in lengths if n}
-        best.add(max(range(len(teams)), key=lambda i: teams[i].most))
-        return tuple(teams[i] for i in sorted(best))
+        best = {min(range(len(candidates)), key=lambda i: _or_never(candidates[i], n)) for n in lengths if n}
+        best.add(max(range(len(candidates)), key=lambda i: candidates[i].most))
+        return tuple(candidates[i] for i in sorted(best))
 
-    def _make(self, ranks: Sequence[int], method: Method | None) -> Team:
+    def _make(self, ranks: Sequence[int], method: Method | None) -> RankSetCost:
         costs = self.costs
         speeds = tuple(costs.speeds[r] for r in ranks)
-        power, degree, work, wire = sum(speeds), len(ranks), 1.0, 0.0
+        power, degree, work, exposed = sum(speeds), len(ranks), 1.0, 0.0
         fixed, uneven = costs.seconds_per_pass, 1.0
         if method is not None:
-            wires, work = costs.wires(ranks, method, speeds), method.work
-            wire = wires.exposed
-            fixed += costs.seconds_per_split_pass + wires.exposed_latency
+            comm, work = costs.comm_cost(ranks, method, speeds), method.work
+            exposed = comm.exposed
+            fixed += costs.seconds_per_split_pass + comm.exposed_latency
             fixed += method.extra_tiles(degree) * costs.seconds_per_tile
             if method.heads or method.overlap == "rounds":
                 pairs = dealt_pairs(method, Load(speeds, speeds, 1), speeds)
                 uneven = max(p / v for p, v in zip(pairs, speeds, strict=True))
         largest = max(speeds) / power
-        token = work * costs.seconds_per_token / power + wire * largest
+        token = work * costs.seconds_per_token / power + exposed * largest
         square = work * costs.seconds_per_token2 * uneven / power
         lines = [Line(fixed, token, square)]
-        if method is not None and (wires.hidden or wires.hidden_latency):
+        if method is not None and (comm.hidden or comm.hidden_latency):
             # the transfers take longer than what hides them
-            lines.append(Line(fixed + wires.hidden_latency, token + wires.hidden * largest, square * (1 - wires.hides)))
+            lines.append(Line(fixed + comm.hidden_latency, token + comm.hidden * largest, square * (1 - comm.hides)))
         held = method.held if method else 0.0
-        room = [costs.capacity[r] for r in ranks]
+        capacity = [costs.capacity[r] for r in ranks]
 
-        def even(room: Sequence[int]) -> int:
-            most = min(n / (held + (1 - held) * v / power) for n, v in zip(room, speeds, strict=True))
+        def even(capacity: Sequence[int]) -> int:
+            most = min(n / (held + (1 - held) * v / power) for n, v in zip(capacity, speeds, strict=True))
             # where others' keys take room, rooms are rounded down
             return int(most + 1e-6) if not held else max(0, int(most) - degree)
 
-        return Team(
+        return RankSetCost(
             ranks=tuple(ranks),
             speeds=speeds,
             method=method,
             lines=(*lines, *_moving(costs, ranks, lines[0], largest)),
-            wire=wire,
-            even=even(room),
-            resident=even([costs.resident[r] for r in ranks]) if costs.resident else even(room),
-            most=max(0, int(sum(room) / (1 + held * (degree - 1))) - degree) if held else sum(room),
+            exposed=exposed,
+            even=even(capacity),
+            resident=even([costs.resident[r] for r in ranks]) if costs.resident else even(capacity),
+            most=max(0, int(sum(capacity) / (1 + held * (degree - 1))) - degree) if held else sum(capacity),
             power=power,
             costs=costs,
         )
@@ -183,8 +183,8 @@ class Fleet:
         return [g for g in groups.values() if 1 < len(g) < len(keys)]
 
 
-def _or_never(team: Team, length: int) -> float:
-    return team.seconds(length, length * length) if length <= team.most else math.inf
+def _or_never(rank_set: RankSetCost, length: int) -> float:
+    return rank_set.seconds(length, length * length) if length <= rank_set.most else math.inf
 
 
 def _moving(costs: Costs, ranks: Sequence[int], compute: Line, largest: float) -> list[Line]:
@@ -211,16 +211,16 @@ def _places(costs: Costs) -> tuple[list[int], list[int]]:
     if costs.rate.by_degree:
         return [], []
     devices: dict[int, set[tuple[float, int]]] = {}
-    for host, speed, room in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
-        devices.setdefault(host, set()).add((speed, room))
+    for host, speed, capacity in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
+        devices.setdefault(host, set()).add((speed, capacity))
     places: dict[object, int] = {}
     numbers: dict[object, int] = {}
     own, kinds = [], []
-    for host, speed, room in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
-        place = (host, speed, room)
+    for host, speed, capacity in zip(costs.hosts, costs.speeds, costs.capacity, strict=True):
+        place = (host, speed, capacity)
         if place not in places:
             places[place] = len(places)
-            kind = (speed, room, costs.rate.host_key(host), host if len(devices[host]) > 1 else None)
+            kind = (speed, capacity, costs.rate.host_key(host), host if len(devices[host]) > 1 else None)
             kinds.append(numbers.setdefault(kind, len(numbers)))
         own.append(places[place])
     return own, kinds

@@ -9,7 +9,7 @@ from heteromesh.planner.model.method import Method
 from heteromesh.planner.plan import Pass
 
 
-def shares(tokens: float, speeds: Sequence[float], room: Sequence[float]) -> list[float]:
+def shares(tokens: float, speeds: Sequence[float], capacity: Sequence[float]) -> list[float]:
     """Tokens per rank: proportional to speed; what exceeds a rank's room goes to the others in the same proportion.
 
     The sum is `tokens`, which must not exceed the sum of `room`.
@@ -18,24 +18,24 @@ def shares(tokens: float, speeds: Sequence[float], room: Sequence[float]) -> lis
     dealt = [tokens * v / power for v in speeds]
     full: set[int] = set()
     while True:
-        over = {i for i, n in enumerate(dealt) if i not in full and n > room[i]}
+        over = {i for i, n in enumerate(dealt) if i not in full and n > capacity[i]}
         if not over:
             return dealt
         full |= over
-        left = tokens - sum(room[i] for i in full)
+        left = tokens - sum(capacity[i] for i in full)
         power = sum(v for i, v in enumerate(speeds) if i not in full)
-        dealt = [room[i] if i in full else left * v / power for i, v in enumerate(speeds)]
+        dealt = [capacity[i] if i in full else left * v / power for i, v in enumerate(speeds)]
 
 
-def deal(lengths: Sequence[int], speeds: Sequence[float], room: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def deal(lengths: Sequence[int], speeds: Sequence[float], capacity: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """shards[i][j]: whole tokens of sequence j on the i-th rank.
 
     Every column sums to its sequence, every row to the rank's rounded share, and no row exceeds the rank's room. The
     caller makes sure that all tokens fit the room of all ranks.
     """
     left = sum(lengths)
-    assert left <= sum(room), f"{left} tokens dealt to ranks with room for {sum(room)}"
-    rest = _rounded(shares(left, speeds, room), left)
+    assert left <= sum(capacity), f"{left} tokens dealt to ranks with room for {sum(capacity)}"
+    rest = _rounded(shares(left, speeds, capacity), left)
     columns: list[list[int]] = []
     for length in lengths:
         # rest holds what each rank still takes: a share of it in proportion keeps every later column feasible.
@@ -52,18 +52,18 @@ def make_pass(ranks: Sequence[int], method: str, sequences: Sequence[int], batch
     Ranks that get no token (more ranks than tokens, or a rank too slow for one) are left out, and so are ranks that
     the method can't use then.
     """
-    team = tuple(sorted(ranks))
+    members = tuple(sorted(ranks))
     lengths = [batch[k] for k in sequences]
     if method == LOCAL:
         shards: tuple[tuple[int, ...], ...] = (tuple(lengths),)
     else:
-        room = costs.room(team, costs.method(method), sum(lengths))
-        team, shards = without_idle(team, deal(lengths, [costs.speeds[r] for r in team], room))
+        capacity = costs.capacity_for(members, costs.method(method), sum(lengths))
+        members, shards = without_idle(members, deal(lengths, [costs.speeds[r] for r in members], capacity))
         chosen = costs.method(method)
-        if chosen and len(team) > 1 and not chosen.fits(len(team)):
-            return make_pass(team[:-1], method, sequences, batch, costs)
-        method = method if len(team) > 1 else LOCAL
-    return costed(team, costs.method(method), tuple(sequences), shards, lengths, costs)
+        if chosen and len(members) > 1 and not chosen.fits(len(members)):
+            return make_pass(members[:-1], method, sequences, batch, costs)
+        method = method if len(members) > 1 else LOCAL
+    return costed(members, costs.method(method), tuple(sequences), shards, lengths, costs)
 
 
 def costed(

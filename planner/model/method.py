@@ -88,11 +88,11 @@ class Method:
         more = (self.heads + max(self.kv_heads, size)) / (self.heads + self.kv_heads) if self.kv_heads else 1.0
         return self.bytes_per_token * (size - 1) / size * more
 
-    def carried(self, degree: int) -> float:
+    def hop_bytes(self, degree: int) -> float:
         """Bytes that the slowest rank passes on to its neighbour, per token of the largest shard."""
         return self.carried_bytes_per_token * self.hops(degree) * self._repeated()
 
-    def home(self, degree: int) -> float:
+    def return_bytes(self, degree: int) -> float:
         """Bytes that the slowest rank sends straight home, per token of the largest shard."""
         return self.home_bytes_per_token * self.hops(degree) * self._repeated()
 
@@ -102,12 +102,12 @@ class Method:
             return 0.0
         once = self.exchanged(degree) * (self.share if self.scaling == "peers" else 1.0)
         hops, share = self.hops(degree), self.share
-        carried = self.carried(degree) * share
+        carried = self.hop_bytes(degree) * share
         if self.both_ways:
             # a block on its way to higher members keeps its tail until it has passed the wrap
             up = hops - (hops + 1) // 2
             carried += self.carried_bytes_per_token * up * (up - 1) / (4 * degree)
-        return once + carried + self.home(degree) * share
+        return once + carried + self.return_bytes(degree) * share
 
     def hidden_share(self, degree: int) -> float:
         """Share of a rank's attention under which its transfers hide."""
@@ -116,7 +116,7 @@ class Method:
         blocks = self.hops(degree) + 1 if self.overlap == "rounds" else degree
         return (blocks - 1) / blocks if self.overlap == "rounds" else 1 / blocks
 
-    def exposed_home_share(self, degree: int) -> float:
+    def exposed_return_share(self, degree: int) -> float:
         """Share of the partial results that go home after the last block: nothing is left to hide them."""
         rounds = self._rounds(degree)
         return 1 / rounds if rounds else 0.0

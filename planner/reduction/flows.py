@@ -1,9 +1,9 @@
-"""Spreads flows over the cards of their hosts, so that the busiest card has the least to do.
+"""Spreads flows over the NICs of their hosts, so that the busiest NIC has the least to do.
 
-    minimise T   subject to, for every card each way,   sum of bytes * fraction <= T * rate
+    minimise T   subject to, for every NIC each way,   sum of bytes * fraction <= T * rate
 
-with the fractions of every flow over (card of the source, card of the target) adding up to 1: C4P's traffic planning
-(arXiv 2406.04594) as a linear program. When a card degrades, solve again with its new rate; a card of rate 0 is down.
+with the fractions of every flow over (NIC of the source, NIC of the target) adding up to 1: C4P's traffic planning
+(arXiv 2406.04594) as a linear program. When a NIC degrades, solve again with its new rate; a NIC of rate 0 is down.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Which part of every flow takes which cards."""
+    """Which part of every flow takes which NICs."""
 
     fractions: tuple[tuple[tuple[float, ...], ...], ...]
-    """[flow][card of the source][card of the target]."""
+    """[flow][NIC of the source][NIC of the target]."""
     seconds: float
-    """Of the busiest card, each way."""
+    """Of the busiest NIC, each way."""
 
 
-def spread(flows: Sequence[Flow], cards: Sequence[Sequence[float]]) -> Spread:
-    """cards[h][n]: bytes per second each way of host h's card n.
+def spread(flows: Sequence[Flow], nics: Sequence[Sequence[float]]) -> Spread:
+    """NICs[h][n]: bytes per second each way of host h's NIC n.
 
-    Raises UserError for a flow within a host or of no size, a negative rate, and a host whose cards are all down.
+    Raises UserError for a flow within a host or of no size, a negative rate, and a host whose NICs are all down.
     """
-    _check(flows, cards)
+    _check(flows, nics)
     if not flows:
         return Spread(fractions=(), seconds=0.0)
     # in units that keep the solver's numbers near 1
-    unit = max(f.size for f in flows) / max(max(rates) for rates in cards)
+    unit = max(f.size for f in flows) / max(max(rates) for rates in nics)
     program = Program("flows")
-    slowest = min(rate for rates in cards for rate in rates if rate)
+    slowest = min(rate for rates in nics for rate in rates if rate)
     total = program.real(0.0, sum(f.size for f in flows) / slowest / unit)
     loads: dict[tuple[int, int, bool], list[tuple[float, int]]] = {}
     parts: list[list[list[int | None]]] = []
     for flow in flows:
         chosen: list[list[int | None]] = []
-        for a, out in enumerate(cards[flow.source]):
+        for a, out in enumerate(nics[flow.source]):
             chosen.append([])
-            for b, into in enumerate(cards[flow.target]):
+            for b, into in enumerate(nics[flow.target]):
                 share = program.real(0.0, 1.0) if out and into else None
                 chosen[a].append(share)
                 if share is not None:
@@ -75,18 +75,11 @@ def spread(flows: Sequence[Flow], cards: Sequence[Sequence[float]]) -> Spread:
     return Spread(fractions=fractions, seconds=values[total] * unit)
 
 
-def degraded(cards: Sequence[Sequence[float]], host: int, card: int, rate: float) -> tuple[tuple[float, ...], ...]:
-    """The same cards with another rate for one of them: solve again with these."""
-    changed = [list(rates) for rates in cards]
-    changed[host][card] = rate
-    return tuple(map(tuple, changed))
-
-
-def _check(flows: Sequence[Flow], cards: Sequence[Sequence[float]]) -> None:
-    for host, rates in enumerate(cards):
-        for card, rate in enumerate(rates):
+def _check(flows: Sequence[Flow], nics: Sequence[Sequence[float]]) -> None:
+    for host, rates in enumerate(nics):
+        for nic, rate in enumerate(rates):
             if not 0 <= rate < math.inf:
-                raise UserError(f"card {card} of host {host} has {rate} bytes/s: it must be zero (down) or more")
+                raise UserError(f"card {nic} of host {host} has {rate} bytes/s: it must be zero (down) or more")
     for flow in flows:
         if flow.source == flow.target:
             raise UserError(f"a flow goes from host {flow.source} to itself: leave it out, it uses no card")
@@ -95,5 +88,5 @@ def _check(flows: Sequence[Flow], cards: Sequence[Sequence[float]]) -> None:
                 f"the flow from host {flow.source} to {flow.target} has {flow.size} bytes: give more than 0"
             )
         for host in (flow.source, flow.target):
-            if not 0 <= host < len(cards) or not any(cards[host]):
+            if not 0 <= host < len(nics) or not any(nics[host]):
                 raise UserError(f"host {host} has a flow and no card that is up: repair one or leave the host out")

@@ -19,4 +19,4 @@ def largest_fractions(cluster: Cluster, *, parameter_bytes: float, state_bytes: 
     if state_bytes <= 0:
         return (1.0,) * cluster.ranks
     free = (cluster.device_of(rank).memory_gb * 1e9 - 2 * parameter_bytes for rank in range(cluster.ranks))
-    return tuple(min(1.0, max(0.0, SHARE * room / state_bytes)) for room in free)
+    return tuple(min(1.0, max(0.0, SHARE * capacity / state_bytes)) for capacity in free)

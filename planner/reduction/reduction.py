@@ -77,8 +77,8 @@ def plan_reduction(
     limits = [1.0] * len(hosts) if max_fraction is None else [min(m, 1.0) for m in max_fraction]
     _check(hosts, uplinks, local, limits)
     members = {h: [r for r, host in enumerate(hosts) if host == h] for h in sorted(set(hosts))}
-    rooms = {h: sum(limits[r] for r in ranks) for h, ranks in members.items()}
-    caps = rooms if len(members) < 3 else _caps({h: uplinks[h] for h in members}, rooms)
+    capacities = {h: sum(limits[r] for r in ranks) for h, ranks in members.items()}
+    caps = capacities if len(members) < 3 else _caps({h: uplinks[h] for h in members}, capacities)
     fractions = _even(members, limits, caps)
     rates = {h: (uplinks[h] if len(members) > 1 else math.inf, local[h]) for h in members}
     seconds = max(_seconds(members, fractions, h, *rate) for h, rate in rates.items())
@@ -117,24 +117,24 @@ def _check(hosts: Sequence[int], uplinks: Sequence[float], local: Sequence[float
         )
 
 
-def _caps(uplinks: dict[int, float], rooms: dict[int, float]) -> dict[int, float]:
+def _caps(uplinks: dict[int, float], capacities: dict[int, float]) -> dict[int, float]:
     """Per host (three or more), the largest fraction it may own in the least possible time."""
     others = len(uplinks) - 2
 
     def caps(seconds: float) -> dict[int, float]:
         # a tiny negative is the slowest host's zero
-        return {h: min(rooms[h], max(0.0, (seconds * rate - 1) / others)) for h, rate in uplinks.items()}
+        return {h: min(capacities[h], max(0.0, (seconds * rate - 1) / others)) for h, rate in uplinks.items()}
 
     low = max(1 / rate for rate in uplinks.values())
     if sum(caps(low).values()) >= 1:
         return caps(low)
     # what fits grows with time along straight lines, bent where a host's room is full
-    for high in sorted((1 + others * rooms[h]) / rate for h, rate in uplinks.items()):
+    for high in sorted((1 + others * capacities[h]) / rate for h, rate in uplinks.items()):
         if high <= low:
             continue
-        room_low, room_high = sum(caps(low).values()), sum(caps(high).values())
-        if room_high >= 1:
-            return caps(low + (high - low) * (1 - room_low) / (room_high - room_low))
+        fit_low, fit_high = sum(caps(low).values()), sum(caps(high).values())
+        if fit_high >= 1:
+            return caps(low + (high - low) * (1 - fit_low) / (fit_high - fit_low))
         low = high
     return caps(low)  # the rooms add up to 1, but for rounding
 

@@ -17,7 +17,7 @@ MOST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ReductionPiece:
     """Elements [start, stop) of the tensor, summed by one owner."""
 
     start: int
@@ -26,7 +26,7 @@ class Piece:
     number: int
 
 
-def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[Piece, ...]:
+def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[ReductionPiece, ...]:
     """All pieces, in the order in which everybody works: owners of a wave take turns and end at about the same time."""
     bounds = reduction.bounds(numel)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
@@ -41,10 +41,10 @@ def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[Piece, ...]
             start, stop = low + (high - low) * i // count, low + (high - low) * (i + 1) // count
             cuts.append((waves[owner], (i + 0.5) / count, owner, start, stop))
     cuts.sort()
-    return tuple(Piece(low, high, owner, number) for number, (_, _, owner, low, high) in enumerate(cuts))
+    return tuple(ReductionPiece(low, high, owner, number) for number, (_, _, owner, low, high) in enumerate(cuts))
 
 
-def representatives(reduction: Reduction, piece: Piece) -> dict[int, int]:
+def representatives(reduction: Reduction, piece: ReductionPiece) -> dict[int, int]:
     """Per host, the rank that speaks for it about this piece: the owner on its host, elsewhere the ranks in turn."""
     members: dict[int, list[int]] = {}
     for rank, host in enumerate(reduction.hosts):

@@ -18,7 +18,7 @@ from heteromesh.planner.report.check import check_step
 from heteromesh.planner.report.fixes import Fixes
 from heteromesh.planner.sequences.static import static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.sequences.step import plan_step
-from heteromesh.planner.stages.hosts import cluster_sites
+from heteromesh.planner.stages.hosts import cluster_resources
 from heteromesh.planner.stages.json import decision_to_json, why
 from heteromesh.planner.stages.placement import place
 from heteromesh.planner.stages.workload import workloads
@@ -61,7 +61,7 @@ class Problem:
         return state_bytes(self.model, self.cluster.ranks) if self.source == ANALYTIC else 0
 
 
-def pose(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
+def build_problem(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
     """Costs in order of preference: the given constants, the cluster's measured ones, the analytic model."""
     costs, source = measured_costs(cluster, model), MEASURED
     if constants:
@@ -107,16 +107,16 @@ def make_plan(
 
 
 def uneven_network(cluster: Cluster) -> bool:
-    """Whether it matters which hosts form which stage: several fabrics, or hosts with unequal cards."""
+    """Whether it matters which hosts form which stage: several fabrics, or hosts with unequal NICs."""
     return len({(host.fabric, host.nics) for host in cluster.hosts}) > 1
 
 
 def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object], tuple[Rejected, ...]]:
     """Stages for this batch with what they were compared with. Nothing that runs splits tensors: degree 1 only."""
-    sites, checkpointing = cluster_sites(problem.cluster), bool(problem.fixes.checkpointing)
+    resources, checkpointing = cluster_resources(problem.cluster), bool(problem.fixes.checkpointing)
     works = workloads(problem.model, problem.costs, batch, checkpointing=checkpointing)
     try:
-        decision = place(sites, works, time_limit=PLACEMENT_SECONDS, tensor_parallel=(1,))
+        decision = place(resources, works, time_limit=PLACEMENT_SECONDS, tensor_parallel=(1,))
     except UserError as error:
         return {}, (Rejected(what="pipeline stages", why=f"infeasible: {error}"),)
     lost = tuple(
@@ -124,7 +124,7 @@ def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object
         for c in decision.candidates
         if c.placement != decision.placement
     )
-    return {"placement": decision_to_json(decision, sites)}, lost
+    return {"placement": decision_to_json(decision, resources)}, lost
 
 
 def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:
@@ -152,7 +152,7 @@ def peak_activations(steps: Sequence[Step], costs: Costs) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class LayoutComparison:
     """A static layout on the same batches as the plan."""
 
     what: str
@@ -162,23 +162,23 @@ class Comparison:
     """In words: its seconds beside the plan's, or what does not fit."""
 
 
-def compare(steps: Sequence[Step], costs: Costs) -> tuple[Comparison, ...]:
+def compare(steps: Sequence[Step], costs: Costs) -> tuple[LayoutComparison, ...]:
     """Every static layout on the batches of these steps."""
     return tuple(_compare(what, layout, steps, costs) for what, layout in static_layouts(costs.ranks))
 
 
-def _compare(what: str, layout: Layout, steps: Sequence[Step], costs: Costs) -> Comparison:
+def _compare(what: str, layout: Layout, steps: Sequence[Step], costs: Costs) -> LayoutComparison:
     planned, other = sum(step.seconds for step in steps) / len(steps), 0.0
     for index, step in enumerate(steps):
         try:
             other += layout(step.batch, costs).seconds / len(steps)
         except UserError as error:
-            return Comparison(what=what, seconds=None, why=f"infeasible in step {index}: {error}")
+            return LayoutComparison(what=what, seconds=None, why=f"infeasible in step {index}: {error}")
     why = f"{other:.4g} s a step, {other / planned:.2f}x the plan's {planned:.4g} s"
-    return Comparison(what=what, seconds=other, why=why)
+    return LayoutComparison(what=what, seconds=other, why=why)
 
 
-def _layout(problem: Problem, compared: Sequence[Comparison]) -> dict[str, object]:
+def _layout(problem: Problem, compared: Sequence[LayoutComparison]) -> dict[str, object]:
     states = problem.state_bytes
     return {
         "parameters": {

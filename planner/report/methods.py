@@ -71,8 +71,8 @@ def _option(method: Method, p: Pass, lengths: Sequence[int], costs: Costs) -> Me
     degree, load = len(p.ranks), load_of(lengths, p.shards)
     if not method.fits(degree):
         return MethodOption(method=method.name, obstacle=f"does not split over {degree} ranks")
-    room = [costs.capacity[r] / (1 - p.offload * costs.offload_share) for r in p.ranks]
-    if any(m > n * (1 + 1e-9) for m, n in zip(costs.memory(method, load.tokens), room, strict=True)):
+    capacity = [costs.capacity[r] / (1 - p.offload * costs.offload_share) for r in p.ranks]
+    if any(m > n * (1 + 1e-9) for m, n in zip(costs.memory(method, load.tokens), capacity, strict=True)):
         return MethodOption(method=method.name, obstacle="holds more than fits")
     parts = costs.priced(p.ranks, method, load, p.offload)
     sent = None

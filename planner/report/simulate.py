@@ -20,7 +20,7 @@ Category = Literal["pass", "comm", "wait", "optimizer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class SimulatedEvent:
     """What a rank does for some time."""
 
     rank: int
@@ -58,7 +58,7 @@ class StepRun:
     """Positions of the passes that never start."""
     stuck: tuple[int, ...]
     """Ranks that wait for the failed one, directly or not, when the others have done all they can."""
-    events: tuple[Event, ...] = field(repr=False)
+    events: tuple[SimulatedEvent, ...] = field(repr=False)
 
 
 def simulate_plan(steps: Sequence[Step], costs: Costs, disturbance: Disturbance) -> list[StepRun]:
@@ -93,14 +93,14 @@ def simulate_step(
     for position, (start, p) in enumerate(zip(begun, ran, strict=True)):
         for rank in p.ranks if position not in blocked else ():
             events += _waits(rank, free[rank], start, clock, index)
-            events.append(Event(rank, f"pass {position}", "pass", clock + start, p.seconds, index))
+            events.append(SimulatedEvent(rank, f"pass {position}", "pass", clock + start, p.seconds, index))
             busy[rank] += p.seconds
             free[rank] = start + p.seconds
     alive = [r for r in range(costs.ranks) if r != gone]
     for rank in alive:
         events += _waits(rank, free[rank], last, clock, index)
         if gone is None and fixed:
-            events.append(Event(rank, "gradient sum and optimizer", "optimizer", clock + last, fixed, index))
+            events.append(SimulatedEvent(rank, "gradient sum and optimizer", "optimizer", clock + last, fixed, index))
     return StepRun(
         step=index,
         seconds=last + fixed if gone is None else None,
@@ -131,7 +131,7 @@ def slowed_seconds(p: Pass, batch: Sequence[int], costs: Costs, slow: Mapping[in
     return p.seconds + max(t * slow.get(r, 1.0) for r, t in zip(p.ranks, own, strict=True)) - max(own)
 
 
-def _waits(rank: int, since: float, until: float, clock: float, index: int) -> list[Event]:
+def _waits(rank: int, since: float, until: float, clock: float, index: int) -> list[SimulatedEvent]:
     if until <= since or math.isclose(until, since, rel_tol=1e-9):
         return []
-    return [Event(rank, "wait", "wait", clock + since, until - since, index)]
+    return [SimulatedEvent(rank, "wait", "wait", clock + since, until - since, index)]

@@ -1,7 +1,7 @@
-"""Steps in which passes that run at the same time share the cards of their hosts, which the cost model leaves out.
+"""Steps in which passes that run at the same time share the NICs of their hosts, which the cost model leaves out.
 
-A pass that exchanges for a share e of its seconds asks the cards of each of its hosts for that share. Where the passes
-of the moment ask a card for more than all of it, they all slow down in proportion until one of them ends.
+A pass that exchanges for a share e of its seconds asks the NICs of each of its hosts for that share. Where the passes
+of the moment ask a NIC for more than all of it, they all slow down in proportion until one of them ends.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> f
 
 
 def _demands(p: Pass, step: Step, costs: Costs, seconds: float) -> dict[int, float]:
-    """By host, the share of the pass's seconds in which it keeps the host's cards busy."""
+    """By host, the share of the pass's seconds in which it keeps the host's NICs busy."""
     hosts = {costs.hosts[rank] for rank in p.ranks}
     if len(hosts) < 2:
         return {}
-    parts = costs.pass_parts(p.ranks, p.method, [step.batch[k] for k in p.sequences], p.shards, p.offload)
+    parts = costs.pass_breakdown(p.ranks, p.method, [step.batch[k] for k in p.sequences], p.shards, p.offload)
     return dict.fromkeys(hosts, parts.exchange / seconds if seconds else 0.0)
 
 

@@ -181,7 +181,7 @@ def _header(problem: Problem, lengths: str) -> str:
 
 def _memory(plan: Plan, problem: Problem) -> str:
     peaks = peak_activations(plan.steps, problem.costs)
-    shares = [tokens / room for tokens, room in zip(peaks, problem.costs.capacity, strict=True)]
+    shares = [tokens / capacity for tokens, capacity in zip(peaks, problem.costs.capacity, strict=True)]
     fullest = max(range(len(shares)), key=lambda r: shares[r])
     what = "weights, gradients, optimizer and activations" if problem.source == ANALYTIC else "activations alone"
     return (

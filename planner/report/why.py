@@ -82,7 +82,7 @@ def explain_step(step: Step, costs: Costs) -> StepReason:
 
 def split_seconds(p: Pass, lengths: Sequence[int], costs: Costs) -> tuple[float, float, float]:
     """(compute, exchange, fixed) of a pass: what is left without transfers, what they add, and what no token causes."""
-    parts = costs.pass_parts(p.ranks, p.method, lengths, p.shards, p.offload)
+    parts = costs.pass_breakdown(p.ranks, p.method, lengths, p.shards, p.offload)
     return parts.compute, parts.exchange + parts.latency + parts.offload, parts.fixed
 
 
@@ -90,11 +90,13 @@ def _explain_pass(position: int, p: Pass, step: Step, costs: Costs) -> PassReaso
     lengths = [step.batch[k] for k in p.sequences]
     compute, exchange, fixed = split_seconds(p, lengths, costs)
     degree = len(p.ranks)
-    teams = {max(1, degree // 2): p.ranks[: max(1, degree // 2)], degree: p.ranks}
-    teams[min(2 * degree, costs.ranks)] = _widened(p.ranks, min(2 * degree, costs.ranks), costs.ranks)
+    rank_sets = {max(1, degree // 2): p.ranks[: max(1, degree // 2)], degree: p.ranks}
+    rank_sets[min(2 * degree, costs.ranks)] = _widened(p.ranks, min(2 * degree, costs.ranks), costs.ranks)
     options = tuple(
-        Option(degree=degree, method=p.method, seconds=p.seconds) if d == degree else _option(teams[d], p, step, costs)
-        for d in sorted(teams)
+        Option(degree=degree, method=p.method, seconds=p.seconds)
+        if d == degree
+        else _option(rank_sets[d], p, step, costs)
+        for d in sorted(rank_sets)
     )
     return PassReason(
         position=position,
@@ -122,9 +124,9 @@ def _widened(ranks: Sequence[int], degree: int, world: int) -> tuple[int, ...]:
 
 def _option(ranks: Sequence[int], p: Pass, step: Step, costs: Costs) -> Option:
     degree, tokens = len(ranks), sum(step.batch[k] for k in p.sequences)
-    room = sum(costs.capacity[r] for r in ranks)
-    if tokens > room:
-        return Option(degree=degree, obstacle=f"does not fit, {tokens} tokens for {room}")
+    capacity = sum(costs.capacity[r] for r in ranks)
+    if tokens > capacity:
+        return Option(degree=degree, obstacle=f"does not fit, {tokens} tokens for {capacity}")
     method = LOCAL
     if degree > 1:
         chosen = costs.method_for(ranks, max(step.batch[k] for k in p.sequences))
@@ -137,10 +139,10 @@ def _option(ranks: Sequence[int], p: Pass, step: Step, costs: Costs) -> Option:
 
 def _reason(p: Pass, step: Step, options: Sequence[Option], costs: Costs) -> str:
     degree, tokens = len(p.ranks), sum(step.batch[k] for k in p.sequences)
-    room = [costs.capacity[r] for r in p.ranks]
+    capacity = [costs.capacity[r] for r in p.ranks]
     if p.offload:
-        return f"{p.offload:.0%} of its activations wait in host memory: its ranks hold {sum(room)} tokens without"
-    if degree > 1 and tokens > sum(room) - min(room):
+        return f"{p.offload:.0%} of its activations wait in host memory: its ranks hold {sum(capacity)} tokens without"
+    if degree > 1 and tokens > sum(capacity) - min(capacity):
         return "the fewest ranks that hold it"
     priced = [(o.degree * o.seconds, o) for o in options if o.seconds is not None]
     least, cheapest = min(priced, key=lambda pair: pair[0])

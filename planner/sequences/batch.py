@@ -9,7 +9,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import Costs
 
 
-def checked(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
+def validate_lengths(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
     """The batch as plain ints; raises UserError naming the index and value of what can't be planned."""
     if not len(lengths):
         raise UserError("the batch is empty: give at least one sequence length")
@@ -35,8 +35,8 @@ def largest(costs: Costs) -> tuple[int, int]:
     for degree in range(2, costs.ranks + 1):
         held = min((m.held for m in costs.methods if m.fits(degree)), default=None)
         if held is not None:
-            room = sum(costs.capacity[r] for r in order[:degree])
+            capacity = sum(costs.capacity[r] for r in order[:degree])
             # a method that holds others' keys rounds every rank's room down
-            room = int(room / (1 + held * (degree - 1))) - degree if held else room
-            best = max(best, (room, degree), key=lambda b: b[0])
+            capacity = int(capacity / (1 + held * (degree - 1))) - degree if held else capacity
+            best = max(best, (capacity, degree), key=lambda b: b[0])
     return best

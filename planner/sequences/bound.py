@@ -82,7 +82,7 @@ class _Tokens:
     """Per bucket: tokens."""
     work: Floats
     """Per bucket: compute of a token at speed 1, at least."""
-    wire: Floats
+    exposed: Floats
     """Per bucket: exchange seconds of a token, at least."""
     excess: float
     """Work beyond those minima."""
@@ -107,10 +107,10 @@ class _Instance:
         """The larger of two bounds in closed form: a sequence's own best pass; all work and the fewest passes."""
         alone = float(self.own.min(axis=1).max())
         todo = self.buckets(math.inf)
-        work = float(todo.amount @ (todo.work + self.best.slowest * todo.wire)) + todo.excess
+        work = float(todo.amount @ (todo.work + self.best.slowest * todo.exposed)) + todo.excess
         # c is paid by whole passes: a rank in k of them holds k * capacity tokens and loses v * k * c of its power
         price = self.costs.seconds_per_pass * min(
-            v / room for v, room in zip(self.costs.speeds, self.costs.capacity, strict=True)
+            v / capacity for v, capacity in zip(self.costs.speeds, self.costs.capacity, strict=True)
         )
         whole = self.costs.seconds_per_pass * self.best.slowest * self.fewest
         return max(alone, (work + max(price * self.tokens, whole)) / sum(self.costs.speeds))
@@ -118,20 +118,20 @@ class _Instance:
     def buckets(self, limit: float) -> _Tokens:
         """The work if no pass takes longer than `limit`."""
         costs, s = self.costs, self.lengths
-        wires = np.broadcast_to(self.best.wire, self.own.shape)
+        exposed = np.broadcast_to(self.best.exposed, self.own.shape)
         possible = np.isfinite(self.own) & (self.own <= limit)
-        wire = np.where(possible, wires, math.inf).min(axis=1)
+        exposed = np.where(possible, exposed, math.inf).min(axis=1)
         must_split = ~possible[:, 0]
-        wire = wire + must_split * (costs.seconds_per_split_pass / max(costs.capacity))
+        exposed = exposed + must_split * (costs.seconds_per_split_pass / max(costs.capacity))
         least_work = float(self.best.work.min())
         work = (costs.seconds_per_token2 * s + costs.seconds_per_token) * least_work
         amount = self.counts * s
         least = np.full_like(work, costs.seconds_per_token * least_work) if self.heads else work
         cuts = np.searchsorted(np.cumsum(amount * work), np.linspace(0, amount @ work, BUCKETS + 1)[1:-1])
         at = np.unique(np.concatenate(([0], cuts[cuts < len(s)])))
-        low_work, low_wire = np.minimum.reduceat(least, at), np.minimum.reduceat(wire, at)
+        low_work, low_wire = np.minimum.reduceat(least, at), np.minimum.reduceat(exposed, at)
         tokens = np.add.reduceat(amount, at)
-        full = float(amount @ (work + self.best.slowest * wire))
+        full = float(amount @ (work + self.best.slowest * exposed))
         kept = float(tokens @ (low_work + self.best.slowest * low_wire))
         return _Tokens(tokens, low_work, low_wire, max(full - kept, 0.0) * (1 - 1e-9), full)
 
@@ -140,13 +140,13 @@ class _Instance:
         if bool((self.own.min(axis=1) > limit).any()):
             return 0.0
         todo = self.buckets(limit)
-        kinds = [(g, k) for g, (_, room, _) in enumerate(self.classes) for k in self._passes(limit, room)]
+        kinds = [(g, k) for g, (_, capacity, _) in enumerate(self.classes) for k in self._passes(limit, capacity)]
         return self._solve(kinds, todo, limit) if kinds else 0.0
 
-    def _passes(self, limit: float, room: float) -> list[int]:
+    def _passes(self, limit: float, capacity: float) -> list[int]:
         """Numbers of passes a rank may have; 0 stands for any number, whole or not."""
         c = self.costs.seconds_per_pass
-        most = min(limit / c if c else math.inf, math.ceil(self.tokens / room))
+        most = min(limit / c if c else math.inf, math.ceil(self.tokens / capacity))
         return list(range(1, int(most) + 1)) if most < WHOLE + 1 else [0]
 
     def _solve(self, kinds: list[tuple[int, int]], todo: _Tokens, limit: float) -> float:
@@ -161,18 +161,18 @@ class _Instance:
         cols[0] = 2.0
         first, last = 2 * len(kinds) + len(classes), len(matrix) - 2
         for i, (g, k) in enumerate(kinds):
-            speed, room, _ = classes[g]
+            speed, capacity, _ = classes[g]
             at = 1 + i * width
             ranks, passes, excess, x = at, at + 1, at + 2, slice(at + 3, at + width)
             if k:
                 cols[passes] = 0.0
             # Tokens in units of a rank's room keep the coefficients near 1.
             matrix[2 * i, x], matrix[2 * i, ranks], matrix[2 * i, passes] = 1.0, -k, -1.0
-            matrix[2 * i + 1, x] = (todo.work / speed + todo.wire) * room / limit
+            matrix[2 * i + 1, x] = (todo.work / speed + todo.exposed) * capacity / limit
             matrix[2 * i + 1, excess] = 1.0
             matrix[2 * i + 1, ranks], matrix[2 * i + 1, passes] = -(1 - k * c / limit), c / limit
             matrix[2 * len(kinds) + g, ranks] = 1.0
-            matrix[first : first + n, x] = np.diag(room / todo.amount)
+            matrix[first : first + n, x] = np.diag(capacity / todo.amount)
             matrix[last, excess] = limit * speed
             matrix[last + 1, ranks], matrix[last + 1, passes] = k, 1.0
         for g, (_, _, count) in enumerate(classes):

@@ -8,7 +8,7 @@ Ranks of a block have done the same passes when it starts, so nobody waits and a
     sum_k s_k * A[k,u,j] <= room_u * z[u,j]                                 memory, which also links A to z
     sum over blocks u of rank r and j: fixed_u * z + sum_k t_u(s_k) * A <= C      every rank r;  C <= cut-off
 
-minimise C. FlexSP's program (arXiv 2412.01523, equations 17-22) has one pass per rank and groups without place; blocks
+minimise C. FlexSP's program (arXiv 2412.01523, equations 17-22) has one pass per rank and groups without index; blocks
 let ranks run several passes without lock step. The cut-off removes every A whose own pass is too long.
 """
 
@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heteromesh.planner.cost.ranksets import Line, Team
-from heteromesh.planner.sequences.draft import Draft, LocalPass, SplitPass, Task, empty_draft
+from heteromesh.planner.cost.ranksets import Line, RankSetCost
+from heteromesh.planner.sequences.partial import LocalPass, PartialStep, SplitPass, StepProblem, empty_step
 from heteromesh.planner.solver import Program
 
 MOST_BINARIES = 1500
@@ -31,52 +31,54 @@ class _Slot:
     """A pass that a block may run."""
 
     ranks: tuple[int, ...]
-    team: Team
+    rank_set: RankSetCost
     used: int
     """Variable z."""
     members: dict[int, int]
-    """Place of a sequence to its variable A."""
+    """Sorted index of a sequence to its variable A."""
     seconds: int | None
     """Variable: its seconds, where they are the largest of several lines."""
 
 
-def refine(task: Task, known: float, bound: float, time_limit: float) -> Draft | None:
-    """A draft that takes less than `known` seconds, found in `time_limit` seconds; None without one or if too large."""
+def refine(problem: StepProblem, known: float, bound: float, time_limit: float) -> PartialStep | None:
+    """Returns a step that takes less than `known` seconds, found in `time_limit` seconds; None without one."""
     limit = known * (1 - BETTER)
-    blocks = [(block, team) for block in _blocks(task) if (team := _team(task, block)) is not None]
-    able = {block: _able(task, team, limit) for block, team in blocks}
-    turns = {block: _turns(task, team, able[block], limit) for block, team in blocks}
+    blocks = [(block, rank_set) for block in _blocks(problem) if (rank_set := _rank_set(problem, block)) is not None]
+    able = {block: _able(problem, rank_set, limit) for block, rank_set in blocks}
+    turns = {block: _turns(problem, rank_set, able[block], limit) for block, rank_set in blocks}
     if sum(turns[b] * (1 + len(able[b])) for b in able) > MOST_BINARIES:
         return None
     program = Program("step")
     end = program.real(bound, limit)
     slots: list[_Slot] = []
-    for block, team in blocks:
+    for block, rank_set in blocks:
         for turn in range(turns[block]):
             members = {k: program.binary() for k in able[block]}
-            seconds = program.real(0.0, limit) if len(team.lines) > 1 else None
-            slot = _Slot(block, team, program.binary(), members, seconds)
+            seconds = program.real(0.0, limit) if len(rank_set.lines) > 1 else None
+            slot = _Slot(block, rank_set, program.binary(), members, seconds)
             if seconds is not None:
-                for line in team.lines:
-                    program.at_most([*_line_terms(task, slot, line), (-1.0, seconds)], 0.0)
+                for line in rank_set.lines:
+                    program.at_most([*_line_terms(problem, slot, line), (-1.0, seconds)], 0.0)
             if turn:
                 program.at_most([(1.0, slot.used), (-1.0, slots[-1].used)], 0.0)
-            room = float(team.even)
-            program.at_most([*((task.lengths[k] / room, x) for k, x in slot.members.items()), (-1.0, slot.used)], 0.0)
+            capacity = float(rank_set.even)
+            program.at_most(
+                [*((problem.lengths[k] / capacity, x) for k, x in slot.members.items()), (-1.0, slot.used)], 0.0
+            )
             slots.append(slot)
-    for k in range(len(task.lengths)):
+    for k in range(len(problem.lengths)):
         program.equal([(1.0, slot.members[k]) for slot in slots if k in slot.members], 1.0)
-    for rank in range(task.costs.ranks):
+    for rank in range(problem.costs.ranks):
         own = [slot for slot in slots if rank in slot.ranks]
-        program.at_most([*(term for slot in own for term in _seconds(task, slot)), (-1.0, end)], 0.0)
+        program.at_most([*(term for slot in own for term in _seconds(problem, slot)), (-1.0, end)], 0.0)
     values = program.minimise([(1.0, end)], time_limit)
-    draft = _draft(task, slots, values) if values is not None else None
-    return draft if draft is not None and draft.seconds < known else None
+    partial = _partial(problem, slots, values) if values is not None else None
+    return partial if partial is not None and partial.seconds < known else None
 
 
-def _blocks(task: Task) -> list[tuple[int, ...]]:
+def _blocks(problem: StepProblem) -> list[tuple[int, ...]]:
     """All ranks, and the halves of every block, larger before smaller."""
-    costs = task.costs
+    costs = problem.costs
     order = sorted(range(costs.ranks), key=lambda r: (costs.hosts[r], -costs.speeds[r], r))
     blocks, todo = [], [order]
     for block in todo:
@@ -87,49 +89,49 @@ def _blocks(task: Task) -> list[tuple[int, ...]]:
     return blocks
 
 
-def _team(task: Task, block: tuple[int, ...]) -> Team | None:
-    return task.fleet.team(block, task.lengths[0])
+def _rank_set(problem: StepProblem, block: tuple[int, ...]) -> RankSetCost | None:
+    return problem.rank_sets.find(block, problem.lengths[0])
 
 
-def _able(task: Task, team: Team, limit: float) -> list[int]:
-    return [k for k, n in enumerate(task.lengths) if n <= team.even and team.seconds(n, n * n) <= limit]
+def _able(problem: StepProblem, rank_set: RankSetCost, limit: float) -> list[int]:
+    return [k for k, n in enumerate(problem.lengths) if n <= rank_set.even and rank_set.seconds(n, n * n) <= limit]
 
 
-def _turns(task: Task, team: Team, able: list[int], limit: float) -> int:
+def _turns(problem: StepProblem, rank_set: RankSetCost, able: list[int], limit: float) -> int:
     """Passes that a block may run: enough for all that it could hold, as far as fixed costs leave time."""
-    tokens, fixed = sum(task.lengths[k] for k in able), team.lines[0].fixed
+    tokens, fixed = sum(problem.lengths[k] for k in able), rank_set.lines[0].fixed
     time = limit / fixed if fixed > 0 else len(able)
-    return min(len(able), int(time), 1 + -(-tokens // max(team.even, 1)))
+    return min(len(able), int(time), 1 + -(-tokens // max(rank_set.even, 1)))
 
 
-def _seconds(task: Task, slot: _Slot) -> list[tuple[float, int]]:
-    return _line_terms(task, slot, slot.team.lines[0]) if slot.seconds is None else [(1.0, slot.seconds)]
+def _seconds(problem: StepProblem, slot: _Slot) -> list[tuple[float, int]]:
+    return _line_terms(problem, slot, slot.rank_set.lines[0]) if slot.seconds is None else [(1.0, slot.seconds)]
 
 
-def _line_terms(task: Task, slot: _Slot, line: Line) -> list[tuple[float, int]]:
-    lengths = task.lengths
+def _line_terms(problem: StepProblem, slot: _Slot, line: Line) -> list[tuple[float, int]]:
+    lengths = problem.lengths
     terms = [(line.per_token * lengths[k] + line.per_square * lengths[k] ** 2, x) for k, x in slot.members.items()]
     return [(line.fixed, slot.used), *terms]
 
 
-def _draft(task: Task, slots: list[_Slot], values: list[float]) -> Draft | None:
-    """The draft of a solution; None if the values are none (PuLP gives values even where HiGHS found no solution)."""
-    draft = empty_draft(task.costs.ranks)
+def _partial(problem: StepProblem, slots: list[_Slot], values: list[float]) -> PartialStep | None:
+    """Returns the step of a solution; None if the values are none (PuLP gives values even where HiGHS found none)."""
+    partial = empty_step(problem.costs.ranks)
     placed: list[int] = []
     for slot in sorted(slots, key=lambda s: -len(s.ranks)):
-        places = tuple(k for k, x in slot.members.items() if values[x] > 0.5)
-        if not places:
+        indices = tuple(k for k, x in slot.members.items() if values[x] > 0.5)
+        if not indices:
             continue
-        tokens = sum(task.lengths[k] for k in places)
-        if tokens > slot.team.even:
+        tokens = sum(problem.lengths[k] for k in indices)
+        if tokens > slot.rank_set.even:
             return None
-        placed += places
-        start = max(draft.ends[r].free for r in slot.ranks)
-        end = start + slot.team.seconds(tokens, sum(task.lengths[k] ** 2 for k in places))
+        placed += indices
+        start = max(partial.ends[r].free for r in slot.ranks)
+        end = start + slot.rank_set.seconds(tokens, sum(problem.lengths[k] ** 2 for k in indices))
         if len(slot.ranks) > 1:
-            draft.add_split(SplitPass(slot.ranks, slot.team, places), start, end)
+            partial.add_split(SplitPass(slot.ranks, slot.rank_set, indices), start, end)
         else:
-            last = draft.ends[slot.ranks[0]]
+            last = partial.ends[slot.ranks[0]]
             last.free = end
-            draft.local.append(LocalPass(last, slot.team.even - tokens, list(places)))
-    return draft if sorted(placed) == list(range(len(task.lengths))) else None
+            partial.local.append(LocalPass(last, slot.rank_set.even - tokens, list(indices)))
+    return partial if sorted(placed) == list(range(len(problem.lengths))) else None

@@ -1,7 +1,8 @@
 """First half of the greedy: passes of several ranks, longest sequence first.
 
 For the longest sequence left, every degree and set of ranks that meets the target is filled with further sequences; the
-pass that wastes least wins: rank time it takes (waiting included) over what its sequences are worth (Task.value).
+pass that wastes least wins: rank time it takes (waiting included) over what its sequences are worth
+(StepProblem.value).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from heteromesh.planner.cost.ranksets import Line, Team
-from heteromesh.planner.sequences.draft import SplitPass, Task, empty_draft
+from heteromesh.planner.cost.ranksets import Line, RankSetCost
+from heteromesh.planner.sequences.partial import SplitPass, StepProblem, empty_step
 
 NARROW = 6
 """Hosts that are looked at for one sequence: those whose ranks are free first."""
@@ -24,7 +25,7 @@ JOINED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class GreedyChoice:
     """What one run of the greedy tries differently."""
 
     degrees: int = 10
@@ -47,8 +48,8 @@ class Choice:
 class _Option:
     score: float
     ranks: tuple[int, ...]
-    team: Team
-    places: tuple[int, ...]
+    rank_set: RankSetCost
+    indices: tuple[int, ...]
     end: float
 
 
@@ -57,7 +58,7 @@ class _Candidate:
     """Ranks that could run a pass, and when."""
 
     ranks: tuple[int, ...]
-    team: Team
+    rank_set: RankSetCost
     start: float
     idle: float
     """Rank time lost to waiting, at speed 1."""
@@ -66,14 +67,14 @@ class _Candidate:
 class _Filling:
     """A pass while sequences are added to it."""
 
-    def __init__(self, team: Team, length: int, seconds: float) -> None:
+    def __init__(self, rank_set: RankSetCost, length: int, seconds: float) -> None:
         """`length`: of its first sequence; `seconds`: that it may take."""
-        self._team, self._limit = team, seconds
+        self._rank_set, self._limit = rank_set, seconds
         self.tokens, self.squares = length, length**2
-        self._left = [seconds - line.at(length, length**2) for line in team.lines]
-        """By line of the team's seconds, the time that it leaves."""
-        if length > team.even:
-            self._left = [seconds - team.seconds(length, length**2)] * len(team.lines)
+        self._left = [seconds - line.at(length, length**2) for line in rank_set.lines]
+        """By line of the seconds, the time that it leaves."""
+        if length > rank_set.even:
+            self._left = [seconds - rank_set.seconds(length, length**2)] * len(rank_set.lines)
 
     def has_time(self) -> bool:
         """Whether any sequence may fit."""
@@ -81,34 +82,34 @@ class _Filling:
 
     def reach(self) -> float:
         """Returns the length of the longest sequence that fits in time."""
-        return min(map(_reach, self._team.lines, self._left))
+        return min(map(_reach, self._rank_set.lines, self._left))
 
     def add(self, length: int) -> bool:
         """Adds a sequence; False where it takes too long after all."""
         tokens, squares = self.tokens + length, self.squares + length * length
-        if tokens > self._team.even:
-            left = self._limit - self._team.seconds(tokens, squares)
+        if tokens > self._rank_set.even:
+            left = self._limit - self._rank_set.seconds(tokens, squares)
             if left < 0:
                 return False
             self._left = [left] * len(self._left)
         else:
             self._left = [
                 left - (line.per_token * length + line.per_square * length * length)
-                for line, left in zip(self._team.lines, self._left, strict=True)
+                for line, left in zip(self._rank_set.lines, self._left, strict=True)
             ]
         self.tokens, self.squares = tokens, squares
         return True
 
 
 class Splitter:
-    """Adds split passes to a draft, one at a time."""
+    """Adds split passes to a partial step, one at a time."""
 
-    def __init__(self, task: Task, target: float, choice: Choice) -> None:
-        self.task, self.target, self.choice = task, target, choice
-        self.draft = empty_draft(task.costs.ranks)
-        self.left = _Left(len(task.lengths))
-        self.local = _first_local(task, target, choice.local_share)
-        """The first place from which on a sequence may stay on one rank."""
+    def __init__(self, problem: StepProblem, target: float, choice: GreedyChoice) -> None:
+        self.problem, self.target, self.choice = problem, target, choice
+        self.partial = empty_step(problem.costs.ranks)
+        self.left = _Left(len(problem.lengths))
+        self.local = _first_local(problem, target, choice.local_share)
+        """The first sorted index from which on a sequence may stay on one rank."""
 
     def must(self) -> None:
         """Passes for all sequences that fit no rank in time."""
@@ -120,132 +121,132 @@ class Splitter:
     def more(self) -> bool:
         """A pass for the longest sequence left, though it fits a rank; False if there is none."""
         head = self.left.next(0)
-        return head < len(self.task.lengths) and self.one(head)
+        return head < len(self.problem.lengths) and self.one(head)
 
     def one(self, head: int) -> bool:
         """A pass for this sequence; False if no set of several ranks can take it."""
-        load = [slot.free for slot in self.draft.ends]
-        option = self._best(load, head) or _anywhere(self.task, load, head)
+        load = [slot.free for slot in self.partial.ends]
+        option = self._best(load, head) or _anywhere(self.problem, load, head)
         if option is None:
             return False
-        for place in option.places:
-            self.left.take(place)
-        p = SplitPass(tuple(sorted(option.ranks)), option.team, option.places)
-        self.draft.add_split(p, max(load[r] for r in option.ranks), option.end)
+        for index in option.indices:
+            self.left.take(index)
+        p = SplitPass(tuple(sorted(option.ranks)), option.rank_set, option.indices)
+        self.partial.add_split(p, max(load[r] for r in option.ranks), option.end)
         return True
 
     def _best(self, load: list[float], head: int) -> _Option | None:
         """Returns the least wasteful pass that has sequence `head` and ends by the target."""
         options = (
             self._filled(candidate, head)
-            for pool in _pools(self.task, load)
+            for pool in _pools(self.problem, load)
             for candidate in self._fitting(pool, load, head)
         )
         return min(options, key=lambda option: option.score, default=None)
 
     def _fitting(self, pool: list[int], load: list[float], head: int) -> Iterator[_Candidate]:
         """Yields, of each degree, the ranks of a pool that wait least and end with the sequence in time."""
-        task, choice, length = self.task, self.choice, self.task.lengths[head]
-        speeds = task.costs.speeds
+        problem, choice, length = self.problem, self.choice, self.problem.lengths[head]
+        speeds = problem.costs.speeds
         ranks = sorted(pool, key=load.__getitem__)
         free = [load[r] for r in ranks]
         power = list(accumulate((speeds[r] for r in ranks), initial=0.0))
         busy = list(accumulate((speeds[r] * load[r] for r in ranks), initial=0.0))
         tried = 0
-        for degree in range(max(choice.least, task.fewest(head)), len(ranks) + 1):
-            team = task.fleet.team(ranks[:degree], length)
-            if team is None or (task.fleet.uniform and team.most < length):
+        for degree in range(max(choice.least, problem.fewest(head)), len(ranks) + 1):
+            rank_set = problem.rank_sets.find(ranks[:degree], length)
+            if rank_set is None or (problem.rank_sets.uniform and rank_set.most < length):
                 continue
-            at = _window(free, power, busy, degree, self.target - _alone(team, length), choice.late)
+            at = _window(free, power, busy, degree, self.target - _alone(rank_set, length), choice.late)
             if at is None:
                 continue
             members = ranks[at : at + degree]
-            team = task.fleet.team(members, length)
+            rank_set = problem.rank_sets.find(members, length)
             start = free[at + degree - 1]
-            if team is None or team.most < length or start + _alone(team, length) > self.target:
+            if rank_set is None or rank_set.most < length or start + _alone(rank_set, length) > self.target:
                 continue
-            idle = choice.idle * (start * team.power - (busy[at + degree] - busy[at]))
-            yield _Candidate(tuple(members), team, start, idle)
+            idle = choice.idle * (start * rank_set.power - (busy[at + degree] - busy[at]))
+            yield _Candidate(tuple(members), rank_set, start, idle)
             tried += 1
             if tried == choice.degrees:
                 return
 
     def _filled(self, candidate: _Candidate, head: int) -> _Option:
         """Returns the pass with `head` and, longest first, whatever else fits its memory and the target."""
-        task, team, lengths = self.task, candidate.team, self.task.lengths
-        filling = _Filling(team, lengths[head], self.target - candidate.start)
-        room = self._room(team, lengths[head])
+        problem, rank_set, lengths = self.problem, candidate.rank_set, self.problem.lengths
+        filling = _Filling(rank_set, lengths[head], self.target - candidate.start)
+        capacity = self._capacity(rank_set, lengths[head])
         # A short sequence pays the exchange; worth it only if that is less than its share of a local pass's fixed cost.
-        joins = team.wire <= task.token_price * team.power / len(candidate.ranks)
-        shortest = 0 if joins else max(task.costs.capacity)
-        places, value, place = [head], task.value(head, self.choice.price), head
-        while room - filling.tokens > FULL * room and filling.has_time() and len(places) < JOINED:
-            reach = min(room - filling.tokens, filling.reach())
-            place = self.left.next(max(place + 1, bisect_left(task.negative, -reach)))
-            if place >= len(lengths) or lengths[place] <= shortest:
+        joins = rank_set.exposed <= problem.token_price * rank_set.power / len(candidate.ranks)
+        shortest = 0 if joins else max(problem.costs.capacity)
+        indices, value, index = [head], problem.value(head, self.choice.price), head
+        while capacity - filling.tokens > FULL * capacity and filling.has_time() and len(indices) < JOINED:
+            reach = min(capacity - filling.tokens, filling.reach())
+            index = self.left.next(max(index + 1, bisect_left(problem.negative, -reach)))
+            if index >= len(lengths) or lengths[index] <= shortest:
                 break
-            if filling.add(lengths[place]):
-                places.append(place)
-                value += task.value(place, self.choice.price)
-        seconds = team.seconds(filling.tokens, filling.squares)
-        score = (team.power * seconds + candidate.idle) / value
-        return _Option(score, candidate.ranks, team, tuple(places), candidate.start + seconds)
+            if filling.add(lengths[index]):
+                indices.append(index)
+                value += problem.value(index, self.choice.price)
+        seconds = rank_set.seconds(filling.tokens, filling.squares)
+        score = (rank_set.power * seconds + candidate.idle) / value
+        return _Option(score, candidate.ranks, rank_set, tuple(indices), candidate.start + seconds)
 
-    def _room(self, team: Team, length: int) -> int:
+    def _capacity(self, rank_set: RankSetCost, length: int) -> int:
         """Returns the tokens that a pass with a sequence of this length may hold."""
-        if team.resident < team.even:
+        if rank_set.resident < rank_set.even:
             # memory of the host is for sequences that are too long, not for more of them
-            return max(length, team.resident)
-        return team.most if self.choice.full else team.even
+            return max(length, rank_set.resident)
+        return rank_set.most if self.choice.full else rank_set.even
 
 
 class _Left:
-    """Places not yet in a pass; `next` skips taken ones (disjoint sets, path halving)."""
+    """Indices not yet in a pass; `next` skips taken ones (disjoint sets, path halving)."""
 
     def __init__(self, count: int) -> None:
         self._next = list(range(count + 1))
 
-    def next(self, place: int) -> int:
-        """The first place from here on that is left; the number of places if there is none."""
+    def next(self, index: int) -> int:
+        """The first index from here on that is left; the number of indices if there is none."""
         link = self._next
-        while link[place] != place:
-            link[place] = link[link[place]]
-            place = link[place]
-        return place
+        while link[index] != index:
+            link[index] = link[link[index]]
+            index = link[index]
+        return index
 
-    def take(self, place: int) -> None:
-        self._next[place] = place + 1
+    def take(self, index: int) -> None:
+        self._next[index] = index + 1
 
     def __iter__(self) -> Iterator[int]:
-        place = self.next(0)
-        while place < len(self._next) - 1:
-            yield place
-            place = self.next(place + 1)
+        index = self.next(0)
+        while index < len(self._next) - 1:
+            yield index
+            index = self.next(index + 1)
 
 
-def _first_local(task: Task, target: float, share: float) -> int:
-    """The first place from which on sequences fit one rank in time, for enough of the cluster's speed."""
-    costs, fixed = task.costs, task.costs.seconds_per_pass
-    for place, length in enumerate(task.lengths):
+def _first_local(problem: StepProblem, target: float, share: float) -> int:
+    """The first sorted index from which on sequences fit one rank in time, for enough of the cluster's speed."""
+    costs, fixed = problem.costs, problem.costs.seconds_per_pass
+    for index, length in enumerate(problem.lengths):
         able = [
             v
-            for v, room, alone in zip(costs.speeds, costs.capacity, task.alone_each(place), strict=True)
-            if room >= length and fixed + alone <= target
+            for v, capacity, alone in zip(costs.speeds, costs.capacity, problem.alone_each(index), strict=True)
+            if capacity >= length and fixed + alone <= target
         ]
-        if able and sum(able) >= share * task.power:
-            return place
-    return len(task.lengths)
+        if able and sum(able) >= share * problem.power:
+            return index
+    return len(problem.lengths)
 
 
-def _pools(task: Task, load: list[float]) -> list[list[int]]:
-    near = task.fleet.near
+def _pools(problem: StepProblem, load: list[float]) -> list[list[int]]:
+    near = problem.rank_sets.near
     if len(near) > NARROW:
         near = sorted(near, key=lambda p: sum(load[r] for r in p) / len(p))[:NARROW]
-    return near + task.fleet.alike + task.fleet.wide
+    return near + problem.rank_sets.alike + problem.rank_sets.wide
 
 
-def _alone(team: Team, length: int) -> float:
-    return team.seconds(length, length * length) if length <= team.most else 0.0
+def _alone(rank_set: RankSetCost, length: int) -> float:
+    return rank_set.seconds(length, length * length) if length <= rank_set.most else 0.0
 
 
 def _window(
@@ -272,20 +273,20 @@ def _reach(line: Line, seconds: float) -> float:
     return seconds / per_token if per_token > 0 else math.inf
 
 
-def _anywhere(task: Task, load: list[float], head: int) -> _Option | None:
+def _anywhere(problem: StepProblem, load: list[float], head: int) -> _Option | None:
     """The pass with `head` alone that ends first, whatever the target; None if no set of several ranks can take it."""
     best: _Option | None = None
-    length, capacity = task.lengths[head], task.costs.capacity
+    length, capacity = problem.lengths[head], problem.costs.capacity
     for order in (
         sorted(range(len(load)), key=lambda r: (load[r], r)),
         sorted(range(len(load)), key=lambda r: -capacity[r]),
     ):
-        for degree in range(task.fewest(head), len(load) + 1):
+        for degree in range(problem.fewest(head), len(load) + 1):
             ranks = order[:degree]
-            team = task.fleet.team(ranks, length)
-            if team is None or team.most < length:
+            rank_set = problem.rank_sets.find(ranks, length)
+            if rank_set is None or rank_set.most < length:
                 continue
-            end = max(load[r] for r in ranks) + team.seconds(length, length * length)
+            end = max(load[r] for r in ranks) + rank_set.seconds(length, length * length)
             if best is None or end < best.end:
-                best = _Option(0.0, tuple(ranks), team, (head,), end)
+                best = _Option(0.0, tuple(ranks), rank_set, (head,), end)
     return best

@@ -9,7 +9,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.cost.shards import costed, without_idle
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.sequences.batch import checked
+from heteromesh.planner.sequences.batch import validate_lengths
 from heteromesh.planner.sequences.bound import bound_seconds
 from heteromesh.planner.sequences.timeline import step_seconds, timed_step
 
@@ -57,37 +57,37 @@ def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
     passes = []
     blocks = costs.ranks // degree
     for block in range(blocks):
-        team = tuple(range(block * degree, (block + 1) * degree))
+        members = tuple(range(block * degree, (block + 1) * degree))
         own = range(block, len(batch), blocks)
-        room = _even_room(team, costs)
+        capacity = _even_capacity(members, costs)
         for k in own:
-            if batch[k] > room:
+            if batch[k] > capacity:
                 raise UserError(
-                    f"sequence {k} has {batch[k]} tokens but even shards on {_ranks(team)} hold at most {room}: "
+                    f"sequence {k} has {batch[k]} tokens but even shards on {_ranks(members)} hold at most {capacity}: "
                     "raise device memory (tokens_per_device), lower max_length, or let the planner split it"
                 )
-        passes += [_even_pass(team, sequences, batch, costs) for sequences in _best_fit(own, batch, room)]
+        passes += [_even_pass(members, sequences, batch, costs) for sequences in _best_fit(own, batch, capacity)]
     return passes
 
 
-def _even_pass(team: tuple[int, ...], sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
+def _even_pass(members: tuple[int, ...], sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
     lengths = [batch[k] for k in sequences]
-    ranks, shards = without_idle(team, even_shards(lengths, len(team)))
+    ranks, shards = without_idle(members, even_shards(lengths, len(members)))
     method = costs.best_method(ranks, lengths, shards) if len(ranks) > 1 else None
     if method is None and len(ranks) > 1:
         raise UserError(f"no method splits a sequence over {len(ranks)} ranks: use fewer ranks or another method")
     return costed(ranks, method, tuple(sequences), shards, lengths, costs)
 
 
-def _even_room(team: Sequence[int], costs: Costs) -> int:
+def _even_capacity(members: Sequence[int], costs: Costs) -> int:
     """Tokens that fit in even shards, with the method that takes least memory."""
-    degree, least = len(team), min(costs.capacity[r] for r in team)
+    degree, least = len(members), min(costs.capacity[r] for r in members)
     held = min((m.held for m in costs.methods if m.fits(degree)), default=0.0) if degree > 1 else 0.0
     return int(degree * least / (1 + held * (degree - 1)))
 
 
-def _ranks(team: Sequence[int]) -> str:
-    return f"ranks {team[0]} to {team[-1]}" if len(team) > 1 else f"rank {team[0]}"
+def _ranks(members: Sequence[int]) -> str:
+    return f"ranks {members[0]} to {members[-1]}" if len(members) > 1 else f"rank {members[0]}"
 
 
 def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
@@ -102,7 +102,7 @@ def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ..
     return tuple(zip(*columns, strict=True))
 
 
-def _best_fit(sequences: Sequence[int], batch: Sequence[int], room: int) -> list[list[int]]:
+def _best_fit(sequences: Sequence[int], batch: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: each sequence into the fullest bin that still takes it."""
     bins: list[list[int]] = []
     left: list[int] = []
@@ -113,7 +113,7 @@ def _best_fit(sequences: Sequence[int], batch: Sequence[int], room: int) -> list
         else:
             i = len(bins)
             bins.append([])
-            left.append(room)
+            left.append(capacity)
         bins[i].append(k)
         left[i] -= batch[k]
     return bins
@@ -121,5 +121,5 @@ def _best_fit(sequences: Sequence[int], batch: Sequence[int], room: int) -> list
 
 def _step(lengths: Sequence[int], costs: Costs, layout: Callable[[Sequence[int]], list[Pass]]) -> Step:
     began = time.perf_counter()
-    batch = checked(lengths, costs)
+    batch = validate_lengths(lengths, costs)
     return timed_step(layout(batch), batch, costs, bound_seconds(batch, costs), began)

@@ -10,11 +10,11 @@ from contextlib import suppress
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.sequences.batch import checked, largest
+from heteromesh.planner.sequences.batch import largest, validate_lengths
 from heteromesh.planner.sequences.bound import bound_seconds
-from heteromesh.planner.sequences.draft import Draft, Task
 from heteromesh.planner.sequences.greedy import greedy
 from heteromesh.planner.sequences.ilp import refine
+from heteromesh.planner.sequences.partial import PartialStep, StepProblem
 from heteromesh.planner.sequences.static import best_even_passes
 from heteromesh.planner.sequences.timeline import step_seconds, timed_step
 
@@ -38,7 +38,7 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     """
     began = time.perf_counter()
     wide = costs.offloading()
-    batch = checked(lengths, wide or costs)
+    batch = validate_lengths(lengths, wide or costs)
     found: list[Sequence[Pass]] = []
     bound = math.inf
     if wide is None or max(batch) <= largest(costs)[0]:
@@ -51,21 +51,21 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
 
 
 def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
-    """The best draft, and the best static even layout where one is possible: a plan is never behind it."""
+    """The best partial step, and the best static even layout where one is possible: a plan is never behind it."""
     began = time.perf_counter()
-    task, least = Task(batch, costs), bound - costs.seconds_per_step
-    draft = greedy(task, least, began + GREEDY_SHARE * time_limit)
+    problem, least = StepProblem(batch, costs), bound - costs.seconds_per_step
+    partial = greedy(problem, least, began + GREEDY_SHARE * time_limit)
     left = time_limit - (time.perf_counter() - began)
-    if left > PROGRAM_SECONDS and draft.seconds > least * (1 + PROGRAM_GAP):
-        draft = _shorter(draft, refine(task, draft.seconds, least, left), task)
-    found: list[Sequence[Pass]] = [draft.passes(task)]
+    if left > PROGRAM_SECONDS and partial.seconds > least * (1 + PROGRAM_GAP):
+        partial = _shorter(partial, refine(problem, partial.seconds, least, left), problem)
+    found: list[Sequence[Pass]] = [partial.passes(problem)]
     with suppress(UserError):
-        found.append(best_even_passes(task.batch, task.costs))
+        found.append(best_even_passes(problem.batch, problem.costs))
     return found
 
 
-def _shorter(draft: Draft, other: Draft | None, task: Task) -> Draft:
-    """The draft with fewer exact seconds: whole tokens may turn a tiny lead around."""
+def _shorter(partial: PartialStep, other: PartialStep | None, problem: StepProblem) -> PartialStep:
+    """The partial step with fewer exact seconds: whole tokens may turn a tiny lead around."""
     if other is None:
-        return draft
-    return min(draft, other, key=lambda d: step_seconds(d.passes(task), task.costs))
+        return partial
+    return min(partial, other, key=lambda d: step_seconds(d.passes(problem), problem.costs))

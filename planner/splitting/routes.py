@@ -21,7 +21,7 @@ Moving = Literal["keys", "queries"]
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class RingMessage:
     """Tokens of `origin`'s block that `source` hands to `target`, and what of them `target` uses itself."""
 
     origin: int
@@ -36,7 +36,7 @@ class Message:
 class Schedule:
     """rounds[t]: the messages of round t. What arrives in a round is used, and passed on, in the next."""
 
-    rounds: tuple[tuple[Message, ...], ...]
+    rounds: tuple[tuple[RingMessage, ...], ...]
 
     def of(self, member: int) -> Schedule:
         """The messages that concern one member: as source, target or origin."""
@@ -52,7 +52,7 @@ def schedule(layout: Layout, kind: Kind, *, causal: bool = True) -> Schedule:
     ring = [i for i in range(len(layout.segments)) if layout.segments[i]]
     moving: Moving = "queries" if kind == "token_ring" else "keys"
     reach = [_Reach(layout.segments[i], moving, causal) for i in range(len(layout.segments))]
-    rounds: list[list[Message]] = []
+    rounds: list[list[RingMessage]] = []
     for place in range(len(ring)):
         for path in _paths(ring, place, kind):
             for step, message in enumerate(_along(path, layout, reach, trim=kind != "ring")):
@@ -99,7 +99,7 @@ def _paths(ring: Sequence[int], place: int, kind: Kind) -> list[list[int]]:
     return [backward]
 
 
-def _along(path: Sequence[int], layout: Layout, reach: Sequence[_Reach], trim: bool) -> list[Message]:
+def _along(path: Sequence[int], layout: Layout, reach: Sequence[_Reach], trim: bool) -> list[RingMessage]:
     origin = path[0]
     block = layout.segments[origin]
     messages = []
@@ -110,5 +110,5 @@ def _along(path: Sequence[int], layout: Layout, reach: Sequence[_Reach], trim: b
             used = tuple(s for s in carried if reach[path[step]].sees(s))
         else:
             carried = used = block
-        messages.append(Message(origin, path[step - 1], path[step], carried, used))
+        messages.append(RingMessage(origin, path[step - 1], path[step], carried, used))
     return messages

@@ -14,7 +14,6 @@ from heteromesh.planner.model.attention import ModelAttention
 from heteromesh.planner.splitting.heads import head_shares
 from heteromesh.planner.splitting.layout import Layout, Segment, base_name, group_layout, inner_degree, method_layout
 from heteromesh.planner.splitting.routes import RINGS, Kind, schedule
-from heteromesh.planner.splitting.states import state_routes
 
 AGREEMENT_BYTES = 64
 """Sent to each peer before the first call of a shape in a pass (parallel.agreement)."""
@@ -81,26 +80,6 @@ def pass_bytes(
     layer = traffic(method, lengths, shards, attention.shape, speeds=speeds, causal=attention.causal)
     agreement = AGREEMENT_BYTES * (len(shards) - 1)
     return tuple(attention.calls * (attention.forwards * t.forward + t.backward) + agreement for t in layer)
-
-
-def linear_traffic(
-    method: str,
-    lengths: Sequence[int],
-    shards: Sequence[Sequence[int]],
-    shape: AttentionShape,
-    *,
-    value_dim: int | None = None,
-    causal: bool = True,
-) -> tuple[Traffic, ...]:
-    """As `traffic`, of one call of linear attention under the layout of `method`: states (head_dim, value_dim)."""
-    layout = method_layout(method, lengths, shards)
-    state = shape.heads * shape.head_dim * (value_dim or shape.head_dim) * shape.wide
-    return tuple(
-        Traffic(
-            forward=state * sum(map(len, r.sends.values())), backward=state * sum(map(len, r.gradient_sends.values()))
-        )
-        for r in state_routes(layout, causal=causal)
-    )
 
 
 def _circulate(

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 
 from heteromesh.planner.cost.analytic import ADAM_BYTES, REPLICATED_BYTES, SHARDED_BYTES
-from heteromesh.planner.stages.hosts import Site, sum_seconds_per_byte
+from heteromesh.planner.stages.hosts import HostResources, sum_seconds_per_byte
 from heteromesh.planner.stages.workload import Workload
 
 
@@ -23,7 +23,7 @@ class Composition:
 
     counts: tuple[int, ...]
     """Per kind of host."""
-    hosts: tuple[Site, ...]
+    hosts: tuple[HostResources, ...]
     tensor_parallel: int
     work: Workload
     uplink: float
@@ -111,7 +111,7 @@ class Composition:
 
 
 def compositions(
-    kinds: Sequence[tuple[Site, int]],
+    kinds: Sequence[tuple[HostResources, int]],
     pipelines: int,
     work: Workload,
     degrees: Sequence[int],
@@ -124,15 +124,15 @@ def compositions(
     kinds: (host, how many there are); one_fabric: only hosts of the same fabric together.
     """
     fabrics = dict.fromkeys(site.fabric for site, _ in kinds)
-    teams = [{fabric} for fabric in fabrics] if one_fabric else [set(fabrics)]
-    for t, team in product(degrees, teams):
-        usable = [i for i, (site, _) in enumerate(kinds) if site.fabric in team and len(site.speeds) % t == 0]
+    rank_sets = [{fabric} for fabric in fabrics] if one_fabric else [set(fabrics)]
+    for t, fabric_set in product(degrees, rank_sets):
+        usable = [i for i, (site, _) in enumerate(kinds) if site.fabric in fabric_set and len(site.speeds) % t == 0]
         for counts in _counts(kinds, usable, pipelines * t):
             hosts = tuple(kinds[i][0] for i in usable for _ in range(counts[i]))
             yield Composition(counts=counts, hosts=hosts, tensor_parallel=t, work=work, uplink=uplink)
 
 
-def _counts(kinds: Sequence[tuple[Site, int]], usable: Sequence[int], ranks: int) -> Iterator[tuple[int, ...]]:
+def _counts(kinds: Sequence[tuple[HostResources, int]], usable: Sequence[int], ranks: int) -> Iterator[tuple[int, ...]]:
     """Hosts of each kind that have exactly so many ranks together."""
     chosen = [0] * len(kinds)
     sizes = [len(kinds[i][0].speeds) for i in usable]

@@ -19,7 +19,7 @@ WORLD = "world"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class RankGroup:
     """A fixed set of ranks with one communicator."""
 
     name: str
@@ -28,13 +28,13 @@ class Group:
 
 
 def network_of(cluster: Cluster, ranks: Iterable[int]) -> Network:
-    """RDMA where every rank's host has a card for it on the same fabric; a set inside one such host too."""
+    """RDMA where every rank's host has a NIC for it on the same fabric; a set inside one such host too."""
     hosts = {cluster.rank_hosts[r] for r in ranks}
-    cards = all(any(nic.kind != "ethernet" for nic in cluster.hosts[h].nics) for h in hosts)
-    return "rdma" if cards and one_fabric(cluster.hosts[h].fabric for h in hosts) else "socket"
+    nics = all(any(nic.kind != "ethernet" for nic in cluster.hosts[h].nics) for h in hosts)
+    return "rdma" if nics and one_fabric(cluster.hosts[h].fabric for h in hosts) else "socket"
 
 
-def groups(cluster: Cluster, placement: Placement | None = None) -> tuple[Group, ...]:
+def groups(cluster: Cluster, placement: Placement | None = None) -> tuple[RankGroup, ...]:
     """World, hosts and fabrics of several ranks; with a placement its pipelines, replicas and gradient sums too.
 
     A gradient sum over several fabrics has, besides its own group, one inside each fabric, which sums first, and one
@@ -53,13 +53,13 @@ def groups(cluster: Cluster, placement: Placement | None = None) -> tuple[Group,
             for place, ranks in enumerate(stage.data_parallel_groups):
                 found += _sums(cluster, f"stage {s} sum {place}", ranks)
     made = tuple(
-        Group(name=name, ranks=ranks, network=network_of(cluster, ranks)) for name, ranks in found if len(ranks) > 1
+        RankGroup(name=name, ranks=ranks, network=network_of(cluster, ranks)) for name, ranks in found if len(ranks) > 1
     )
     check_groups(cluster, made)
     return made
 
 
-def check_groups(cluster: Cluster, made: Sequence[Group]) -> None:
+def check_groups(cluster: Cluster, made: Sequence[RankGroup]) -> None:
     """Asserts that no group that uses RDMA spans fabrics."""
     for group in made:
         fabrics = {cluster.host_of(rank).fabric for rank in group.ranks}

@@ -8,46 +8,46 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.hosts import ClusterResources, HostResources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class HostClass:
     """Hosts on one fabric with the same number of devices."""
 
-    site: Site
+    best: HostResources
     """At least as good as each of the hosts."""
-    hosts: tuple[Site, ...]
+    hosts: tuple[HostResources, ...]
     """The fastest first."""
 
 
-def kinds_of(sites: Sites, tolerance: float) -> list[Kind]:
+def host_classes(resources: ClusterResources, tolerance: float) -> list[HostClass]:
     """Kinds whose hosts' speeds differ by no more than this (relative); 0: only equal hosts together."""
 
-    def place(host: Site) -> tuple[float, ...]:
-        fabric = sites.domains.index(host.fabric)
+    def place(host: HostResources) -> tuple[float, ...]:
+        fabric = resources.domains.index(host.fabric)
         return (fabric, -len(host.speeds), -sum(host.speeds), host.memory, host.rdma, host.ethernet)
 
-    groups: list[list[Site]] = []
-    for host in sorted(sites.hosts, key=place):
+    groups: list[list[HostResources]] = []
+    for host in sorted(resources.hosts, key=place):
         mates = groups[-1] if groups else []
         if mates and _alike(mates[0], host, tolerance):
             mates.append(host)
         else:
             groups.append([host])
-    return [Kind(site=_best(group), hosts=tuple(group)) for group in groups]
+    return [HostClass(best=_best(group), hosts=tuple(group)) for group in groups]
 
 
-def _alike(a: Site, b: Site, tolerance: float) -> bool:
-    if a.kind == b.kind:
+def _alike(a: HostResources, b: HostResources, tolerance: float) -> bool:
+    if a.host_class == b.host_class:
         return True
     if not tolerance or (a.fabric, len(a.speeds)) != (b.fabric, len(b.speeds)):
         return False
     return math.isinf(tolerance) or sum(a.speeds) <= (1 + tolerance) * sum(b.speeds)
 
 
-def _best(hosts: list[Site]) -> Site:
-    return Site(
+def _best(hosts: list[HostResources]) -> HostResources:
+    return HostResources(
         ranks=(),
         speeds=tuple(map(max, zip(*(h.speeds for h in hosts), strict=True))),
         memory=max(h.memory for h in hosts),

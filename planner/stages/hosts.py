@@ -19,7 +19,7 @@ LATENCY_SECONDS = 50e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class HostResources:
     """One host."""
 
     ranks: tuple[int, ...]
@@ -35,23 +35,23 @@ class Site:
     fabric: str
     """Empty: RDMA with no other host."""
     rdma: float
-    """Bytes per second each way of the cards that reach the hosts of its fabric."""
+    """Bytes per second each way of the NICs that reach the hosts of its fabric."""
     ethernet: float
-    """Bytes per second each way of the cards that reach any host."""
+    """Bytes per second each way of the NICs that reach any host."""
 
     @property
-    def kind(self) -> Site:
+    def host_class(self) -> HostResources:
         """What interchangeable hosts have in common."""
         return replace(self, ranks=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sites:
+class ClusterResources:
     """The hosts of a cluster, in its order."""
 
-    hosts: tuple[Site, ...]
+    hosts: tuple[HostResources, ...]
     uplink: float = math.inf
-    """Bytes per second each way between two fabrics, all hosts together; infinite: only the hosts' cards limit."""
+    """Bytes per second each way between two fabrics, all hosts together; infinite: only the hosts' NICs limit."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -59,17 +59,17 @@ class Sites:
         return tuple(dict.fromkeys(host.fabric for host in self.hosts))
 
 
-def cluster_sites(cluster: Cluster) -> Sites:
+def cluster_resources(cluster: Cluster) -> ClusterResources:
     """The hosts of a cluster with the rates and speeds that everything else is planned with."""
     links, speeds = cluster_links(cluster), cluster.speeds()
-    sites, first = [], 0
+    resources, first = [], 0
     for index, host in enumerate(cluster.hosts):
         ranks = sorted(range(first, first + host.count), key=lambda r: (-speeds[r], r))
         first += host.count
         device = cluster.devices[host.device]
         alone = len(cluster.hosts) == 1
-        sites.append(
-            Site(
+        resources.append(
+            HostResources(
                 ranks=tuple(ranks),
                 speeds=tuple(speeds[r] for r in ranks),
                 memory=device.memory_gb * 1e9 * USABLE_MEMORY,
@@ -80,10 +80,10 @@ def cluster_sites(cluster: Cluster) -> Sites:
                 ethernet=math.inf if alone else links.ethernet[index],
             )
         )
-    return Sites(hosts=tuple(sites))
+    return ClusterResources(hosts=tuple(resources))
 
 
-def sum_seconds_per_byte(hosts: Sequence[Site], shards: int, uplink: float) -> float:
+def sum_seconds_per_byte(hosts: Sequence[HostResources], shards: int, uplink: float) -> float:
     """Of summing the same tensor of all devices of these hosts, and handing it out again (each way, busiest link).
 
     Inside a host first, then over RDMA inside a fabric, and what is left (one share a host) across fabrics over
@@ -95,7 +95,7 @@ def sum_seconds_per_byte(hosts: Sequence[Site], shards: int, uplink: float) -> f
         return inside
     if one_fabric(host.fabric for host in hosts):
         return inside + _least([h.rdma for h in hosts])
-    fabrics: dict[object, list[Site]] = {}
+    fabrics: dict[object, list[HostResources]] = {}
     for index, host in enumerate(hosts):
         fabrics.setdefault(host.fabric or index, []).append(host)
     if len(fabrics) == len(hosts):
@@ -107,7 +107,7 @@ def sum_seconds_per_byte(hosts: Sequence[Site], shards: int, uplink: float) -> f
     return inside + max(_shared(fabrics, uplink), min(flat, within + across))
 
 
-def _shared(fabrics: dict[object, list[Site]], uplink: float) -> float:
+def _shared(fabrics: dict[object, list[HostResources]], uplink: float) -> float:
     """Each way through the uplink of every fabric."""
     named = sum(1 for key in fabrics if isinstance(key, str)) + any(not isinstance(key, str) for key in fabrics)
     return 2 * (named - 1) / named / uplink

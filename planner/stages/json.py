@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from heteromesh.errors import UserError
-from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.hosts import ClusterResources, HostResources
 from heteromesh.planner.stages.placement import Candidate, Decision
 from heteromesh.planner.stages.stages import REMAKE, Placement, check_keys, placement_from_json, placement_to_json
 from heteromesh.planner.stages.workload import Workload
@@ -18,21 +18,21 @@ class Basis:
     """A placement and what it was predicted with."""
 
     placement: Placement
-    sites: Sites
+    resources: ClusterResources
     work: Workload
 
 
-def decision_to_json(decision: Decision, sites: Sites) -> dict[str, Any]:
+def decision_to_json(decision: Decision, resources: ClusterResources) -> dict[str, Any]:
     """{family, stages, micro_batches, predicted {...}, candidates [{family, seconds, ...}], basis {hosts, work}}."""
     predicted = asdict(decision.prediction) | {"bound_seconds": decision.bound_seconds, "gap": decision.gap}
     work = {f.name: getattr(decision.work, f.name) for f in fields(Workload)}
-    uplink = None if math.isinf(sites.uplink) else sites.uplink
+    uplink = None if math.isinf(resources.uplink) else resources.uplink
     return {
         "family": decision.family,
         **placement_to_json(decision.placement),
         "predicted": predicted,
         "candidates": [_candidate(c, decision) for c in decision.candidates],
-        "basis": {"hosts": [asdict(host) for host in sites.hosts], "uplink": uplink, "work": work},
+        "basis": {"hosts": [asdict(host) for host in resources.hosts], "uplink": uplink, "work": work},
     }
 
 
@@ -82,14 +82,18 @@ def basis_from_json(data: Any, where: str) -> Basis:
             raise
         raise UserError(f"{where}.basis is not what `heteromesh plan` writes ({error}): {REMAKE}") from None
     stages = {"stages": data["stages"], "micro_batches": data["micro_batches"]}
-    return Basis(placement=placement_from_json(stages, where), sites=Sites(hosts=hosts, uplink=uplink), work=work)
+    return Basis(
+        placement=placement_from_json(stages, where), resources=ClusterResources(hosts=hosts, uplink=uplink), work=work
+    )
 
 
-def _host(data: Any, where: str) -> Site:
-    names = [f.name for f in fields(Site)]
+def _host(data: Any, where: str) -> HostResources:
+    names = [f.name for f in fields(HostResources)]
     check_keys(data, names, where)
     numbers = {n: _number(data[n], f"{where}.{n}") for n in names if n not in ("ranks", "speeds", "fabric")}
-    return Site(ranks=tuple(data["ranks"]), speeds=tuple(data["speeds"]), fabric=str(data["fabric"]), **numbers)
+    return HostResources(
+        ranks=tuple(data["ranks"]), speeds=tuple(data["speeds"]), fabric=str(data["fabric"]), **numbers
+    )
 
 
 def _number(value: Any, where: str) -> Any:

@@ -1,7 +1,7 @@
 """One pipeline under 1F1B (PipeDream-Flush, arXiv 2006.09503): when every forward, backward and transfer runs.
 
 Stage s of p first runs k - 1 forwards, k = min(M, p - s), then one forward and one backward in turns, then the
-backwards that are left. Transfers overlap with compute; those of a stage share its cards, one after the other each way.
+backwards that are left. Transfers overlap with compute; those of a stage share its NICs, one after the other each way.
 `lower_bounds` are paths through the same graph of events, linear in the seconds of stages and transfers: no schedule
 of this kind is faster, which is what the integer program of `placement` minimises.
 """
@@ -20,7 +20,7 @@ Kind = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class StageWork:
     """A forward or backward of one micro-batch in one stage, or its transfer out of it."""
 
     stage: int
@@ -35,9 +35,9 @@ class Work:
 class Timeline:
     """What happened: compute in each stage's order, transfers by their start."""
 
-    compute: tuple[tuple[Work, ...], ...]
+    compute: tuple[tuple[StageWork, ...], ...]
     """By stage."""
-    transfers: tuple[Work, ...]
+    transfers: tuple[StageWork, ...]
     """`stage` is the sender; forward goes to the next stage, backward to the one before."""
 
     @property
@@ -68,7 +68,7 @@ class _Run:
     transfers: Sequence[float]
     micro_batches: int
     latency: float
-    events: list[tuple[float, int, str, Work]] = field(default_factory=list)
+    events: list[tuple[float, int, str, StageWork]] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=count)
 
     def finish(self) -> Timeline:
@@ -77,15 +77,17 @@ class _Run:
         here: list[set[tuple[Kind, int]]] = [set() for _ in range(places)]
         here[0] = {("forward", m) for m in range(self.micro_batches)}
         busy, sends, receives = [False] * places, [0.0] * places, [0.0] * places
-        done: list[list[Work]] = [[] for _ in range(places)]
-        moved: list[Work] = []
+        done: list[list[StageWork]] = [[] for _ in range(places)]
+        moved: list[StageWork] = []
 
         def start(s: int, now: float) -> None:
             if not busy[s] and todo[s] and todo[s][-1] in here[s]:
                 kind, m = todo[s].pop()
                 share = FORWARD_SHARE if kind == "forward" else 1 - FORWARD_SHARE
                 busy[s] = True
-                self._at(now + share * self.stages[s], "computed", Work(s, kind, m, now, now + share * self.stages[s]))
+                self._at(
+                    now + share * self.stages[s], "computed", StageWork(s, kind, m, now, now + share * self.stages[s])
+                )
 
         start(0, 0.0)
         while self.events:
@@ -104,14 +106,14 @@ class _Run:
                 begin = max(now, sends[s], receives[target])
                 end = begin + self.transfers[min(s, target)]
                 sends[s] = receives[target] = end
-                move = Work(s, work.kind, work.micro_batch, begin, end)
+                move = StageWork(s, work.kind, work.micro_batch, begin, end)
                 moved.append(move)
                 self._at(end + self.latency, "arrived", move)
             start(s, now)
         assert not any(todo), "1F1B came to a halt"
         return Timeline(compute=tuple(map(tuple, done)), transfers=tuple(sorted(moved, key=lambda w: w.start)))
 
-    def _at(self, when: float, what: str, work: Work) -> None:
+    def _at(self, when: float, what: str, work: StageWork) -> None:
         heapq.heappush(self.events, (when, next(self.numbers), what, work))
 
 

@@ -16,8 +16,8 @@ from typing import Literal
 
 from heteromesh.errors import UserError
 from heteromesh.planner.stages.compositions import Composition, compositions
-from heteromesh.planner.stages.hostclasses import Kind, kinds_of
-from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.hostclasses import HostClass, host_classes
+from heteromesh.planner.stages.hosts import ClusterResources, HostResources
 from heteromesh.planner.stages.predict import Prediction, deal, predict, set_up
 from heteromesh.planner.stages.program import Chosen, Model
 from heteromesh.planner.stages.stages import Placement, Stage
@@ -79,7 +79,11 @@ class Decision:
 
 
 def place(
-    sites: Sites, works: Sequence[Workload], *, time_limit: float = 5.0, tensor_parallel: Sequence[int] | None = None
+    resources: ClusterResources,
+    works: Sequence[Workload],
+    *,
+    time_limit: float = 5.0,
+    tensor_parallel: Sequence[int] | None = None,
 ) -> Decision:
     """The fastest placement over all families, numbers of stages and of pipelines, and ways to cut the batch.
 
@@ -91,11 +95,11 @@ def place(
     Raises UserError where no placement fits the memory and for hosts that no stages can be made of.
     """
     deadline = time.monotonic() + time_limit
-    degrees = sorted(set(tensor_parallel or _divisors(sites)))
+    degrees = sorted(set(tensor_parallel or _divisors(resources)))
     candidates = []
-    for left, family in zip((2, 1), families(sites), strict=True):
+    for left, family in zip((2, 1), families(resources), strict=True):
         now = time.monotonic()
-        search = _Search(family, sites, works, degrees, now + max(deadline - now, 0.1) / left)
+        search = _Search(family, resources, works, degrees, now + max(deadline - now, 0.1) / left)
         candidates.append(search.run())
     best = min(candidates, key=lambda c: c.seconds)
     if best.placement is None or best.prediction is None or best.work is None:
@@ -110,15 +114,15 @@ def place(
     )
 
 
-def families(sites: Sites) -> tuple[Family, Family]:
+def families(resources: ClusterResources) -> tuple[Family, Family]:
     """The two ways to compare on these hosts."""
-    if len(sites.domains) > 1:
+    if len(resources.domains) > 1:
         return "pipeline across fabrics", "hierarchical data parallel across fabrics"
     return "pipeline", "data parallel"
 
 
-def _divisors(sites: Sites) -> list[int]:
-    most = {len(host.speeds) for host in sites.hosts}
+def _divisors(resources: ClusterResources) -> list[int]:
+    most = {len(host.speeds) for host in resources.hosts}
     return [t for t in range(1, max(most) + 1) if any(m % t == 0 for m in most)]
 
 
@@ -129,7 +133,7 @@ class _Case:
     work: Workload
     pipelines: int
     stages: int
-    kinds: list[Kind]
+    classes: list[HostClass]
     options: tuple[Composition, ...]
     bound: float
     """By a formula."""
@@ -140,7 +144,7 @@ class _Search:
     """The best placement of one family."""
 
     family: Family
-    sites: Sites
+    resources: ClusterResources
     works: Sequence[Workload]
     degrees: Sequence[int]
     deadline: float
@@ -194,32 +198,32 @@ class _Search:
         )
 
     def _cases(self) -> list[_Case]:
-        ranks = sum(len(host.speeds) for host in self.sites.hosts)
+        ranks = sum(len(host.speeds) for host in self.resources.hosts)
         cases: list[_Case] = []
-        grouped = [kinds_of(self.sites, tolerance) for tolerance in TOLERANCES]
+        grouped = [host_classes(self.resources, tolerance) for tolerance in TOLERANCES]
         for work in self.works:
             for pipelines in range(1, min(ranks, work.micro_batches) + 1):
-                kinds, options = self._options(pipelines, work, grouped)
+                classes, options = self._options(pipelines, work, grouped)
                 if options:
-                    cases += self._of(work, pipelines, kinds, options)
+                    cases += self._of(work, pipelines, classes, options)
         return cases
 
     def _options(
-        self, pipelines: int, work: Workload, grouped: Sequence[list[Kind]]
-    ) -> tuple[list[Kind], tuple[Composition, ...]]:
-        for kinds in grouped:
-            listed = [(kind.site, len(kind.hosts)) for kind in kinds]
+        self, pipelines: int, work: Workload, grouped: Sequence[list[HostClass]]
+    ) -> tuple[list[HostClass], tuple[Composition, ...]]:
+        for classes in grouped:
+            listed = [(host_class.best, len(host_class.hosts)) for host_class in classes]
             alone = self.family == "pipeline across fabrics"
-            every = compositions(listed, pipelines, work, self.degrees, self.sites.uplink, one_fabric=alone)
+            every = compositions(listed, pipelines, work, self.degrees, self.resources.uplink, one_fabric=alone)
             options = tuple(islice(every, COMPOSITIONS + 1))
             if len(options) <= COMPOSITIONS:
                 break
-        return kinds, options
+        return classes, options
 
     def _of(
-        self, work: Workload, pipelines: int, kinds: list[Kind], options: tuple[Composition, ...]
+        self, work: Workload, pipelines: int, classes: list[HostClass], options: tuple[Composition, ...]
     ) -> Iterator[_Case]:
-        speeds = [v for host in self.sites.hosts for v in host.speeds]
+        speeds = [v for host in self.resources.hosts for v in host.speeds]
         widths = [pipelines * o.tensor_parallel for o in options]
         first, last = -(-len(speeds) // max(widths)), len(speeds) // min(widths)
         if self.family == "pipeline":
@@ -229,14 +233,14 @@ class _Search:
         layer = min(o.seconds_per_layer for o in options)
         share = math.ceil(work.micro_batches / pipelines)
         busy = work.micro_batches * (work.layers * work.layer_seconds + work.head_seconds) / sum(speeds)
-        for stages in range(first, min(last, work.layers, len(self.sites.hosts)) + 1):
+        for stages in range(first, min(last, work.layers, len(self.resources.hosts)) + 1):
             # the mean over s of the path through all stages and then through stage s as often as it can
             rounds = 1 + max(0.0, share - 2 / 3 - stages / 3) / stages
             yield _Case(
                 work=work,
                 pipelines=pipelines,
                 stages=stages,
-                kinds=kinds,
+                classes=classes,
                 options=options,
                 bound=max(busy, work.layers * layer * rounds),
             )
@@ -245,9 +249,9 @@ class _Search:
         model = Model(
             stages=case.stages,
             options=case.options,
-            supply=[len(kind.hosts) for kind in case.kinds],
+            supply=[len(host_class.hosts) for host_class in case.classes],
             work=case.work,
-            uplink=self.sites.uplink,
+            uplink=self.resources.uplink,
             spanning=self.family == "hierarchical data parallel across fabrics",
         )
         chosen = model.solve(seconds, min(below, FAR * model.scale))
@@ -255,7 +259,7 @@ class _Search:
 
     def _realise(self, chosen: Chosen, case: _Case) -> Placement:
         """Names hosts, pairs replicas by fabric and speed, and deals out micro-batches by speed."""
-        pools = [list(kind.hosts) for kind in case.kinds]
+        pools = [list(host_class.hosts) for host_class in case.classes]
         stages = []
         for composition, layers in chosen.stages:
             hosts = [pools[g].pop(0) for g, n in enumerate(composition.counts) for _ in range(n)]
@@ -263,11 +267,11 @@ class _Search:
             stages.append(Stage(ranks=self._ranks(hosts, t), layers=layers, tensor_parallel=t))
         even = deal(case.work.micro_batches, [[1.0]] * case.pipelines)
         placement = Placement(stages=tuple(stages), micro_batches=even)
-        counts = deal(case.work.micro_batches, set_up(placement, self.sites, case.work).stage_seconds)
+        counts = deal(case.work.micro_batches, set_up(placement, self.resources, case.work).stage_seconds)
         return replace(placement, micro_batches=counts)
 
-    def _ranks(self, hosts: Sequence[Site], t: int) -> tuple[int, ...]:
-        fabrics = self.sites.domains
+    def _ranks(self, hosts: Sequence[HostResources], t: int) -> tuple[int, ...]:
+        fabrics = self.resources.domains
         replicas = [
             (fabrics.index(host.fabric), -host.speeds[i + t - 1], host.ranks[i : i + t])
             for host in hosts
@@ -277,7 +281,7 @@ class _Search:
 
     def _predict(self, placement: Placement, work: Workload) -> Prediction | None:
         try:
-            return predict(placement, self.sites, work)
+            return predict(placement, self.resources, work)
         except UserError:
             return None  # pipelines of unequal length may need more memory than the program saw
 

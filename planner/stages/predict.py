@@ -11,7 +11,7 @@ from operator import mul
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import one_fabric
 from heteromesh.planner.stages.compositions import Composition
-from heteromesh.planner.stages.hosts import LATENCY_SECONDS, Site, Sites
+from heteromesh.planner.stages.hosts import LATENCY_SECONDS, ClusterResources, HostResources
 from heteromesh.planner.stages.one_f_one_b import Timeline, run_1f1b
 from heteromesh.planner.stages.stages import Placement, Stage
 from heteromesh.planner.stages.workload import Workload
@@ -83,7 +83,7 @@ class Setup:
         return work.stage_parameters(stages[stage].layers, first=stage == 0, last=stage == len(stages) - 1)
 
 
-def set_up(placement: Placement, sites: Sites, work: Workload) -> Setup:
+def set_up(placement: Placement, resources: ClusterResources, work: Workload) -> Setup:
     """The seconds of a placement's parts. Raises UserError where it doesn't fit the hosts or the model."""
     if placement.layers != work.layers:
         raise UserError(f"the stages have {placement.layers} layers and the model {work.layers}: make the plan again")
@@ -92,9 +92,9 @@ def set_up(placement: Placement, sites: Sites, work: Workload) -> Setup:
             f"the pipelines run {sum(placement.micro_batches)} micro-batches and the batch has {work.micro_batches}: "
             "make the plan again"
         )
-    parts = tuple(composition_of(stage, sites, work) for stage in placement.stages)
-    homes = {rank: host for host in sites.hosts for rank in host.ranks}
-    speeds = {rank: v for host in sites.hosts for rank, v in zip(host.ranks, host.speeds, strict=True)}
+    parts = tuple(composition_of(stage, resources, work) for stage in placement.stages)
+    homes = {rank: host for host in resources.hosts for rank in host.ranks}
+    speeds = {rank: v for host in resources.hosts for rank, v in zip(host.ranks, host.speeds, strict=True)}
     seconds = []
     for pipeline in placement.pipelines:
         own = []
@@ -107,14 +107,14 @@ def set_up(placement: Placement, sites: Sites, work: Workload) -> Setup:
         [(homes[a[0]], homes[b[0]]) for a, b in zip(one.replicas, other.replicas, strict=True)]
         for one, other in pairwise(placement.stages)
     ]
-    transfers = tuple(_transfer(cut, work, sites.uplink) for cut in cuts)
+    transfers = tuple(_transfer(cut, work, resources.uplink) for cut in cuts)
     return Setup(placement=placement, parts=parts, stage_seconds=tuple(seconds), transfers=transfers)
 
 
-def predict(placement: Placement, sites: Sites, work: Workload) -> Prediction:
+def predict(placement: Placement, resources: ClusterResources, work: Workload) -> Prediction:
     """One step. Raises UserError as `set_up`, and where a stage does not fit its devices."""
-    setup = set_up(placement, sites, work)
-    memory = _memory(setup, sites)
+    setup = set_up(placement, resources, work)
+    memory = _memory(setup, resources)
     timelines = setup.timelines()
     sums = setup.sums(timelines)
     seconds = max(end for _, _, end in sums)
@@ -126,7 +126,7 @@ def predict(placement: Placement, sites: Sites, work: Workload) -> Prediction:
         pipeline_seconds=max(max(t.ends) for t in timelines),
         busy_share=busy / seconds / sum(len(stage.ranks) for stage in placement.stages),
         sum_seconds=tuple(setup.parameters(s) * part.sum_seconds for s, part in enumerate(setup.parts)),
-        activation_bytes=_activation_bytes(setup, sites),
+        activation_bytes=_activation_bytes(setup, resources),
         gradient_bytes=sum(
             2 * (len({h.fabric for h in part.hosts}) - 1) * setup.parameters(s) * work.gradient_bytes
             for s, part in enumerate(setup.parts)
@@ -145,10 +145,10 @@ def deal(total: int, seconds: Sequence[Sequence[float]]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def composition_of(stage: Stage, sites: Sites, work: Workload) -> Composition:
+def composition_of(stage: Stage, resources: ClusterResources, work: Workload) -> Composition:
     """The hosts of a stage. Raises UserError for a stage that has part of a host or a replica that spans hosts."""
     members = set(stage.ranks)
-    hosts = tuple(host for host in sites.hosts if members.intersection(host.ranks))
+    hosts = tuple(host for host in resources.hosts if members.intersection(host.ranks))
     if sum(len(host.ranks) for host in hosts) != len(members) or not all(members.issuperset(h.ranks) for h in hosts):
         raise UserError(f"the stage on ranks {sorted(members)} is not made of whole hosts: make the plan again")
     if any(not any(set(replica) <= set(h.ranks) for h in hosts) for replica in stage.replicas):
@@ -156,17 +156,19 @@ def composition_of(stage: Stage, sites: Sites, work: Workload) -> Composition:
             f"tensor_parallel {stage.tensor_parallel} of the stage on ranks {sorted(members)} spans hosts: "
             "make the plan again"
         )
-    return Composition(counts=(), hosts=hosts, tensor_parallel=stage.tensor_parallel, work=work, uplink=sites.uplink)
+    return Composition(
+        counts=(), hosts=hosts, tensor_parallel=stage.tensor_parallel, work=work, uplink=resources.uplink
+    )
 
 
-def uses_rdma(a: Site, b: Site) -> bool:
+def uses_rdma(a: HostResources, b: HostResources) -> bool:
     """Whether two hosts reach each other by RDMA."""
     return one_fabric((a.fabric, b.fabric))
 
 
-def _transfer(cut: Sequence[tuple[Site, Site]], work: Workload, uplink: float) -> float:
-    """One micro-batch of every pipeline over a cut, all at once: the busiest card decides."""
-    out, into = Counter[tuple[Site, bool]](), Counter[tuple[Site, bool]]()
+def _transfer(cut: Sequence[tuple[HostResources, HostResources]], work: Workload, uplink: float) -> float:
+    """One micro-batch of every pipeline over a cut, all at once: the busiest NIC decides."""
+    out, into = Counter[tuple[HostResources, bool]](), Counter[tuple[HostResources, bool]]()
     for a, b in cut:
         out[a, uses_rdma(a, b)] += 1
         into[b, uses_rdma(a, b)] += 1
@@ -179,17 +181,17 @@ def _transfer(cut: Sequence[tuple[Site, Site]], work: Workload, uplink: float) -
     return max(busiest, crossing * work.boundary_bytes / uplink)
 
 
-def _activation_bytes(setup: Setup, sites: Sites) -> float:
-    fabric = {rank: host.fabric for host in sites.hosts for rank in host.ranks}
+def _activation_bytes(setup: Setup, resources: ClusterResources) -> float:
+    fabric = {rank: host.fabric for host in resources.hosts for rank in host.ranks}
     crossings = 0
     for pipeline, count in zip(setup.placement.pipelines, setup.placement.micro_batches, strict=True):
         crossings += count * sum(fabric[a[0]] != fabric[b[0]] for a, b in pairwise(pipeline))
     return 2 * crossings * setup.parts[0].work.boundary_bytes
 
 
-def _memory(setup: Setup, sites: Sites) -> tuple[int, ...]:
+def _memory(setup: Setup, resources: ClusterResources) -> tuple[int, ...]:
     placement, stages = setup.placement, len(setup.placement.stages)
-    held = dict.fromkeys((r for host in sites.hosts for r in host.ranks), 0)
+    held = dict.fromkeys((r for host in resources.hosts for r in host.ranks), 0)
     for s, (stage, part) in enumerate(zip(placement.stages, setup.parts, strict=True)):
         most = max(placement.in_flight(s, j) for j in range(len(placement.micro_batches)))
         need = part.memory_bytes(stage.layers, most, first=s == 0, last=s == stages - 1)

@@ -31,7 +31,7 @@ EXTRAS = ("deepspeed", "megatron-core", "transformers", "tensorboard", "tokenize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class CheckResult:
     """The outcome of a check."""
 
     check: str
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     return int(failed)
 
 
-def run_check(name: str, check: Callable[[], str]) -> Finding:
+def run_check(name: str, check: Callable[[], str]) -> CheckResult:
     """One check with its time; any exception of a check is a finding, not an end."""
     began = time.perf_counter()
     status: Status = "ok"
@@ -80,7 +80,7 @@ def run_check(name: str, check: Callable[[], str]) -> Finding:
     except Exception as error:
         # The type alone: messages of foreign errors hold paths.
         status, detail = "fail", f"raised {type(error).__name__}"
-    return Finding(check=name, status=status, detail=detail, seconds=time.perf_counter() - began)
+    return CheckResult(check=name, status=status, detail=detail, seconds=time.perf_counter() - began)
 
 
 def check_python() -> str:

@@ -18,7 +18,7 @@ from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.model.lengths import LengthSource, open_lengths
 from heteromesh.planner.model.spec import MODELS, load_model
 from heteromesh.planner.plan import Step
-from heteromesh.planner.report.assemble import ANALYTIC, make_plan, pose
+from heteromesh.planner.report.assemble import ANALYTIC, build_problem, make_plan
 from heteromesh.planner.report.fixes import parse_fixes
 from heteromesh.planner.report.text import plan_text
 from heteromesh.runtime.cli.arguments import Parser, positive_int
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     fixes = parse_fixes(args.fix)
     cluster, model = load_cluster(args.cluster), load_model(args.model)
-    problem = pose(cluster, model, load_constants(args.cost) if args.cost else None, fixes)
+    problem = build_problem(cluster, model, load_constants(args.cost) if args.cost else None, fixes)
     source = open_lengths(args.lengths, seed=args.seed, max_length=fixes.max_length)
     if args.output:
         _check_writable(args.output)

@@ -17,7 +17,7 @@ from heteromesh.planner.cost.json import costs_from_json
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.check import check_feasible
-from heteromesh.planner.report.simulate import Disturbance, Event, StepRun, simulate_plan
+from heteromesh.planner.report.simulate import Disturbance, SimulatedEvent, StepRun, simulate_plan
 from heteromesh.planner.report.simulate_nics import shared_nic_seconds
 from heteromesh.planner.report.simulate_placement import PlacementRun, simulate_placement
 from heteromesh.planner.report.text import rank_list, table
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     shared = [shared_nic_seconds(plan.steps[run.step], costs, disturbance.slow) for run in runs if run.seconds]
     staged = None
     if basis and not disturbance.fail:
-        staged = simulate_placement(basis.placement, basis.sites, basis.work, disturbance.slow)
+        staged = simulate_placement(basis.placement, basis.resources, basis.work, disturbance.slow)
     if args.output:
         _trace(args.output, [e for run in runs for e in run.events])
         if staged:
@@ -132,7 +132,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}-placement{path.suffix}")
 
 
-def _trace(path: Path, events: Iterable[Event]) -> None:
+def _trace(path: Path, events: Iterable[SimulatedEvent]) -> None:
     spans: dict[int, list[Span]] = {}
     for e in events:
         span = Span(e.name, e.category, round(e.start * 1e9), round(e.seconds * 1e9), e.step)

@@ -29,8 +29,7 @@ from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.fit import fit_jointly
 from heteromesh.planner.cost.passes import Costs, LinkModel, Method, RateByDegree
 from heteromesh.planner.cost.shards import make_pass
-from heteromesh.planner.model.attention import AttentionShape as LayerShape
-from heteromesh.planner.model.attention import ModelAttention, split_methods
+from heteromesh.planner.model.attention import AttentionShape, ModelAttention, split_methods
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.passes import StepExecutor
 from heteromesh.runtime.probe.links.network import measure_links
@@ -51,7 +50,7 @@ MEMINFO = "/proc/meminfo"
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionShape:
+class ObservedAttention:
     """What the model asks of attention in one pass, and what autograd keeps of it."""
 
     calls: int
@@ -66,7 +65,7 @@ class AttentionShape:
 
     def attention(self, forwards: int) -> ModelAttention:
         """As the planner has it. forwards: 2 where layers are recomputed in the backward, else 1."""
-        layer = LayerShape(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, itemsize=self.itemsize)
+        layer = AttentionShape(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, itemsize=self.itemsize)
         return ModelAttention(calls=self.calls, shape=layer, forwards=forwards, causal=self.causal)
 
     def methods(self, forwards: int, hosts: Sequence[int] = (0,)) -> tuple[Method, ...]:
@@ -94,7 +93,7 @@ class Calibration:
         """
         self._executor, self._world, self._tokens = executor, executor.world, tokens
         self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
-        self._shape: tuple[AttentionShape | None] | None = None
+        self._shape: tuple[ObservedAttention | None] | None = None
         """Once it has been looked at."""
 
     def measure(self, tokens_per_device: int | None = None, rate: LinkModel | None = None) -> Costs:
@@ -180,7 +179,7 @@ class Calibration:
     def _split_work(self, method: Method, costs: Costs, length: int) -> float:
         """Compute of a sequence split over all ranks, relative to what the constants have its slowest do."""
         plan = self._together(method, length, costs)
-        compute = costs.pass_parts(plan.ranks, plan.method, [length], plan.shards).compute
+        compute = costs.pass_breakdown(plan.ranks, plan.method, [length], plan.shards).compute
         # parts of a sequence hardly compute faster than the whole: one noisy pass must not promise that they do
         return min(1.25, max(0.95, 1 + self._beyond(costs, plan) / max(1e-9, compute)))
 
@@ -203,7 +202,7 @@ class Calibration:
         slowest: float = max(self._world.gather(self._timed(act)))
         return slowest / ROUNDS
 
-    def _offload_seconds(self, shape: AttentionShape | None) -> tuple[float, ...]:
+    def _offload_seconds(self, shape: ObservedAttention | None) -> tuple[float, ...]:
         """Per rank, of a token's activations to pinned host memory or back; empty where no device has its own."""
         device, seconds = self._world.device, 0.0
         if device.type == "cuda" and shape is not None:
@@ -236,13 +235,13 @@ class Calibration:
         sent = (RATE_BYTES[1] - RATE_BYTES[0]) * (self._world.size - 1) / self._world.size
         return float(sent / max(1e-9, times[1] - times[0]))
 
-    def attention_shape(self) -> AttentionShape | None:
+    def attention_shape(self) -> ObservedAttention | None:
         """What one small pass shows of attention; None when the model never calls it. The pass runs once."""
         if self._shape is None:
             self._shape = (self._look_at_attention(),)
         return self._shape[0]
 
-    def _look_at_attention(self) -> AttentionShape | None:
+    def _look_at_attention(self) -> ObservedAttention | None:
         tokens = min(self._longest, 512)
         plain = prepare_pass(self._alone([tokens]), [tokens], self._world, (1.0,) * self._world.size)
         linear = _LinearSpy(plain.layout, 0, None, None)
@@ -270,7 +269,7 @@ class Calibration:
         saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
         q, k, itemsize, causal = seen[0]
         calls, alike = len(seen) // self._executor.forwards, len(set(seen)) == 1 and not linear.seen
-        return AttentionShape(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal)
+        return ObservedAttention(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal)
 
     def _local_seconds(self, lengths: Sequence[int]) -> float:
         return self._seconds(self._alone(lengths), lengths)
@@ -313,7 +312,7 @@ class Calibration:
         tokens = self._tokens[torch.arange(positions.shape[1]) % len(self._tokens)].unsqueeze(0)
         return PassInput(tokens, positions, tokens, valid=tokens.numel())
 
-    def _capacity(self, shape: AttentionShape | None, given: int | None) -> tuple[int, ...]:
+    def _capacity(self, shape: ObservedAttention | None, given: int | None) -> tuple[int, ...]:
         if given is not None:
             return (given,) * self._world.size
         per_token = max(1.0, shape.saved_bytes_per_token if shape else 1.0)

@@ -21,7 +21,7 @@ from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
-from heteromesh.planner.cluster.nics import Split, all_cards_pay, card_rates, over_all_cards, split
+from heteromesh.planner.cluster.nics import Split, all_nics_pay, nic_rates, over_all_nics, split
 from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.runtime.network.routes import leaves_by
 from heteromesh.runtime.probe.links.interfaces import Interface, interfaces
@@ -64,7 +64,7 @@ def open_nic_collectives(
     if planned is None:
         return None
     reduction, ways = planned
-    hosts, counts = reduction.hosts, [len(rates) for rates in card_rates(cluster)]
+    hosts, counts = reduction.hosts, [len(rates) for rates in nic_rates(cluster)]
     mine = own_nics(cluster.host_of(world.rank).name, counts[hosts[world.rank]])
     told = world.gather(mine)
     problem = _first(nics.problem for nics in told) or _one_machine(cluster, told)
@@ -112,10 +112,10 @@ def own_nics(host: str, count: int) -> HostNics:
 
 
 def _plan(cluster: Cluster, limits: Sequence[float] | None) -> tuple[Reduction, Split] | None:
-    if not all_cards_pay(cluster, max_fraction=limits):
+    if not all_nics_pay(cluster, max_fraction=limits):
         return None
-    reduction = over_all_cards(cluster, max_fraction=limits)
-    return reduction, split(reduction, card_rates(cluster))
+    reduction = over_all_nics(cluster, max_fraction=limits)
+    return reduction, split(reduction, nic_rates(cluster))
 
 
 def _by_address(word: str) -> Interface | None:

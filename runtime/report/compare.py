@@ -348,9 +348,7 @@ def _title(run: Comparison, shown: int) -> str:
     return text + (f", the last {shown}:" if shown < len(run.steps) else "")
 
 
-def comparison_text(run: Comparison) -> str:
-    """What `heteromesh explain RUN_DIR` prints."""
-    shown = run.steps[-STEPS_SHOWN:]
+def _steps_text(shown: Sequence[StepComparison]) -> str:
     rows = [
         (
             str(s.step),
@@ -362,7 +360,24 @@ def comparison_text(run: Comparison) -> str:
         )
         for s in shown
     ]
-    heads = ("step", "predicted s", "measured s", "error", "plan wait ms", "<passes")
+    return table(("step", "predicted s", "measured s", "error", "plan wait ms", "<passes"), rows)
+
+
+def _methods_text(run: Comparison) -> str:
+    rows = [
+        (
+            *(m.method, str(m.passes), f"{m.predicted:.4g}", f"{m.measured:.4g}", f"{m.ratio:.3f}"),
+            *("-" if n is None else str(n) for n in (m.predicted_bytes, m.counted_bytes)),
+        )
+        for m in run.methods
+    ]
+    seconds = ("passes", "predicted rank-s", "measured rank-s", "ratio")
+    return table(("<method", *seconds, "predicted bytes", "counted bytes"), rows)
+
+
+def comparison_text(run: Comparison) -> str:
+    """What `heteromesh explain RUN_DIR` prints."""
+    shown = run.steps[-STEPS_SHOWN:]
     ranks = [
         (str(r.rank), f"{r.predicted:.4g}", f"{r.measured:.4g}", f"{r.ratio:.3f}", "slower than the others" * r.slow)
         for r in run.ranks
@@ -370,32 +385,16 @@ def comparison_text(run: Comparison) -> str:
     degrees = [
         (str(d.degree), str(d.passes), f"{d.predicted:.4g}", f"{d.measured:.4g}", f"{d.ratio:.3f}") for d in run.degrees
     ]
-    methods = [
-        (
-            *(m.method, str(m.passes), f"{m.predicted:.4g}", f"{m.measured:.4g}", f"{m.ratio:.3f}"),
-            *("-" if n is None else str(n) for n in (m.predicted_bytes, m.counted_bytes)),
-        )
-        for m in run.methods
-    ]
-    method_heads = (
-        "<method",
-        "passes",
-        "predicted rank-s",
-        "measured rank-s",
-        "ratio",
-        "predicted bytes",
-        "counted bytes",
-    )
     p = run.parts
     slow = [str(r.rank) for r in run.ranks if r.slow]
     return "\n\n".join(
         section
         for section in (
-            _title(run, len(shown)) + "\n" + table(heads, rows),
+            _title(run, len(shown)) + "\n" + _steps_text(shown),
             table(("rank", "predicted busy s", "measured busy s", "ratio", "<"), ranks),
             _speeds_text(run),
             table(("degree", "passes", "predicted rank-s", "measured rank-s", "ratio"), degrees),
-            table(method_heads, methods),
+            _methods_text(run),
             methods_text(run.kinds),
             f"Predicted {run.predicted:.4g} s of the critical ranks = compute {p.compute:.4g} + "
             f"exchange {p.exchange:.4g} + fixed {p.fixed:.4g} + idle {p.idle:.4g} + end of step {p.step_fixed:.4g}",

@@ -20,7 +20,7 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
-from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import load_constants
@@ -139,7 +139,7 @@ def find_collectives(
             yield collectives
         return
     assert world.gradients
-    reduction = world.once(lambda: over_one_card(cluster, max_fraction=limits))
+    reduction = world.once(lambda: over_one_nic(cluster, max_fraction=limits))
     collectives = open_collectives(world.gradients, reduction)
     try:
         yield collectives

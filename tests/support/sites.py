@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from heteromesh.planner.stages.hosts import Site, Sites
+from heteromesh.planner.stages.hosts import ClusterResources, HostResources
 from heteromesh.planner.stages.workload import Workload
 
 
 def site(first, ranks, *, speed=1.0, memory=80e9, fabric="ib", rdma=20e9, ethernet=2e9, link=100e9):
     speeds = speed if isinstance(speed, tuple) else (speed,) * ranks
-    return Site(
+    return HostResources(
         ranks=tuple(range(first, first + ranks)),
         speeds=speeds,
         memory=memory,
@@ -27,7 +27,7 @@ def hosts(*descriptions, **shared):
         ranks = given.get("ranks", 1)
         listed.append(site(first, ranks, **shared | {k: v for k, v in given.items() if k != "ranks"}))
         first += ranks
-    return Sites(hosts=tuple(listed))
+    return ClusterResources(hosts=tuple(listed))
 
 
 def batch(**changes):

@@ -7,7 +7,7 @@ import torch
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.measured import measured_costs
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.runtime.engine.calibrate import AttentionShape
+from heteromesh.runtime.engine.calibrate import ObservedAttention
 from heteromesh.runtime.engine.passes import StepExecutor
 
 TOLERANCE = 0.02
@@ -15,7 +15,7 @@ TOLERANCE = 0.02
 
 
 def known_costs(
-    cluster: Cluster, executor: StepExecutor, shape: AttentionShape | None, autocast: torch.dtype | None
+    cluster: Cluster, executor: StepExecutor, shape: ObservedAttention | None, autocast: torch.dtype | None
 ) -> Costs | None:
     """The file's costs where they are for a model of this shape and dtype; shape: of the executor's attention."""
     model = cluster.measured.model

@@ -17,8 +17,7 @@ from heteromesh.comm.tcp.link import Message
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.planner.cluster.nics import card_rates, split
-from heteromesh.planner.reduction.flows import degraded
+from heteromesh.planner.cluster.nics import nic_rates, split
 from heteromesh.planner.reduction.reduction import plan_reduction, reduction_for
 from ranks import World, run_ranks
 
@@ -62,7 +61,7 @@ def two_and_one() -> Cluster:
 
 
 def test_a_hosts_uplink_is_the_sum_of_its_cards():
-    rates = card_rates(two_and_one())
+    rates = nic_rates(two_and_one())
     assert [len(its) for its in rates] == [2, 2, 1]
     assert sum(rates[0]) == pytest.approx(rates[2][0])
     reduction = reduction_for(two_and_one())
@@ -88,14 +87,14 @@ def test_the_split_reaches_what_the_sum_of_the_cards_allows_and_follows_a_slow_c
     rates = ((1.0, 1.0), (1.5, 0.5), (2.0,))
     reduction = plan_reduction(range(3), [2.0] * 3, [1e9] * 3)
     assert busiest(reduction, rates, split(reduction, rates)) == pytest.approx(reduction.seconds_per_byte, rel=1e-3)
-    slow = degraded(rates, 0, 1, 0.25)
+    slow = ((1.0, 0.25), (1.5, 0.5), (2.0,))
     known, unknown = (busiest(reduction, slow, split(reduction, r)) for r in (slow, rates))
     assert known == pytest.approx(reduction.seconds_per_byte * 2 / 1.25, rel=1e-3)
     assert known < 0.5 * unknown
-    down = split(reduction, degraded(rates, 0, 1, 0.0))
+    down = split(reduction, ((1.0, 0.0), (1.5, 0.5), (2.0,)))
     assert not any(sum(fractions[1]) for (i, _), fractions in down.items() if i == 0)
     with pytest.raises(UserError, match="no card that is up"):
-        split(reduction, degraded(rates, 2, 0, 0.0))
+        split(reduction, ((1.0, 1.0), (1.5, 0.5), (0.0,)))
 
 
 CARDS = ((3.0, 1.0), (4.0,), (2.0, 2.0))

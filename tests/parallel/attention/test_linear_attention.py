@@ -13,8 +13,8 @@ import torch
 from heteromesh.comm.exchange import Transfer
 from heteromesh.parallel.attention import linear
 from heteromesh.parallel.attention.api import PassContext, linear_attention, prepare_pass
-from heteromesh.planner.splitting.layout import METHODS
-from heteromesh.planner.splitting.traffic import AttentionShape, linear_traffic
+from heteromesh.planner.splitting.layout import METHODS, method_layout
+from heteromesh.planner.splitting.states import state_routes
 from packs import Pack, make_pack, own_rows, strange
 from ranks import World, run_ranks
 
@@ -123,10 +123,11 @@ def count(world: World, packs: Sequence[Pack], dtype: torch.dtype) -> list[tuple
                 counts.append(world.recorder.sent_bytes)
             out.backward(grad)
             forward, backward = (b - a for a, b in itertools.pairwise([*counts, world.recorder.sent_bytes]))
-            shape = AttentionShape(heads=pack.heads, kv_heads=pack.heads, head_dim=6, itemsize=dtype.itemsize)
-            plan = linear_traffic(method, pack.lengths, pack.shards, shape, value_dim=10, causal=pack.causal)
-            mine = plan[context.member]
-            assert (forward, backward) == (mine.forward, mine.backward), f"{method} {pack}"
+            routes = state_routes(method_layout(method, pack.lengths, pack.shards), causal=pack.causal)[context.member]
+            # states of 6 by 10 elements a head, in at least single precision
+            state = pack.heads * 6 * 10 * max(4, dtype.itemsize)
+            assert forward == state * sum(map(len, routes.sends.values())), f"{method} {pack}"
+            assert backward == state * sum(map(len, routes.gradient_sends.values())), f"{method} {pack}"
             sent.append((forward, backward))
     return sent
 

@@ -9,7 +9,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import load_cluster, local_cluster
 from heteromesh.planner.cluster.links import LINK_UTILISATION, NIC_UTILISATION, Links, cluster_links
-from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.constants import Constants
@@ -343,7 +343,7 @@ def test_ranks_of_a_subset_are_as_fast_as_they_were_in_the_whole(tmp_path, measu
             for pair in combinations(range(size), 2):
                 assert parts(pair) == links([ranks[i] for i in pair])
                 assert parts.around(pair, 1) == links.around([ranks[i] for i in pair], 1)
-            for reduction in (reduction_for(part), over_one_card(part)):
+            for reduction in (reduction_for(part), over_one_nic(part)):
                 assert len(reduction.fractions) == size
                 assert sum(reduction.fractions) == pytest.approx(1)
 

@@ -14,7 +14,7 @@ from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.attention import split_methods
 from heteromesh.planner.model.constants import Constants, load_constants
 from heteromesh.planner.model.spec import MODELS
-from heteromesh.planner.report.assemble import ANALYTIC, COST_FILE, MEASURED, pose
+from heteromesh.planner.report.assemble import ANALYTIC, COST_FILE, MEASURED, build_problem
 from heteromesh.planner.report.fixes import parse_fixes
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -102,13 +102,13 @@ def test_order_of_preference():
     measured = replace(given, tokens_per_device=100)
     cluster = mixed_cluster(constants=measured)
     model, fixes = MODELS["gpt-7b"], parse_fixes([])
-    assert pose(cluster, model, given, fixes).source == COST_FILE
-    assert pose(cluster, model, given, fixes).costs.capacity[0] == 6407
-    assert pose(cluster, model, None, fixes).source == MEASURED
-    assert pose(cluster, model, None, fixes).costs.capacity[0] == 100
-    assert pose(flexsp_cluster(), model, None, fixes).source == ANALYTIC
+    assert build_problem(cluster, model, given, fixes).source == COST_FILE
+    assert build_problem(cluster, model, given, fixes).costs.capacity[0] == 6407
+    assert build_problem(cluster, model, None, fixes).source == MEASURED
+    assert build_problem(cluster, model, None, fixes).costs.capacity[0] == 100
+    assert build_problem(flexsp_cluster(), model, None, fixes).source == ANALYTIC
     with pytest.raises(UserError, match="checkpointing can't be used with cost file costs"):
-        pose(cluster, model, given, parse_fixes(["checkpointing=on"]))
+        build_problem(cluster, model, given, parse_fixes(["checkpointing=on"]))
 
 
 def test_analytic_compute_is_near_flexsp_profile():

@@ -117,7 +117,7 @@ def test_passes_that_share_a_card_slow_each_other_down():
     apart = [made((0, 2), 0, costs, "gather"), made((1, 3), 1, costs, "gather")]
     both = one_step(*apart, batch=(100, 100))
     one = apart[0].seconds
-    exchange = costs.pass_parts((0, 2), "gather", [100], apart[0].shards).exchange / one
+    exchange = costs.pass_breakdown((0, 2), "gather", [100], apart[0].shards).exchange / one
     assert shared_nic_seconds(both, costs, {}) == pytest.approx(one * 2 * exchange + 0.25)
     after = one_step(apart[0], replace(apart[1], ranks=(0, 2)), batch=(100, 100))
     assert shared_nic_seconds(after, costs, {}) == pytest.approx(2 * one + 0.25)

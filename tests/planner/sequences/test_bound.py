@@ -79,7 +79,7 @@ def possible_passes(sequences: list[int], batch: list[int], costs: Costs) -> lis
             names = [LOCAL]
             if degree > 1:
                 fitting = [m for m in costs.methods if m.fits(degree)]
-                names = [m.name for m in fitting if sum(costs.room(ranks, m, tokens)) >= tokens]
+                names = [m.name for m in fitting if sum(costs.capacity_for(ranks, m, tokens)) >= tokens]
             made += [make_pass(ranks, name, sequences, batch, costs) for name in names]
     return made
 

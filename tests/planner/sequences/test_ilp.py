@@ -12,8 +12,8 @@ from test_plan_step import flexsp, lognormal
 from heteromesh.planner.report.check import check_step
 from heteromesh.planner.sequences import step as step_module
 from heteromesh.planner.sequences.bound import bound_seconds
-from heteromesh.planner.sequences.draft import Task
 from heteromesh.planner.sequences.ilp import refine
+from heteromesh.planner.sequences.partial import StepProblem
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.solver import Program
 
@@ -40,14 +40,14 @@ def test_never_worse_and_always_feasible():
 
 def test_nothing_below_the_cut_off_gives_none():
     costs = flexsp(2)
-    task = Task([6000, 6000], costs)
+    task = StepProblem([6000, 6000], costs)
     least = bound_seconds([6000, 6000], costs)
     assert refine(task, least * 1.0001, least, 5.0) is None
 
 
 def test_a_large_step_is_left_to_the_greedy():
     batch, costs = lognormal(1, 200, 20_000), flexsp(8)
-    assert refine(Task(batch, costs), 1e9, 0.0, 5.0) is None
+    assert refine(StepProblem(batch, costs), 1e9, 0.0, 5.0) is None
 
 
 def test_a_short_time_limit_starts_no_program(monkeypatch):

@@ -96,9 +96,9 @@ def test_slowest_rank_and_rounds_are_those_of_the_schedule(kind: Kind, degree: i
     if kind == "direct":
         assert method.exchanged(degree) == method.bytes_per_token * (degree - 1)
         return
-    assert method.carried(degree) == method.carried_bytes_per_token * (degree - 1)
-    assert method.home(degree) == method.home_bytes_per_token * (degree - 1)
-    assert method.exposed_home_share(degree) == 1 / len(rounds)
+    assert method.hop_bytes(degree) == method.carried_bytes_per_token * (degree - 1)
+    assert method.return_bytes(degree) == method.home_bytes_per_token * (degree - 1)
+    assert method.exposed_return_share(degree) == 1 / len(rounds)
     exposed, hidden = method.messages(degree)
     assert hidden == 3 * 2 * len(rounds)
     assert exposed == 3 * (2 if kind == "token_ring" else 1)
@@ -145,7 +145,7 @@ def test_rings_wait_for_the_largest_block() -> None:
     costs = two_hosts(speeds=(1.0, 1.0, 1.0, 0.5) * 2, seconds_per_token=0.0)
     ranks, shards = (0, 1, 2, 3), [(20_000,)] * 3 + [(10_000,)]
     own = costs.seconds_per_token2 * 70_000 * 20_000
-    gather, ring = (costs.pass_parts(ranks, name, [70_000], shards) for name in ("gather", "trimmed_ring"))
+    gather, ring = (costs.pass_breakdown(ranks, name, [70_000], shards) for name in ("gather", "trimmed_ring"))
     assert gather.compute == pytest.approx(own)
     assert ring.compute == pytest.approx(own * 4 * 2 / 7)
 

@@ -16,8 +16,8 @@ from heteromesh.comm.world import World, join_world
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.planner.reduction.flows import Flow, degraded, spread
-from heteromesh.planner.stages.fabric import Group, check_groups, groups, network_of
+from heteromesh.planner.reduction.flows import Flow, spread
+from heteromesh.planner.stages.fabric import RankGroup, check_groups, groups, network_of
 from heteromesh.planner.stages.stages import Placement, Stage
 
 RDMA, WIRE = Nic(kind="infiniband", gbit=200), Nic(kind="ethernet", gbit=25)
@@ -38,8 +38,8 @@ MIXED = cluster(("ib", 2, BOTH), ("ib", 2, BOTH), ("roce", 2, BOTH), ("roce", 2,
 
 def test_groups_of_a_mixed_cluster():
     made = {g.name: g for g in groups(MIXED)}
-    assert made["world"] == Group(name="world", ranks=tuple(range(9)), network="socket")
-    assert made["fabric ib"] == Group(name="fabric ib", ranks=(0, 1, 2, 3), network="rdma")
+    assert made["world"] == RankGroup(name="world", ranks=tuple(range(9)), network="socket")
+    assert made["fabric ib"] == RankGroup(name="fabric ib", ranks=(0, 1, 2, 3), network="rdma")
     assert made["fabric roce"].network == "rdma"
     assert made["host h0"].ranks == (0, 1)
     assert "host h4" not in made, "one rank is no group"
@@ -59,7 +59,7 @@ def test_groups_of_a_pipeline_across_fabrics():
     )
     made = {g.name: g for g in groups(MIXED, placement)}
     assert [made[f"stage {s} sum 0"].network for s in (0, 1)] == ["rdma", "rdma"]
-    assert made["pipeline 2"] == Group(name="pipeline 2", ranks=(2, 6), network="socket")
+    assert made["pipeline 2"] == RankGroup(name="pipeline 2", ranks=(2, 6), network="socket")
 
 
 def test_groups_of_a_sum_across_fabrics():
@@ -68,9 +68,9 @@ def test_groups_of_a_sum_across_fabrics():
     )
     made = {g.name: g for g in groups(MIXED, placement)}
     assert made["stage 0 replica 1"].ranks == (2, 3)
-    assert made["stage 0 sum 1"] == Group(name="stage 0 sum 1", ranks=(1, 3, 5, 7), network="socket")
-    assert made["stage 0 sum 1 in ib"] == Group(name="stage 0 sum 1 in ib", ranks=(1, 3), network="rdma")
-    assert made["stage 0 sum 1 across 0"] == Group(name="stage 0 sum 1 across 0", ranks=(1, 5), network="socket")
+    assert made["stage 0 sum 1"] == RankGroup(name="stage 0 sum 1", ranks=(1, 3, 5, 7), network="socket")
+    assert made["stage 0 sum 1 in ib"] == RankGroup(name="stage 0 sum 1 in ib", ranks=(1, 3), network="rdma")
+    assert made["stage 0 sum 1 across 0"] == RankGroup(name="stage 0 sum 1 across 0", ranks=(1, 5), network="socket")
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 3), st.booleans()), min_size=1, max_size=6))
@@ -90,9 +90,9 @@ def test_no_rdma_group_spans_fabrics(described):
 
 def test_an_rdma_group_across_fabrics_is_an_assertion():
     with pytest.raises(AssertionError, match="group bad would use RDMA across the fabrics"):
-        check_groups(MIXED, [Group(name="bad", ranks=(0, 4), network="rdma")])
+        check_groups(MIXED, [RankGroup(name="bad", ranks=(0, 4), network="rdma")])
     with pytest.raises(AssertionError, match="group none"):
-        check_groups(MIXED, [Group(name="none", ranks=(8,), network="rdma")])
+        check_groups(MIXED, [RankGroup(name="none", ranks=(8,), network="rdma")])
 
 
 # flows over cards
@@ -121,10 +121,10 @@ def test_a_flow_uses_cards_in_proportion_to_their_rates():
 def test_a_degraded_card_gets_less_and_one_that_is_down_nothing():
     flows, cards = [Flow(0, 1, 10.0), Flow(1, 0, 10.0)], [[1.0, 1.0], [1.0, 1.0]]
     assert spread(flows, cards).seconds == pytest.approx(5.0)
-    slow = spread(flows, degraded(cards, 0, 1, 0.25))
+    slow = spread(flows, [[1.0, 0.25], [1.0, 1.0]])
     assert slow.seconds == pytest.approx(8.0)
     assert sum(row[1] for row in slow.fractions[1]) == pytest.approx(0.2)
-    down = spread(flows, degraded(cards, 0, 1, 0.0))
+    down = spread(flows, [[1.0, 0.0], [1.0, 1.0]])
     assert down.seconds == pytest.approx(10.0)
     assert sum(down.fractions[0][1]) == 0
 

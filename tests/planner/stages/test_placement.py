@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
-from heteromesh.planner.stages.hosts import cluster_sites, sum_seconds_per_byte
+from heteromesh.planner.stages.hosts import cluster_resources, sum_seconds_per_byte
 from heteromesh.planner.stages.json import basis_from_json, decision_to_json
 from heteromesh.planner.stages.one_f_one_b import lower_bounds, order, run_1f1b
 from heteromesh.planner.stages.placement import place
@@ -336,7 +336,7 @@ def test_the_decision_in_a_plan_can_be_read_again():
     decision = place(sites, [batch()])
     data = json.loads(json.dumps(decision_to_json(decision, sites)))
     basis = basis_from_json(data, "layout.placement")
-    assert (basis.placement, basis.sites, basis.work) == (decision.placement, sites, decision.work)
+    assert (basis.placement, basis.resources, basis.work) == (decision.placement, sites, decision.work)
     for broken, message in [
         (data | {"colour": 1}, "unknown key 'colour'"),
         ({k: v for k, v in data.items() if k != "basis"}, "lacks the key 'basis'"),
@@ -368,7 +368,7 @@ speeds = [0.5, 1, 1, 1, 1, 1]
 def test_sites_of_a_cluster(tmp_path):
     path = tmp_path / "cluster.toml"
     path.write_text(CLUSTER)
-    sites = cluster_sites(load_cluster(path))
+    sites = cluster_resources(load_cluster(path))
     assert [h.ranks for h in sites.hosts] == [(1, 0), (2, 3), (4, 5)]
     assert sites.hosts[0].speeds == (1, 0.5)
     assert sites.domains == ("ib0", "")

@@ -299,7 +299,7 @@ def test_exceptions_become_exit_codes(monkeypatch, capsys, error, code, words):
 
 def test_activations_that_wait_in_host_memory_do_not_count_as_the_devices(files):
     cluster, model = load_cluster(files / "cluster.toml"), load_model("gpt-7b")
-    problem = assemble.pose(cluster, model, load_constants(files / "cost.toml"), Fixes())
+    problem = assemble.build_problem(cluster, model, load_constants(files / "cost.toml"), Fixes())
     problem = replace(problem, costs=replace(problem.costs, offload_seconds=(1e-6,) * 4, offload_share=0.5))
     plan = assemble.make_plan(problem, [[6000]], time_limit=0.2)
     assert max(assemble.peak_tokens(plan.steps, 4)) >= 1500

@@ -21,7 +21,7 @@ from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World as OwnWorld
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
-from heteromesh.planner.cluster.nics import all_cards_pay, over_all_cards, over_one_card, several_cards
+from heteromesh.planner.cluster.nics import all_nics_pay, over_all_nics, over_one_nic, several_nics
 from heteromesh.runtime.network import nics
 from heteromesh.runtime.network.routes import leaves_by
 from heteromesh.runtime.probe.links.interfaces import Interface
@@ -166,14 +166,14 @@ def test_all_cards_are_for_where_they_pay(tmp_path: Path) -> None:
 
     double, single, slow = ('{ kind = "ethernet", gbit = ' + text + " }" for text in ("1, count = 2", "2", "0.2"))
     paying = cluster(double, double, single)
-    assert several_cards(paying)
-    assert all_cards_pay(paying)
-    assert over_all_cards(paying).fractions == pytest.approx((1 / 3,) * 3)
-    one = over_one_card(paying)
+    assert several_nics(paying)
+    assert all_nics_pay(paying)
+    assert over_all_nics(paying).fractions == pytest.approx((1 / 3,) * 3)
+    one = over_one_nic(paying)
     assert one.fractions[2] > one.fractions[0], "the host whose one card is the fastest owns most"
-    assert not all_cards_pay(cluster(double, slow)), "the slow host decides"
-    assert not all_cards_pay(cluster(single, single))
-    assert not all_cards_pay(cluster(double))
+    assert not all_nics_pay(cluster(double, slow)), "the slow host decides"
+    assert not all_nics_pay(cluster(single, single))
+    assert not all_nics_pay(cluster(double))
 
 
 def test_the_kernel_says_by_which_interface_packets_leave() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from heteromesh.planner.cost.envelope import Envelope, envelope
 from heteromesh.planner.cost.passes import LOCAL, Costs
-from heteromesh.planner.cost.ranksets import Fleet, Team
+from heteromesh.planner.cost.ranksets import RankSetCache, RankSetCost
 from heteromesh.planner.cost.shards import fastest_pass, make_pass
 from heteromesh.planner.plan import Pass
 
@@ -20,22 +20,22 @@ END = -1
 """Position of the local passes after all split ones."""
 
 
-class Task:
-    """A batch to plan. Sequences are named by their place in descending order of length ("places")."""
+class StepProblem:
+    """A batch to plan. Sequences are named by their index in descending order of length ("indices")."""
 
     def __init__(self, batch: Sequence[int], costs: Costs) -> None:
         self.batch = tuple(batch)
         self.costs = costs
-        self.fleet = Fleet(costs)
+        self.rank_sets = RankSetCache(costs)
         self.order = sorted(range(len(batch)), key=lambda k: (-batch[k], k))
-        """Place to index in the batch."""
+        """Sorted index to index in the batch."""
         self.lengths = [batch[k] for k in self.order]
         self.negative = [-n for n in self.lengths]
         """Ascending, for bisection."""
         a, b = costs.seconds_per_token2, costs.seconds_per_token
         self.work = [a * n * n + b * n for n in self.lengths]
         """Seconds on one rank of speed 1."""
-        self.room = costs.resident or costs.capacity
+        self.capacity = costs.resident or costs.capacity
         """Per rank, tokens of several sequences that one pass holds."""
         self.ample = min(costs.resident, default=math.inf)
         """Tokens that every rank holds without moving any to host memory."""
@@ -45,7 +45,7 @@ class Task:
         self.least = self._least()
         """Seconds at speed 1 that a sequence takes at its cheapest degree, fixed cost left out."""
         self.power = sum(costs.speeds)
-        self._rooms = list(accumulate(sorted(costs.capacity, reverse=True)))
+        self._capacity_sums = list(accumulate(sorted(costs.capacity, reverse=True)))
 
     def _least(self) -> list[float]:
         lengths = np.array(self.lengths, float)
@@ -53,28 +53,28 @@ class Task:
         least: list[float] = (own * self.best.power).min(axis=1).tolist()
         return least
 
-    def alone(self, place: int, rank: int) -> float:
+    def alone(self, index: int, rank: int) -> float:
         """Seconds of the sequence on one rank, without the fixed cost of a pass."""
-        length, seconds = self.lengths[place], self.work[place] / self.costs.speeds[rank]
-        if length <= self.room[rank]:
+        length, seconds = self.lengths[index], self.work[index] / self.costs.speeds[rank]
+        if length <= self.capacity[rank]:
             return seconds
         ratio = self.costs.offload_ratio((rank,), None, (length,))
         return seconds + self.costs.offload_wait(rank, length, seconds, ratio)
 
-    def alone_each(self, place: int) -> list[float]:
+    def alone_each(self, index: int) -> list[float]:
         """`alone` on every rank."""
-        if self.lengths[place] <= self.ample:
-            work = self.work[place]
+        if self.lengths[index] <= self.ample:
+            work = self.work[index]
             return [work / v for v in self.costs.speeds]
-        return [self.alone(place, r) for r in range(self.costs.ranks)]
+        return [self.alone(index, r) for r in range(self.costs.ranks)]
 
-    def fewest(self, place: int) -> int:
+    def fewest(self, index: int) -> int:
         """The smallest degree, at least 2, at which some set of ranks has room for the sequence."""
-        return max(2, 1 + bisect_left(self._rooms, self.lengths[place]))
+        return max(2, 1 + bisect_left(self._capacity_sums, self.lengths[index]))
 
-    def value(self, place: int, price: float) -> float:
+    def value(self, index: int, price: float) -> float:
         """What it is worth to have a sequence done: its cheapest seconds and its tokens' price."""
-        return self.least[place] + price * self.token_price * self.lengths[place]
+        return self.least[index] + price * self.token_price * self.lengths[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,12 @@ class SplitPass:
     """A pass of several ranks."""
 
     ranks: tuple[int, ...]
-    team: Team
-    places: tuple[int, ...]
+    rank_set: RankSetCost
+    indices: tuple[int, ...]
 
 
 @dataclass(slots=True)
-class Slot:
+class TimeSlot:
     """Time of one rank that local passes can have: before a split pass that it would wait for, or at the end."""
 
     rank: int
@@ -103,57 +103,57 @@ class Slot:
 class LocalPass:
     """A pass of one rank; sequences are added as long as they fit."""
 
-    slot: Slot
+    slot: TimeSlot
     left: int
     """Tokens that still fit."""
-    places: list[int]
+    indices: list[int]
 
 
 @dataclass(slots=True)
-class Draft:
+class PartialStep:
     """A step: every rank runs its split passes in list order, local ones in their slots."""
 
     split: list[SplitPass] = field(default_factory=list)
     local: list[LocalPass] = field(default_factory=list)
-    gaps: list[Slot] = field(default_factory=list)
-    ends: list[Slot] = field(default_factory=list)
+    gaps: list[TimeSlot] = field(default_factory=list)
+    ends: list[TimeSlot] = field(default_factory=list)
     """Per rank: its slot after the last split pass."""
 
     @property
     def seconds(self) -> float:
         return max(slot.free for slot in self.ends)
 
-    def copy(self) -> Draft:
-        """A draft with slots of its own; without local passes."""
+    def copy(self) -> PartialStep:
+        """A partial step with slots of its own; without local passes."""
         assert not self.local
-        return Draft(list(self.split), [], [replace(s) for s in self.gaps], [replace(s) for s in self.ends])
+        return PartialStep(list(self.split), [], [replace(s) for s in self.gaps], [replace(s) for s in self.ends])
 
     def add_split(self, p: SplitPass, start: float, end: float) -> None:
         """Appends a split pass; a rank that waits for it gets a gap."""
         for r in p.ranks:
             slot = self.ends[r]
             if slot.free < start:
-                self.gaps.append(Slot(r, len(self.split), slot.free, start))
+                self.gaps.append(TimeSlot(r, len(self.split), slot.free, start))
             slot.free = end
         self.split.append(p)
 
-    def passes(self, task: Task) -> list[Pass]:
+    def passes(self, problem: StepProblem) -> list[Pass]:
         """The exact passes, in an order that every rank can follow."""
         local: dict[int, list[LocalPass]] = {}
         for p in self.local:
             local.setdefault(p.slot.before, []).append(p)
         made = []
         for position, s in enumerate(self.split):
-            made += [_exact((p.slot.rank,), LOCAL, p.places, task) for p in local.get(position, [])]
-            made.append(_exact(s.ranks, s.team.method_name, s.places, task))
-        return made + [_exact((p.slot.rank,), LOCAL, p.places, task) for p in local.get(END, [])]
+            made += [_exact((p.slot.rank,), LOCAL, p.indices, problem) for p in local.get(position, [])]
+            made.append(_exact(s.ranks, s.rank_set.method_name, s.indices, problem))
+        return made + [_exact((p.slot.rank,), LOCAL, p.indices, problem) for p in local.get(END, [])]
 
 
-def empty_draft(ranks: int) -> Draft:
+def empty_step(ranks: int) -> PartialStep:
     """No passes yet."""
-    return Draft(ends=[Slot(r, END, 0.0, math.inf) for r in range(ranks)])
+    return PartialStep(ends=[TimeSlot(r, END, 0.0, math.inf) for r in range(ranks)])
 
 
-def _exact(ranks: Sequence[int], method: str, places: Sequence[int], task: Task) -> Pass:
-    made = make_pass(ranks, method, [task.order[i] for i in places], task.batch, task.costs)
-    return fastest_pass(made, task.batch, task.costs)
+def _exact(ranks: Sequence[int], method: str, indices: Sequence[int], problem: StepProblem) -> Pass:
+    made = make_pass(ranks, method, [problem.order[i] for i in indices], problem.batch, problem.costs)
+    return fastest_pass(made, problem.batch, problem.costs)
