@@ -32,11 +32,11 @@ class Abort:
         self.error: GroupAborted | None = None
 
     def fileno(self) -> int:
-        """Readable from the moment the state is set (it is never drained)."""
+        """Returns a descriptor that is readable from the moment the state is set (it is never drained)."""
         return self._fd
 
     def set(self, error: GroupAborted) -> bool:
-        """Aborts; False when it was aborted already (the first reason stays). Any thread."""
+        """Aborts, from any thread; returns False when it was aborted already (the first reason stays)."""
         with self._lock:
             if self.error is not None:
                 return False

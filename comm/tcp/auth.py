@@ -31,7 +31,7 @@ class AuthError(ConnectionError):
 
 
 def mac(key: bytes, *parts: bytes) -> bytes:
-    """HMAC-SHA256 over the parts, each with its length."""
+    """Returns the HMAC-SHA256 of the parts, each with its length."""
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
         digest.update(struct.pack("!Q", len(part)))

@@ -50,7 +50,7 @@ class _Dial:
             self.sock.connect(tuple(target))
 
     def advance(self) -> bool:
-        """After an event; True when the other end has proved itself. Raises OSError."""
+        """Goes on after an event; returns True when the other end has proved itself. Raises OSError."""
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
@@ -110,7 +110,7 @@ def _absent(place: Place, made: dict[tuple[int, int], socket.socket]) -> set[int
 
 
 def _nothing() -> None:
-    """Nobody waits for more connections of this epoch."""
+    """Does nothing: nobody waits for more connections of this epoch."""
 
 
 def _ring(bell: int) -> Callable[[], None]:
