@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_tcp import everywhere, mesh
+from mesh import everywhere, mesh
 
 from heteromesh.comm.tcp import collectives
 from heteromesh.comm.tcp.abort import GroupAborted
