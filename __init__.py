@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from heteromesh.parallel.attention.api import attention, linear_attention
     from heteromesh.planner.sequences.step import plan_step
     from heteromesh.runtime.config import TrainerConfig
-    from heteromesh.runtime.engine.passes import StepExecutor
+    from heteromesh.runtime.engine.executor import StepExecutor
     from heteromesh.runtime.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "linear_attention", "plan_step"]
 
 _HOME = {
-    "StepExecutor": "heteromesh.runtime.engine.passes",
+    "StepExecutor": "heteromesh.runtime.engine.executor",
     "Trainer": "heteromesh.runtime.trainer",
     "TrainerConfig": "heteromesh.runtime.config",
     "UserError": "heteromesh.errors",

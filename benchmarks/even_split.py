@@ -28,7 +28,7 @@ from heteromesh.runtime.data.documents import open_corpus
 from heteromesh.runtime.data.tokenizer import load_tokenizer
 from heteromesh.runtime.data.tokens import open_tokens
 from heteromesh.runtime.engine.baselines import EvenSplit, compare
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.training.build import find_costs
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.sampler import Sampler

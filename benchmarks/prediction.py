@@ -35,7 +35,7 @@ from heteromesh.planner.cost.shards import costed
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.sequences.timeline import starts, timed_step
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from llama import Llama, LlamaConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -11,11 +12,13 @@ from torch import nn
 
 from heteromesh.comm.world import join_world
 from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.process.environment import COORDINATORS
 from heteromesh.runtime.training.build import DRY_RUN_VARIABLE, described_cluster
 from heteromesh.runtime.training.dry_run import dry_run
-from heteromesh.runtime.training.loop import TrainingLoop, TrainingReport
-from heteromesh.runtime.training.loop2 import ElasticLoop
+from heteromesh.runtime.training.elastic import ElasticJob
+from heteromesh.runtime.training.fixed import FixedJob
+from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.work.reader import Reader, Sequences
 from heteromesh.runtime.work.sampler import Sampler
 
@@ -25,7 +28,8 @@ class Trainer:
 
     model: an nn.Module as `StepExecutor` takes it. data: `data[i]` is a 1-D sequence of token ids (or a mapping with
     `input_ids` and `labels`); a `TokenStore` is read in part. optimizer: any torch optimizer over the model's
-    parameters; None: AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step.
+    parameters; None: AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called
+    after steps, for evaluations, checkpoints and at the end (`Hook`).
 
     Works in one process, under `heteromesh run` and under plain torchrun.
     """
@@ -38,8 +42,9 @@ class Trainer:
         config: TrainerConfig,
         *,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
-        self.model, self.config, self.schedule = model, config, schedule
+        self.model, self.config, self.schedule, self.hooks = model, config, schedule, tuple(hooks)
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         self.data, self.reader = data, Reader(data)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
@@ -47,21 +52,34 @@ class Trainer:
     def fit(self) -> TrainingReport:
         """Trains until `max_steps`; returns what happened, equal on every rank.
 
-        Raises UserError for bad input and for a loss that is not finite (the last whole checkpoint stays), and
-        SystemExit(128 + signal) after Ctrl-C or SIGTERM, when the state has been saved. Under
-        `heteromesh run --dry-run` it prints the plan of the first steps and ends the process with SystemExit(0).
+        Raises UserError for bad input, for a loss that is not finite (the last whole checkpoint stays) and for a hook
+        that raised (the run is saved), and SystemExit(128 + signal) after Ctrl-C or SIGTERM, when the state has been
+        saved. Under `heteromesh run --dry-run` it prints the plan of the first steps and ends with SystemExit(0).
         """
+        job = self._job()
         if DRY_RUN_VARIABLE in os.environ:
-            dry_run(self)
+            dry_run(job)
             raise SystemExit(0)
         with ExitStack() as stack:
             # a process that nothing has launched is a job of its own
             if self.config.fault_tolerance and (COORDINATORS in os.environ or "WORLD_SIZE" in os.environ):
-                report = ElasticLoop(self, stack).run()
+                report = ElasticJob(job, stack).run()
             else:
                 timeout = timedelta(seconds=self.config.timeout_seconds)
                 world = stack.enter_context(join_world(timeout, described_cluster(self.config)))
-                report = TrainingLoop(self, world, stack).run()
+                report = FixedJob(job, world, stack).run()
         if report.signal is not None:
             raise SystemExit(128 + report.signal)
         return report
+
+    def _job(self) -> Job:
+        return Job(
+            model=self.model,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            reader=self.reader,
+            sampler=self.sampler,
+            data_fingerprint=getattr(self.data, "fingerprint", ""),
+            config=self.config,
+            hooks=self.hooks,
+        )

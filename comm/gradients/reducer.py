@@ -91,6 +91,8 @@ class GradientReducer(GradientExchange):
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._homes]
         self._world, self._step, self._attempt = World(), -1, _Attempt()
         self._ledger = StepLedger()
+        self._worked: dict[Members, list[tuple[int, ...]]] = {}
+        """The passes of a reducer that keeps nothing apart."""
         self._open: LedgerShare | None = None
         self._totals: dict[int, torch.Tensor] = {}
         """By bucket, the copy that sums are formed in, kept from step to step: fresh memory is slow."""
@@ -107,7 +109,11 @@ class GradientReducer(GradientExchange):
         self._step, self._world, self._attempt = step, world, _Attempt()
 
     def held(self) -> Held:
+<<<<<<< HEAD
         return self._ledger.held() if self._keep else {}
+=======
+        return self._ledger.held() if self._keep else {m: tuple(passes) for m, passes in self._worked.items()}
+>>>>>>> 92fd6a5 (One loop for all modes: transactions committed by a session; engines, work sources, exchanges and state owners are its parts; hooks)
 
     def settle(self, held: Mapping[int, Held]) -> None:
         if self._keep:
@@ -123,6 +129,8 @@ class GradientReducer(GradientExchange):
         try:
             yield share
             share.passes.append(tuple(sequences))
+            if not self._keep:
+                self._worked.setdefault(members, []).append(tuple(sequences))
         except BaseException:
             if self._keep:
                 self._ledger.drop(key)
@@ -186,6 +194,7 @@ class GradientReducer(GradientExchange):
             self._ledger.clear()
         else:
             self._ledger.open(_EVERYBODY).reset()
+            self._worked.clear()
 
     def _take_off(self) -> None:
         for parameter in self._homes:

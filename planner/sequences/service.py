@@ -1,8 +1,8 @@
 """The planning process: `python -m heteromesh.planner.sequences.service`, requests on standard input, steps on standard
 output.
 
-Pickled objects: first the Costs, then one Request a step; answered by a Step or by the UserError that it raised. Ends
-with its standard input, so it never outlives the rank that started it.
+Pickled objects: one Request a step, answered by a Step or by the UserError that it raised. Ends with its standard
+input, so it never outlives the rank that started it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Request:
     correction: Correction
     """Of the costs, as far as steps have shown."""
     time_limit: float
+    costs: Costs | None = None
+    """None: those of the request before."""
 
 
 def answer(request: Request, costs: Costs) -> Step | UserError:
@@ -43,9 +45,12 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
-        costs: Costs = pickle.load(source)
+        costs: Costs | None = None
         while True:
-            pickle.dump(answer(pickle.load(source), costs), sink)
+            request: Request = pickle.load(source)
+            costs = request.costs or costs
+            assert costs is not None
+            pickle.dump(answer(request, costs), sink)
             sink.flush()
     except (EOFError, BrokenPipeError):
         return

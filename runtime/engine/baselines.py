@@ -13,7 +13,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Step
 from heteromesh.planner.report.assemble import static_layouts
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.sampler import Batch
 

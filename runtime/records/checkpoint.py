@@ -35,6 +35,11 @@ META = "meta.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+def step_directory(step: int) -> str:
+    """Returns what the checkpoint after `step` updates is called."""
+    return f"step-{step:08d}"
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Every rank must make the same calls."""
 
@@ -113,7 +118,7 @@ class Checkpoints:
         return [p for p in self._directory.glob("step-*") if p.suffix != ".part" and p.is_dir()]
 
     def _write(self, step: int, state: dict[str, Any], meta: Mapping[str, Any]) -> None:
-        final = self._directory / f"step-{step:08d}"
+        final = self._directory / step_directory(step)
         part = final.with_name(final.name + ".part")
         try:
             with self._world.recorder.span("checkpoint write", "checkpoint"):

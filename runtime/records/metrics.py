@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,12 @@ class Tensorboard:
             if name != "step":
                 self._writer.add_scalar(name, value, metrics.step)
 
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes what hooks have found, one scalar a name."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"evaluation/{name}", value, step)
+
     def close(self) -> None:
         """Flushes."""
         if self._writer is not None:
@@ -102,6 +109,18 @@ def truncate_lines(path: Path, steps: int) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept))
     part.replace(path)
+
+
+def last_step(path: Path) -> int:
+    """Returns the step of the last whole line; 0 where there is none."""
+    last = 0
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                last = max(last, int(json.loads(line)["step"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return last
 
 
 class ProgressBar:

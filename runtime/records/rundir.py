@@ -16,6 +16,7 @@ from heteromesh.runtime.records.metrics import JsonLines, StepMetrics, Tensorboa
 from heteromesh.runtime.records.trace import write_trace
 
 CONFIG, PLANS, METRICS, TRACE, CHECKPOINTS = "config.json", "plan.jsonl", "metrics.jsonl", "trace.json", "checkpoints"
+LEDGER, EVALUATIONS = "ledger.jsonl", "evaluations.jsonl"
 
 
 class RunDirectory:
@@ -39,20 +40,37 @@ class RunDirectory:
     def start(self, config: Mapping[str, Any], done_steps: int) -> None:
         """Writes config.json and opens the files, without the lines of steps after `done_steps`."""
         with _named(self.path):
-            for name in (PLANS, METRICS):
+            for name in (PLANS, METRICS, LEDGER, EVALUATIONS):
                 truncate_lines(self.path / name, done_steps)
             part = self.path / (CONFIG + ".part")
             part.write_text(json.dumps(config, indent=1, default=str) + "\n")
             part.replace(self.path / CONFIG)
             self._plans, self._metrics = JsonLines(self.path / PLANS), JsonLines(self.path / METRICS)
+            self._ledger = JsonLines(self.path / LEDGER)
+            self._evaluations: JsonLines | None = None
             self._tensorboard = Tensorboard(self.path / "tensorboard", done_steps)
 
-    def record(self, metrics: StepMetrics, plan: Step, measured: Mapping[str, Any], **more: Any) -> None:
-        """Appends one step to plan.jsonl and metrics.jsonl. more: goes to plan.jsonl too."""
+    def record(
+        self,
+        metrics: StepMetrics,
+        plan: Step,
+        measured: Mapping[str, Any],
+        ledger: Mapping[str, Any],
+        **more: Any,
+    ) -> None:
+        """Appends one step to plan.jsonl, metrics.jsonl and ledger.jsonl. more: goes to plan.jsonl too."""
         with _named(self.path):
             self._plans.write({"step": metrics.step, "plan": to_json(plan), "measured": measured, **more})
             self._metrics.write(asdict(metrics))
+            self._ledger.write({"step": metrics.step, **ledger})
             self._tensorboard.write(metrics)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends what hooks have found after a step to evaluations.jsonl."""
+        with _named(self.path):
+            self._evaluations = self._evaluations or JsonLines(self.path / EVALUATIONS)
+            self._evaluations.write({"step": step, **values})
+            self._tensorboard.evaluation(step, values)
 
     @property
     def started(self) -> bool:
@@ -66,8 +84,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Closes the files."""
-        for name in ("_plans", "_metrics", "_tensorboard"):
-            if hasattr(self, name):
+        for name in ("_plans", "_metrics", "_ledger", "_evaluations", "_tensorboard"):
+            if getattr(self, name, None) is not None:
                 getattr(self, name).close()
 
     def _prepare(self) -> None:

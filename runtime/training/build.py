@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.int8 import Int8Collectives, seconds_per_value
 from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectives
+from heteromesh.comm.gradients.buckets import Bucket
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
@@ -30,7 +31,7 @@ from heteromesh.planner.reduction.memory import largest_fractions
 from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.network.nics import open_nic_collectives
 from heteromesh.runtime.probe.model.known import known_costs
 from heteromesh.runtime.process.failure import PeerLost
@@ -42,12 +43,12 @@ DRY_RUN_VARIABLE = "HETEROMESH_DRY_RUN"
 """Number of ranks to plan for; set by `heteromesh run --dry-run`."""
 
 
-def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:
+def build_cluster(config: TrainerConfig, ranks: int) -> Cluster:
     """The cluster file of the configuration or of `heteromesh run`; else equal processes on one host.
 
     Raises UserError when it has another number of ranks than the job.
     """
-    path = config.cluster or os.environ.get(CLUSTER_VARIABLE)
+    path = cluster_path(config)
     if not path:
         return local_cluster(ranks)
     cluster = load_cluster(Path(path))
@@ -60,13 +61,35 @@ def find_cluster(config: TrainerConfig, ranks: int) -> Cluster:
 
 
 def described_cluster(config: TrainerConfig) -> Cluster | None:
-    """The hosts of this job, where a cluster file describes them; what is wrong with it `find_cluster` tells later."""
-    if not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+    """The hosts of this job, where a cluster file describes them; what is wrong with it `build_cluster` tells later."""
+    if not cluster_path(config):
         return None
     try:
-        return find_cluster(config, int(os.environ.get("WORLD_SIZE", "1")))
+        return build_cluster(config, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError:
         return None
+
+
+def elastic_cluster(config: TrainerConfig, place: int) -> Cluster | None:
+    """Returns the hosts of a job of changing members when all are there, where a cluster file describes them.
+
+    place: which rank of it this one is. Raises UserError where the file has no such rank.
+    """
+    path = cluster_path(config)
+    if not path:
+        return None
+    cluster = load_cluster(Path(path))
+    if place >= cluster.ranks:
+        raise UserError(
+            f"cluster file {path} describes {cluster.ranks} ranks and this is rank {place} (counted from 0): "
+            "start at most one process per device of the file, or describe the devices that run"
+        )
+    return cluster
+
+
+def cluster_path(config: TrainerConfig) -> str | Path | None:
+    """Returns the cluster file of the configuration or of `heteromesh run`, if any."""
+    return config.cluster or os.environ.get(CLUSTER_VARIABLE) or None
 
 
 def plan_path(config: TrainerConfig) -> str | Path | None:
@@ -74,7 +97,7 @@ def plan_path(config: TrainerConfig) -> str | Path | None:
     return config.plan or os.environ.get(PLAN_VARIABLE) or None
 
 
-def find_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
+def build_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
     """What `plan_path` names; raises UserError if it is for another job."""
     path = plan_path(config)
     if path is None:
@@ -93,7 +116,7 @@ def find_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
     return plan
 
 
-def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, reader: Reader) -> Costs:
+def build_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, reader: Reader) -> Costs:
     """The cost file's constants, else the cluster file's for this model, else what the model is measured to need.
 
     Equal on every rank.
@@ -106,7 +129,7 @@ def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, 
         known = known_costs(cluster, executor, calibration.attention_shape(), config.autocast)
         links = cluster_links(cluster) if cluster.measured.nic_gbit or cluster.measured.link_gbps else None
         measured = known or calibration.measure(config.tokens_per_device, links)
-        described = config.cluster or os.environ.get(CLUSTER_VARIABLE)
+        described = cluster_path(config)
         costs = replace(measured, hosts=cluster.rank_hosts) if described else measured
     if config.tokens_per_device is not None:
         costs = replace(costs, capacity=(config.tokens_per_device,) * cluster.ranks)
@@ -114,7 +137,7 @@ def find_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, 
 
 
 @contextmanager
-def find_collectives(
+def build_collectives(
     config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, world: World
 ) -> Iterator[Collectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
@@ -171,7 +194,7 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
 def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
     """Per rank, the largest fraction of a sharded optimizer that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
-    if not config.shard_optimizer or not (config.cluster or os.environ.get(CLUSTER_VARIABLE)):
+    if not config.shard_optimizer or not cluster_path(config):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
@@ -179,26 +202,27 @@ def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Opti
 
 
 @contextmanager
-def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs) -> Iterator[Int8Collectives | None]:
-    """What gradients are compressed with, if anything. Every rank must call it.
+def build_compression(
+    config: TrainerConfig, world: World, buckets: Sequence[Bucket], costs: Costs
+) -> Iterator[Collectives | None]:
+    """Opens what gradients are summed with in the end: the world's collectives, or these with int8 on the wire.
 
-    Raises UserError where int8 is asked for and does not work.
+    Every rank must call it. Raises UserError where int8 is asked for and does not work.
     """
-    world = executor.world
+    collectives = world.collectives
     if world.size == 1 or config.gradient_compression == "none":
-        yield None
+        yield collectives
         return
-    collectives = executor.gradients.collectives
     if not isinstance(collectives, UnevenCollectives):
         if config.gradient_compression == "int8":
             raise UserError(
                 f"gradient_compression is 'int8' and the ranks are on {world.device.type} devices: "
                 "it works on CPU ranks only, so set it to 'none'"
             )
-        yield None
+        yield collectives
         return
-    if config.gradient_compression == "auto" and _int8_saves(config, executor, collectives.reduction, costs) <= 0:
-        yield None
+    if config.gradient_compression == "auto" and _int8_saves(config, world, buckets, collectives.reduction, costs) <= 0:
+        yield collectives
         return
     compression = Int8Collectives(collectives, collectives.transport)
     try:
@@ -207,14 +231,15 @@ def find_compression(config: TrainerConfig, executor: StepExecutor, costs: Costs
         compression.close()
 
 
-def _int8_saves(config: TrainerConfig, executor: StepExecutor, reduction: Reduction, costs: Costs) -> float:
-    """Seconds of a step, equal on every rank."""
-    buckets = executor.gradients.buckets
+def _int8_saves(
+    config: TrainerConfig, world: World, buckets: Sequence[Bucket], reduction: Reduction, costs: Costs
+) -> float:
+    """Returns the seconds of a step that int8 saves, equal on every rank."""
     # of the last pass at most; two thirds of a pass are its backward
     tokens = min(config.batch_tokens / len(costs.speeds), *costs.capacity)
     return seconds_saved(
         reduction,
         values=sum(bucket.numel for bucket in buckets),
-        seconds_per_value=max(executor.world.gather(seconds_per_value())),
+        seconds_per_value=max(world.gather(seconds_per_value())),
         hidden_seconds=2 / 3 * costs.seconds_per_token * tokens,
     )

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +19,8 @@ import heteromesh
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.runtime.config import TrainerConfig
-from heteromesh.runtime.training.build import find_cluster, plan_path
-
-if TYPE_CHECKING:
-    from heteromesh.runtime.trainer import Trainer
+from heteromesh.runtime.training.build import build_cluster, cluster_path, plan_path
+from heteromesh.runtime.training.job import Job
 
 NOTHING = "none"
 LOCAL = frozenset(("cluster", "plan", "cost", "plan_ahead", "plan_seconds", "print_plans"))
@@ -45,7 +42,7 @@ Facts = dict[str, tuple[str, str]]
 """Kind (a key of WAYS_OUT) and value, by name; in the order in which a difference is told."""
 
 
-def agree(world: World, tell: Callable[[], Facts]) -> None:
+def check_equal(world: World, tell: Callable[[], Facts]) -> None:
     """Returns when `tell` says the same on every rank.
 
     Otherwise raises UserError, equal on every rank: what rank differs from rank 0, in what, both values and the way
@@ -87,23 +84,25 @@ def _difference(rank: int, theirs: Facts, ours: Facts) -> str:
     return f"rank {rank} has {name} {values[0]} and rank 0 has {values[1]}{more}: {WAYS_OUT[kind]}"
 
 
-def job_facts(trainer: Trainer, ranks: int) -> Facts:
+def job_facts(job: Job, ranks: int) -> Facts:
     """What all ranks of a training job must agree on. Raises UserError for a bad cluster file."""
-    config = trainer.config
-    cluster = find_cluster(config, ranks)
+    config = job.config
+    cluster = build_cluster(config, ranks)
     facts = Facts()
     facts["the cluster file's fingerprint"] = "file", cluster.fingerprint
     facts["the cluster file's measured values"] = "file", _digest(repr(cluster.measured))
-    for what, path in (("plan", plan_path(config)), ("cost", config.cost)):
-        facts[f"the {what} file"] = "file", _content(Path(path), what) if path else NOTHING
-    return {"heteromesh's version": ("heteromesh", heteromesh.__version__)} | facts | _trainer_facts(trainer)
+    facts |= _files(plan=plan_path(config), cost=config.cost)
+    return {"heteromesh's version": ("heteromesh", heteromesh.__version__)} | facts | _trainer_facts(job)
 
 
-def elastic_facts(trainer: Trainer) -> dict[str, str]:
+def elastic_facts(job: Job) -> dict[str, str]:
     """What all members of a job must have in common, whoever joins when; the model's tensors in one line."""
     facts = {"heteromesh's version": heteromesh.__version__}
+    config = job.config
+    files = _files(cluster=cluster_path(config), plan=plan_path(config), cost=config.cost)
+    facts |= {name: value for name, (_, value) in files.items()}
     tensors = []
-    for name, (kind, value) in _trainer_facts(trainer).items():
+    for name, (kind, value) in _trainer_facts(job).items():
         if kind == "model":
             tensors.append(f"{name} {value}")
         else:
@@ -112,15 +111,21 @@ def elastic_facts(trainer: Trainer) -> dict[str, str]:
     return facts
 
 
-def _trainer_facts(trainer: Trainer) -> Facts:
-    config, facts = trainer.config, Facts()
+def _files(**paths: str | Path | None) -> Facts:
+    return {
+        f"the {what} file": ("file", _content(Path(path), what) if path else NOTHING) for what, path in paths.items()
+    }
+
+
+def _trainer_facts(job: Job) -> Facts:
+    config, facts = job.config, Facts()
     for setting in fields(TrainerConfig):
         if setting.name not in LOCAL:
             facts[setting.name] = "setting", _setting(setting.name, getattr(config, setting.name))
-    content = (trainer.sampler.state_dict()["dataset"], getattr(trainer.data, "fingerprint", ""))
-    facts["the data"] = "data", f"{len(trainer.reader.lengths)} sequences ({_digest(repr(content))})"
-    facts.update((name, ("model", value)) for name, value in _model(trainer.model))
-    facts.update((name, ("optimizer", value)) for name, value in _optimizer(trainer))
+    content = (job.sampler.state_dict()["dataset"], job.data_fingerprint)
+    facts["the data"] = "data", f"{len(job.reader.lengths)} sequences ({_digest(repr(content))})"
+    facts.update((name, ("model", value)) for name, value in _model(job.model))
+    facts.update((name, ("optimizer", value)) for name, value in _optimizer(job))
     return facts
 
 
@@ -128,13 +133,13 @@ def _setting(name: str, value: object) -> str:
     return os.path.abspath(str(value)) if name == "run_dir" else repr(value)
 
 
-def _optimizer(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    yield "the optimizer", type(trainer.optimizer).__name__
-    for i, group in enumerate(trainer.optimizer.param_groups):
+def _optimizer(job: Job) -> Iterator[tuple[str, str]]:
+    yield "the optimizer", type(job.optimizer).__name__
+    for i, group in enumerate(job.optimizer.param_groups):
         for name, value in group.items():
             told = f"{len(value)} tensors" if name == "params" else repr(value)
             yield f"the optimizer's {name} (group {i})", told
-    yield "the schedule", type(trainer.schedule).__name__ if trainer.schedule is not None else NOTHING
+    yield "the schedule", type(job.schedule).__name__ if job.schedule is not None else NOTHING
 
 
 def _model(model: torch.nn.Module) -> Iterator[tuple[str, str]]:

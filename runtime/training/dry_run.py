@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,30 +22,28 @@ from heteromesh.planner.report.assemble import peak_tokens
 from heteromesh.planner.report.text import first_passes, step_table
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.runtime.engine.calibrate import Calibration
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE
-
-if TYPE_CHECKING:
-    from heteromesh.runtime.trainer import Trainer
+from heteromesh.runtime.training.job import Job
 
 STEPS = 3
 
 
-def dry_run(trainer: Trainer) -> None:
+def dry_run(job: Job) -> None:
     """Prints the plan of the first steps and writes it to RUN_DIR/plan.json; nothing is trained."""
     ranks = int(os.environ[DRY_RUN_VARIABLE])
-    file = trainer.config.cluster or os.environ.get(CLUSTER_VARIABLE)
+    file = job.config.cluster or os.environ.get(CLUSTER_VARIABLE)
     cluster = load_cluster(Path(file)) if file else local_cluster(ranks)
-    costs, source = _costs(trainer, cluster)
-    batches = [trainer.sampler.next_batch() for _ in range(min(STEPS, trainer.config.max_steps))]
-    steps = tuple(plan_step(b.lengths, costs, time_limit=trainer.config.plan_seconds) for b in batches)
+    costs, source = _costs(job, cluster)
+    batches = [job.sampler.next_batch() for _ in range(min(STEPS, job.config.max_steps))]
+    steps = tuple(plan_step(b.lengths, costs, time_limit=job.config.plan_seconds) for b in batches)
     plan = Plan(
         cluster=PlannedCluster(fingerprint=cluster.fingerprint, ranks=cluster.ranks),
-        model=type(trainer.model).__name__,
+        model=type(job.model).__name__,
         layout={"costs": costs_to_json(costs) | {"source": source}, "peak_tokens": peak_tokens(steps, cluster.ranks)},
         steps=steps,
     )
-    path = Path(trainer.config.run_dir) / "plan.json"
+    path = Path(job.config.run_dir) / "plan.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         dump(plan, path)
@@ -61,22 +58,22 @@ def dry_run(trainer: Trainer) -> None:
     sys.stdout.write("\n\n".join(lines) + "\n")
 
 
-def _costs(trainer: Trainer, cluster: Cluster) -> tuple[Costs, str]:
+def _costs(job: Job, cluster: Cluster) -> tuple[Costs, str]:
     """The cost file's constants; else measured in this one process and spread over the cluster's ranks and links."""
-    if trainer.config.cost is not None:
-        costs = bind(load_constants(Path(trainer.config.cost)), cluster)
-        given = trainer.config.tokens_per_device
+    if job.config.cost is not None:
+        costs = bind(load_constants(Path(job.config.cost)), cluster)
+        given = job.config.tokens_per_device
         return replace(costs, capacity=(given,) * cluster.ranks) if given else costs, "from the cost file"
     device = pick_device()
     executor = StepExecutor(
-        trainer.model.to(device),
+        job.model.to(device),
         World(device=device),
-        autocast=trainer.config.autocast,
-        checkpoint_activations=trainer.config.checkpoint_activations,
+        autocast=job.config.autocast,
+        checkpoint_activations=job.config.checkpoint_activations,
     )
-    sample = torch.from_numpy(trainer.reader.sample_tokens(4096))
-    calibration = Calibration(executor, sample, max(trainer.reader.lengths))
-    alone = calibration.measure(trainer.config.tokens_per_device)
+    sample = torch.from_numpy(job.reader.sample_tokens(4096))
+    calibration = Calibration(executor, sample, max(job.reader.lengths))
+    alone = calibration.measure(job.config.tokens_per_device)
     shape = calibration.attention_shape()
     costs = replace(
         alone,

@@ -1,254 +1,230 @@
-"""One step of a job whose members may be lost at any moment: every sequence exactly once, whoever is left.
-
-An attempt is a loop inside one epoch. The members tell each other which sequences of the batch their gradients hold;
-what nobody holds is planned for the members that are here, and worked through; when nothing is missing the gradients
-are summed. When a member is lost the epoch ends, and the next attempt begins with what the others still hold: only what
-the lost one had is done again.
-"""
+"""A training step as a transaction: planned, worked through, summed, committed, applied. The same in every mode."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
-import torch
-
-from heteromesh.comm.records import Recorder
+from heteromesh.comm.gradients.exchange import GradientExchange, Summed
+from heteromesh.comm.session import Attempt, Committed
+from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.group import Group
-from heteromesh.faults.member.world import EpochWorld
-from heteromesh.faults.membership.view import View
-from heteromesh.parallel.attention.api import prepare_pass
-from heteromesh.parallel.attention.layout import layout_of
-from heteromesh.planner.cost.devices import DeviceCosts, LinkCosts
-from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.plan import Pass, Step
-from heteromesh.runtime.engine.local_costs import OwnCosts
-from heteromesh.runtime.engine.passes import StepExecutor
-from heteromesh.runtime.training.ledger import Members, StepGradients, Told
-from heteromesh.runtime.work.planner import ElasticPlanner, Question
-from heteromesh.runtime.work.reader import PassInput, Reader
-from heteromesh.runtime.work.sampler import Batch
-
-
-class PassMeasure(NamedTuple):
-    """What a pass of the step's first plan took on one member."""
-
-    position: int
-    rank: int
-    seconds: float
-    sent_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tidings:
-    """What a member tells the others between two rounds of work."""
-
-    shares: Told
-    pace: DeviceCosts
-    links: LinkCosts | None
-    stop: int
-    """The signal that it was sent; 0 for none."""
-    begun: bool
-    """Whether the run directory is known to be this job's."""
-    busy_seconds: float
-    """In passes of this step, without waiting for exchanges."""
-    passes: tuple[PassMeasure, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """A plan, and who was to execute it."""
-
-    members: Members
-    places: tuple[int, ...]
-    """Of the plan's sequences in the step's batch."""
-    plan: Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """A step whose gradients are summed, on its way to be committed."""
-
-    sums: list[torch.Tensor]
-    """Of each parameter's gradient: of the losses' sum divided by the batch's tokens."""
-    present: list[bool]
-    """By parameter, whether any member had a gradient for it."""
-    loss: float
-    """Sum over all tokens of the batch."""
-    valid: int
-    rounds: tuple[Round, ...]
-    """The first has the whole batch, later ones what was lost."""
-    told: tuple[Tidings, ...]
-    """By rank."""
-    exposed_seconds: float
-    """Of the gradient sum."""
-    plan_wait_seconds: float
+from heteromesh.parallel.state.owner import StateOwner
+from heteromesh.runtime.engine.api import Engine, Measurements
+from heteromesh.runtime.hooks.api import MemberReport, Round, StepCommitted, Stop
+from heteromesh.runtime.records.metrics import StepMetrics
+from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.transactions import Transaction
+from heteromesh.runtime.work.source import Assignment, WorkSource
 
 
 @dataclass(slots=True)
 class _Current:
-    """The step that this member is in."""
+    """The step that this rank is in, over all attempts at it."""
 
     number: int
-    batch: Batch
-    gradients: StepGradients
     rounds: list[Round] = field(default_factory=list)
-    busy_seconds: float = 0.0
-    passes: list[PassMeasure] = field(default_factory=list)
+    measured: Measurements = field(default_factory=Measurements)
     plan_wait_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
 
 
-class StepWork:
-    """This member's part in the job's steps. `seconds_per_step`: fixed cost of a step, as measured so far."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """An attempt at a step, on its way to be committed."""
+
+    assignment: Assignment
+    summed: Summed
+    reports: tuple[MemberReport, ...]
+    rounds: tuple[Round, ...]
+    exposed_seconds: float
+    began: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """What a step is made of; each may be of any kind (see docs/architecture.md)."""
+
+    work: WorkSource
+    engine: Engine
+    exchange: GradientExchange
+    state: StateOwner
+
+
+class TrainStep(Transaction):
+    """The next step. Calls the hooks when it is applied."""
 
     def __init__(
         self,
-        executor: StepExecutor,
-        reader: Reader,
-        own: OwnCosts,
-        planner: ElasticPlanner,
-        create: Callable[[], None],
+        job: Job,
+        progress: Progress,
+        parts: StepParts,
+        *,
+        asked: Callable[[], Stop | None],
+        kept: Callable[[], str],
+        hooks: Callable[[StepCommitted], None],
     ) -> None:
-        """`create` makes the run directory, once in the life of the job, on rank 0."""
-        self._executor, self._reader, self._own, self._planner = executor, reader, own, planner
-        self._create, self._begun = create, False
-        self._parameters = [p for p in executor.model.parameters() if p.requires_grad]
-        self._recorder: Recorder = executor.world.recorder
-        self._current: _Current | None = None
-        self.links: LinkCosts | None = None
-        self.stop = 0
-        self.seconds_per_step = 0.0
+        """`asked`: why this rank wants to stop, if it does. `kept`: what to do after a failure, for sentences."""
+        self._job, self._progress, self._parts = job, progress, parts
+        self._asked, self._kept, self._hooks = asked, kept, hooks
+        self._current = _Current(0)
+        self._norm = 0.0
+        self._reports: tuple[World | None, tuple[MemberReport, ...]] = None, ()
+        """The newest, and the world in which they were committed."""
+        self._members: dict[int, str] = {}
+        self._mark = time.perf_counter()
 
-    def attempt(self, group: Group, steps: Steps, number: int, batch: Batch) -> tuple[Result, str]:
-        """A body for `Steps.atomic`: step `number` (from 1) on `batch`. Raises GroupAborted; call it again then.
+    @property
+    def reports(self) -> tuple[MemberReport, ...]:
+        """The newest, by rank of the world of the last attempt."""
+        return self._reports[1]
 
-        Raises UserError, on every member, where the batch can't be planned.
-        """
-        if self._current is None or self._current.number != number:
-            self._current = _Current(number, batch, StepGradients(self._parameters))
-        now, view = self._current, group.view
-        world = EpochWorld(group, self._recorder)
-        self._executor.world = world
-        while True:
-            told = self._gather(group, world, now)
-            done = now.gradients.settle({m: t.shares for m, t in zip(view.members, told, strict=True)})
-            missing = tuple(i for i in range(len(batch.lengths)) if i not in done)
-            if not missing:
-                break
-            started = time.perf_counter()
-            plan, speeds = self._agree_on_plan(world, view, missing, told)
-            now.plan_wait_seconds += time.perf_counter() - started
-            now.rounds.append(Round(members=view.members, places=missing, plan=plan))
-            for position, item in plan.passes_of(world.rank):
-                self._work(group, world, now, item, position, speeds)
-        return self._sum(group, steps, now, told)
+    def start(self) -> None:
+        """The first step's time begins now."""
+        self._mark = time.perf_counter()
 
-    def prepare(self, batch: Batch, members: Members, paces: Sequence[DeviceCosts]) -> None:
-        """Rank 0: the next batch will be asked for, by these members if nothing happens."""
-        self._planner.prepare(Question(batch.lengths, members), self._costs(paces))
+    def due(self, world: World) -> bool:
+        return self._progress.training
 
-    def _gather(self, group: Group, world: EpochWorld, now: _Current) -> list[Tidings]:
-        mine = Tidings(
-            shares=now.gradients.told(),
-            pace=self._own.pace,
-            links=self.links,
-            stop=self.stop,
-            begun=self._begun,
-            busy_seconds=now.busy_seconds,
-            passes=tuple(now.passes),
+    def attempt(self, world: World) -> Attempt[_Result]:
+        number, parts = self._progress.done + 1, self._parts
+        began, world.recorder.step = time.perf_counter(), number
+        if self._current.number != number:
+            self._current = _Current(number)
+        parameters = parts.state.refresh(world)
+        parts.exchange.begin(number, world)
+        if self._reports[0] is not world:
+            # after a change of members nobody knows what the others hold
+            reports = tuple(world.gather(self._report()))
+            self._reports = None, reports
+            parts.exchange.settle({m: r.held for m, r in zip(world.members, reports, strict=True)})
+        assignment = self._work(number, world)
+        parts.exchange.flush()
+        reports = tuple(world.gather(self._report()))
+        waited = time.perf_counter()
+        with world.recorder.span("gradient sum, exposed", "wait"):
+            summed = parts.exchange.finish()
+        exposed = time.perf_counter() - waited + max(r.parameter_wait_seconds for r in reports)
+        result = _Result(
+            assignment=assignment,
+            summed=replace(summed, scale=assignment.divisor / max(1, summed.valid)),
+            reports=reports,
+            rounds=tuple(self._current.rounds),
+            exposed_seconds=exposed,
+            began=began,
         )
-        told: list[Tidings] = world.gather(mine)
-        if not any(t.begun for t in told):
-            world.once(self._create)
-        self._begun = True
-        self.links = next((t.links for t in told if t.links), None)
-        if self.links is None and world.size > 1:
-            self.links = group.run(lambda _: self._own.measure_links())
-        return told
+        return Attempt(result, f"{number}:{assignment.batch.index}:{summed.digest}:{parameters}")
 
-    def _agree_on_plan(
-        self, world: EpochWorld, view: View, missing: Sequence[int], told: Sequence[Tidings]
-    ) -> tuple[Step, tuple[float, ...]]:
-        assert self._current
-        lengths = tuple(self._current.batch.lengths[i] for i in missing)
-        answer: tuple[Step, tuple[float, ...]] | UserError | None = None
-        if world.rank == 0:
-            costs = self._costs([t.pace for t in told])
-            try:
-                answer = self._planner.plan(Question(lengths, view.members), costs), costs.speeds
-            except UserError as error:
-                answer = error
-        answer = world.broadcast(answer)
-        if isinstance(answer, UserError):
-            raise answer
-        assert answer is not None
-        return answer
+    def overlap(self, result: _Result) -> None:
+        limit = math.inf if self._job.config.clip_norm is None else self._job.config.clip_norm
+        loss = result.summed.loss
+        self._norm = self._parts.state.take(result.summed, limit, self._world) if math.isfinite(loss) else math.nan
 
-    def _costs(self, paces: Sequence[DeviceCosts]) -> Costs:
-        return self._own.of_members(paces, self.links, self.seconds_per_step)
+    def committed(self, done: Committed[_Result]) -> None:
+        result, world, number = done.result, done.world, self._progress.done + 1
+        loss = result.summed.loss / max(1, result.summed.valid)
+        self._check(number, loss, result)
+        optimizer, schedule = self._job.optimizer, self._job.schedule
+        rate = float(optimizer.param_groups[0]["lr"])
+        with world.recorder.span("optimizer", "optimizer"):
+            self._parts.state.update()
+        if schedule is not None:
+            schedule.step()
+        self._parts.exchange.committed()
+        self._apply(number, result, world)
+        now = time.perf_counter()
+        metrics = self._metrics(number, loss, rate, result, now - self._mark)
+        before, self._members = self._members, dict(zip(world.members, world.names, strict=True))
+        self._hooks(
+            StepCommitted(
+                metrics=metrics,
+                world=world,
+                before=before or self._members,
+                batch=result.assignment.batch,
+                rounds=result.rounds,
+                reports=result.reports,
+                correction=result.assignment.correction,
+                digest=done.digest,
+                attempts=done.attempts,
+                work_seconds=now - result.began,
+            )
+        )
+        self._mark = now
+        self._parts.work.committed(world, number, not self._progress.training)
 
-    def _work(
-        self, group: Group, world: EpochWorld, now: _Current, item: Pass, position: int, speeds: Sequence[float]
-    ) -> None:
-        """One pass."""
-        last = now.rounds[-1]
-        lengths = [last.plan.batch[i] for i in item.sequences]
-        places = [last.places[i] for i in item.sequences]
-        members = tuple(last.members[rank] for rank in item.ranks)
-        batch = self._input(world, now, item, lengths, places)
-        world.recorder.take_comm_seconds()
-        started, sent = time.perf_counter(), world.recorder.exchanged_bytes
-        with (
-            now.gradients.into(members, places) as share,
-            world.recorder.span(f"pass {position} {item.method} x{len(item.ranks)}", "pass"),
-        ):
-            losses = group.run(lambda _: self._forward_backward(world, now, item, places, batch, speeds))
-            share.loss += float(losses.double().sum())
-            share.valid += batch.valid
-        took = time.perf_counter() - started
-        now.busy_seconds += max(0.0, took - world.recorder.take_comm_seconds())
-        if len(now.rounds) == 1:
-            now.passes.append(PassMeasure(position, world.rank, took, world.recorder.exchanged_bytes - sent))
-        if len(item.ranks) == 1:
-            self._own.learn(lengths, took)
+    def _work(self, number: int, world: World) -> Assignment:
+        """Plans and works through what nobody holds."""
+        current, self._world = self._current, world
+        assignment = self._parts.work.plan(number, world, self._parts.exchange.done)
+        current.plan_wait_seconds += assignment.plan_wait_seconds
+        current.data_wait_seconds += assignment.data_wait_seconds
+        if assignment.step is not None:
+            current.rounds.append(Round(members=world.members, places=assignment.places, plan=assignment.step))
+            measured = self._parts.engine.run(assignment, world, self._parts.exchange)
+            current.measured = current.measured.plus(measured)
+        return assignment
 
-    def _input(
-        self, world: EpochWorld, now: _Current, item: Pass, lengths: Sequence[int], places: Sequence[int]
-    ) -> PassInput:
-        indices = [now.batch.sequences[i] for i in places]
-        return self._reader.pass_input(layout_of(item, lengths), indices, item.ranks.index(world.rank))
+    def _report(self) -> MemberReport:
+        current = self._current
+        return MemberReport(
+            held=self._parts.exchange.held(),
+            measured=current.measured,
+            plan_wait_seconds=current.plan_wait_seconds,
+            data_wait_seconds=current.data_wait_seconds,
+            parameter_wait_seconds=self._parts.state.take_exposed_seconds(),
+            stop=self._asked(),
+        )
 
-    def _forward_backward(
-        self,
-        world: EpochWorld,
-        now: _Current,
-        item: Pass,
-        places: Sequence[int],
-        batch: PassInput,
-        speeds: Sequence[float],
-    ) -> torch.Tensor:
-        context = prepare_pass(item, [now.batch.lengths[i] for i in places], world, speeds)
-        return self._executor.forward_backward(context, batch, now.batch.tokens, item.offload, now.number, places)
+    def _apply(self, number: int, result: _Result, world: World) -> None:
+        self._progress.done = number
+        self._progress.sampled = self._job.sampler.state_after(result.assignment.batch)
+        self._progress.stop = next((r.stop for r in result.reports if r.stop is not None), None)
+        self._reports = world, result.reports
 
-    def _sum(self, group: Group, steps: Steps, now: _Current, told: Sequence[Tidings]) -> tuple[Result, str]:
-        facts = [now.gradients.loss(), float(now.gradients.valid()), *now.gradients.present()]
-        started = time.perf_counter()
-        with self._recorder.span("gradient sum, exposed", "wait"):
-            summed = steps.sum(group, [*now.gradients.total(), torch.tensor(facts, dtype=torch.float64)])
-        *sums, totals = summed.sums
-        loss, valid, *present = totals.tolist()
-        result = Result(
-            sums=sums,
-            present=[count > 0 for count in present],
+    def _check(self, number: int, loss: float, result: _Result) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {number}: {_blame(result)}; look at that sequence, lower the learning "
+                f"rate or clip_norm, then resume; {self._kept()}"
+            )
+        if not math.isfinite(self._norm):
+            raise UserError(
+                f"the gradient norm is {self._norm} at step {number} although the loss is finite: "
+                f"lower the learning rate or use fp32; {self._kept()}"
+            )
+
+    def _metrics(self, number: int, loss: float, rate: float, result: _Result, seconds: float) -> StepMetrics:
+        tokens, plans = result.assignment.batch.tokens, [r.plan for r in result.rounds]
+        busy = [r.measured.busy_seconds for r in result.reports]
+        return StepMetrics(
+            step=number,
             loss=loss,
-            valid=int(valid),
-            rounds=tuple(now.rounds),
-            told=tuple(told),
-            exposed_seconds=time.perf_counter() - started,
-            plan_wait_seconds=now.plan_wait_seconds,
+            grad_norm=self._norm,
+            learning_rate=rate,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            predicted_seconds=sum(plan.seconds for plan in plans),
+            measured_seconds=seconds,
+            gap=plans[0].gap if plans else 0.0,
+            imbalance=max(busy) * len(busy) / max(1e-9, sum(busy)),
+            plan_wait_seconds=max(r.plan_wait_seconds for r in result.reports),
+            data_wait_seconds=max(r.data_wait_seconds for r in result.reports),
+            exposed_comm_seconds=result.exposed_seconds,
+            solve_seconds=sum(plan.solve_seconds for plan in plans),
+            passes=sum(len(plan.passes) for plan in plans),
         )
-        return result, f"{now.number}:{now.batch.index}:{summed.digest}"
+
+
+def _blame(result: _Result) -> str:
+    """Says which sequence a loss that is not finite comes from."""
+    worst = next((n for report in result.reports for n in report.measured.non_finite), None)
+    if worst is None:
+        return "no single sequence stands out"
+    batch = result.assignment.batch
+    return (
+        f"rank {worst.rank} had {worst.loss} on sequence {batch.sequences[worst.sequence]} "
+        f"of the data ({batch.lengths[worst.sequence]} tokens)"
+    )

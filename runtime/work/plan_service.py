@@ -7,8 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
-from types import TracebackType
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.correction import Correction
@@ -18,72 +18,96 @@ from heteromesh.planner.report.check import check_feasible
 from heteromesh.planner.sequences.service import Request
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a plan is for."""
+
+    number: int
+    """Of the step, from 1."""
+    lengths: tuple[int, ...]
+    """Of the sequences that are to be planned, in tokens."""
+    members: tuple[int, ...]
+    """Who is in the job, by rank."""
+    whole: bool = True
+    """Whether these are all sequences of the step and all ranks are there: then a plan file's plan holds."""
+
+
 class PlanService:
-    """A planning process. Use as a context manager: leaving it ends the process."""
+    """Plans with a process of its own, which starts when it is first needed; `prepare` makes it plan ahead.
+
+    One thread asks at a time. `close` ends the process.
+    """
 
     def __init__(self, time_limit: float, given: Plan | None = None) -> None:
+        """`time_limit`: seconds of computing that the planner may take for a step. `given`: the plan file."""
         self._limit, self._given = time_limit, given
         self._costs: Costs | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-plan")
+        self._ahead: tuple[Question, Future[Step]] | None = None
 
-    def __enter__(self) -> PlanService:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "heteromesh.planner.sequences.service"],  # -P: no module of the current folder
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        return self
+    def start(self) -> None:
+        """Starts the process, so that it is ready when it is first asked."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                # -P: no module of the current folder
+                [sys.executable, "-P", "-m", "heteromesh.planner.sequences.service"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
 
-    def use(self, costs: Costs) -> None:
-        """Sets the cost model; once, before the first plan. The process has started up meanwhile."""
-        self._costs = costs
-        self._send(costs)
+    def prepare(self, question: Question, costs: Costs, correction: Correction) -> None:
+        """Plans in the background what is likely to be asked next."""
+        self._ahead = question, self._thread.submit(self._answer, question, costs, correction)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        process, self._process = self._process, None
-        if process is None or process.stdin is None or process.stdout is None:
-            return
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+    def plan(self, question: Question, costs: Costs, correction: Correction) -> Step:
+        """Returns the step under the corrected costs. Raises UserError where there can be none."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == question:
+            return ahead[1].result()
+        return self._thread.submit(self._answer, question, costs, correction).result()
 
-    def plan(self, index: int, lengths: Sequence[int], correction: Correction) -> Step:
-        """The plan of step `index` over sequences of these lengths under the corrected costs.
+    def close(self) -> None:
+        """Ends the process and the thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+        self._thread.shutdown()
+        if process is not None and process.stdin is not None and process.stdout is not None:
+            process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
-        Raises UserError where there can be none.
-        """
-        if self._given is not None and index < len(self._given.steps):
-            return self._from_file(self._given.steps[index], index, lengths)
-        self._send(Request(tuple(lengths), correction, self._limit))
-        assert self._process
-        assert self._process.stdout
+    def _answer(self, question: Question, costs: Costs, correction: Correction) -> Step:
+        if self._given is not None and question.whole and question.number <= len(self._given.steps):
+            return self._from_file(self._given.steps[question.number - 1], question, costs)
+        self.start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        same, self._costs = costs is self._costs, costs
+        request = Request(question.lengths, correction, self._limit, None if same else costs)
         try:
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
             reply = pickle.load(self._process.stdout)
-        except EOFError:
-            raise RuntimeError(f"the planning process ended with code {self._process.wait()} at step {index}") from None
+        except (EOFError, BrokenPipeError):
+            code = self._process.wait()
+            raise RuntimeError(f"the planning process ended with code {code} at step {question.number}") from None
         if isinstance(reply, UserError):
             raise reply
         assert isinstance(reply, Step)
         return reply
 
-    def _from_file(self, step: Step, index: int, lengths: Sequence[int]) -> Step:
-        if step.batch != tuple(lengths):
+    def _from_file(self, step: Step, question: Question, costs: Costs) -> Step:
+        lengths = question.lengths
+        if step.batch != lengths:
             raise UserError(
-                f"step {index} of the plan file is for {len(step.batch)} sequences of {sum(step.batch)} tokens and the "
-                f"data has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size and seed "
-                "(`heteromesh run --dry-run`), or use --plan auto"
+                f"step {question.number - 1} of the plan file is for {len(step.batch)} sequences of {sum(step.batch)} "
+                f"tokens and the data has {len(lengths)} of {sum(lengths)}: make the plan for this data, batch size "
+                "and seed (`heteromesh run --dry-run`), or use --plan auto"
             )
-        assert self._costs
-        check_feasible(step, self._costs)
+        check_feasible(step, costs)
         return step
-
-    def _send(self, message: Costs | Request) -> None:
-        assert self._process
-        assert self._process.stdin
-        pickle.dump(message, self._process.stdin)
-        self._process.stdin.flush()

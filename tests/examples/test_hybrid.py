@@ -9,7 +9,7 @@ import pytest
 import torch
 from hybrid import Hybrid
 
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from packs import SPLIT
 from ranks import World, run_ranks

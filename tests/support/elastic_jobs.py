@@ -19,7 +19,7 @@ from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.planner.cost.devices import DeviceCosts
-from heteromesh.runtime.engine.local_costs import OwnCosts
+from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.process.environment import environment_of
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.work.sampler import Sampler
@@ -78,7 +78,7 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
     os.environ.update(environment)
     # equal devices, however busy this machine is: every member has work
     pace = DeviceCosts(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
-    OwnCosts.pace = property(lambda _: pace)  # type: ignore[assignment, method-assign]
+    MemberCosts.device = property(lambda _: pace, lambda _, measured: None)  # type: ignore[assignment]
     trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
 
     def hook(*_: object) -> None:

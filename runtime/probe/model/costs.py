@@ -18,7 +18,7 @@ from heteromesh.planner.model.method import Method
 from heteromesh.planner.model.spec import ModelSpec
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.runtime.engine.calibrate import LONGEST, Calibration, free_bytes
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.probe.model.decoder import Decoder
 from heteromesh.runtime.work.reader import Reader
 

@@ -8,7 +8,7 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.measured import measured_costs
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.runtime.engine.calibrate import ObservedAttention
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 
 TOLERANCE = 0.02
 """Of the number of parameters: biases and norms differ between models of one shape."""

@@ -14,7 +14,7 @@ import torch
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.sequences.step import plan_step
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from packs import SPLIT
 from ranks import World, run_ranks

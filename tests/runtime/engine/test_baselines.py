@@ -7,7 +7,7 @@ import torch
 from heteromesh.planner.sequences.static import static_data_parallel
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.runtime.engine.baselines import EvenSplit, compare
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.sampler import Sampler
 from instances import random_costs

@@ -14,7 +14,7 @@ from heteromesh.planner.plan import Pass
 from heteromesh.planner.sequences.static import even_shards
 from heteromesh.planner.splitting.traffic import AGREEMENT_BYTES, pass_bytes
 from heteromesh.runtime.engine.calibrate import LONGEST, RUN_SECONDS, SHORTEST, Calibration
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from llama import Llama
 from ranks import World, run_ranks

@@ -23,7 +23,7 @@ from heteromesh.planner.model.spec import ModelSpec
 from heteromesh.runtime.cli.main import main as heteromesh
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.launch import run
 from heteromesh.runtime.probe import worker
 from heteromesh.runtime.probe.assemble import with_costs

@@ -14,7 +14,7 @@ from heteromesh.planner.plan import Step
 from heteromesh.planner.sequences.static import static_data_parallel, static_sequence_parallel
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.splitting.layout import METHODS
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from instances import random_costs, random_lengths, random_step
 from llama import Llama, LlamaConfig

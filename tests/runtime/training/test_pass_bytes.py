@@ -16,7 +16,7 @@ from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.splitting.traffic import pass_bytes
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine import passes as executors
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.report.compare import compare_run, comparison_text, read_run
 from heteromesh.runtime.trainer import Trainer
 from heteromesh.runtime.work.reader import Reader

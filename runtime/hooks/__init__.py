@@ -1,0 +1,1 @@
+"""What happens around steps: printing, records, checkpoints, cost learning; and the hooks of users."""

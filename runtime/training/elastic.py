@@ -1,0 +1,299 @@
+"""The parts of a job whose members come and go, put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from heteromesh.comm.collectives.api import Collectives
+from heteromesh.comm.collectives.direct import DirectCollectives
+from heteromesh.comm.collectives.int8 import ErrorFeedback, Int8Collectives
+from heteromesh.comm.collectives.uneven import UnevenCollectives
+from heteromesh.comm.gradients.reducer import GradientReducer
+from heteromesh.comm.tcp.state_transfer import digest_of, pack, unpack
+from heteromesh.comm.tcp.transport import TcpTransport
+from heteromesh.comm.world import World, pick_device
+from heteromesh.errors import UserError
+from heteromesh.faults.member.member import Member
+from heteromesh.faults.member.session import Elastic
+from heteromesh.faults.member.world import EpochWorld
+from heteromesh.faults.membership.view import Fenced, Stopped
+from heteromesh.parallel.state.owner import Replicated, StateOwner
+from heteromesh.parallel.state.sharded import Sharded
+from heteromesh.planner.cluster.cluster import local_cluster
+from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cost.json import costs_to_json
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.member_costs import MemberCosts
+from heteromesh.runtime.engine.passes import PassMajor
+from heteromesh.runtime.hooks.api import TrainingReport
+from heteromesh.runtime.hooks.console import Console
+from heteromesh.runtime.hooks.cost_learning import CostLearning
+from heteromesh.runtime.hooks.records import RunRecords
+from heteromesh.runtime.process.environment import terms_from_environment
+from heteromesh.runtime.process.failure import JobOver, PeerLost
+from heteromesh.runtime.process.interrupt import Interrupt
+from heteromesh.runtime.records.writer import CheckpointWriter
+from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
+from heteromesh.runtime.training.consistency import elastic_facts
+from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.loop import TrainingLoop
+from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.step import StepParts, TrainStep
+from heteromesh.runtime.training.transactions import Begin, Evaluate, MeasureLinks, Meet, Reshard, Save, Transaction
+from heteromesh.runtime.work.plan_service import PlanService
+from heteromesh.runtime.work.planned import Planned
+
+PLACE = "HETEROMESH_MEMBER_PLACE"
+"""Which rank of the whole job a process is, counted from 0 host by host."""
+
+
+class ElasticJob:
+    """One call of `Trainer.fit` with fault tolerance. Everything it opens is closed by `stack`.
+
+    Raises UserError for bad input, PeerLost when the job can't go on with this member, JobOver when it can't at all.
+    """
+
+    def __init__(self, job: Job, stack: ExitStack) -> None:
+        check_settings(job)
+        self.job, self._stack, config = job, stack, job.config
+        self.interrupt = stack.enter_context(Interrupt())
+        self.progress = Progress(last=config.max_steps, sampled=job.sampler.state_dict())
+        self.engine = PassMajor(
+            job.model,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+        stack.callback(self.engine.close)
+        self.exchange = GradientReducer(job.model.parameters(), keep=True)
+        stack.callback(self.exchange.close)
+        self.recorder = World().recorder
+        self.executor = StepExecutor.of(self.engine, self.exchange, World(recorder=self.recorder), scatter=False)
+        self.state: StateOwner = self._state()
+        stack.callback(self.state.close)
+        self.records = RunRecords(
+            Path(config.run_dir), self.recorder, self._resolved, resume=config.resume, together=None
+        )
+        stack.callback(self.records.close)
+        self.console = Console(config.max_steps, 0, str(config.run_dir))
+        self.writer = self._writer()
+        if config.resume or (self.records.restarted and self.writer.latest() is not None):
+            self._resume()
+        check_travels(self._state_of_job())
+        self._join()
+
+    def run(self) -> TrainingReport:
+        """Trains, saves."""
+        try:
+            report = self._run()
+        except Fenced as error:
+            raise PeerLost(f"{error}; {self._hint()}") from None
+        except Stopped as error:
+            raise JobOver(f"{error}; {self._hint()}") from None
+        return report
+
+    def _run(self) -> TrainingReport:
+        job, progress, costs, session = self.job, self.progress, self.members, self.session
+        ours = [self.costs, self.records, self.console]
+        loop = TrainingLoop(session, progress, self.interrupt, [*ours, *job.hooks], str(job.config.run_dir))
+        parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
+        step = TrainStep(job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed)
+        transactions: list[Transaction] = [Begin(progress, self._create)]
+        if costs.links_wanted:
+            transactions.append(MeasureLinks(progress, costs))
+        transactions += [
+            Meet(progress, costs),
+            Evaluate(progress, self.state, session, job.model, loop.hooks, loop.failed),
+            Save(progress, self.state, session, self.writer, loop.hooks),
+            Reshard(progress, self.state, session, costs.speeds),
+            step,
+        ]
+        loop.transactions = transactions
+        report = loop.run(step.start)
+        loop.end(report)
+        return report
+
+    def _state(self) -> StateOwner:
+        job, buckets = self.job, self.exchange.buckets
+        if job.config.shard_optimizer:
+            return Sharded(job.optimizer, job.model, buckets, World(recorder=self.recorder))
+        return Replicated(job.optimizer, job.model, buckets)
+
+    def _writer(self) -> CheckpointWriter:
+        config = self.job.config
+        writer = CheckpointWriter(
+            Path(config.run_dir),
+            self.job.model,
+            self.state,
+            self.job.trainer_state,
+            self.recorder,
+            every=config.checkpoint_every,
+            keep=config.keep_checkpoints,
+            together=None,
+        )
+        self._stack.callback(writer.close)
+        return writer
+
+    def _resume(self) -> None:
+        _, state = self.writer.resume()
+        self.job.load_trainer_state(state)
+        self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
+        self.progress.sampled = state["sampler"]
+
+    def _join(self) -> None:
+        """Measures this rank's device, then joins the job."""
+        job, config = self.job, self.job.config
+        cost_file = Path(config.cost) if config.cost is not None else None
+        place = int(os.environ.get(PLACE, "0"))
+        cluster = elastic_cluster(config, place)
+        self.members = MemberCosts(
+            self.executor,
+            job.reader,
+            place=place,
+            tokens_per_device=config.tokens_per_device,
+            cluster=cluster,
+            cost_file=cost_file,
+        )
+        self.costs = CostLearning(self.members, learns=config.cost is None, waits_known=True)
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        plan = build_plan(config, cluster or local_cluster(ranks)) if plan_path(config) is not None else None
+        service = PlanService(config.plan_seconds, plan)
+        self._stack.callback(service.close)
+        self.work = Planned(job.sampler, job.reader, service, self.costs, None)
+        facts = elastic_facts(job)
+        nics = 1 if cluster is None else max(sum(nic.count for nic in host.nics) or 1 for host in cluster.hosts)
+        options = terms_from_environment(
+            facts=facts, step=self.progress.done, state=digest_of(self._state_of_job()), links=nics
+        )
+        member = Member(options)
+        self.session = Elastic(
+            member,
+            self._capture,
+            self._adopt,
+            step=self.progress.done,
+            collectives=EpochCollectives(self.members, config),
+            recorder=self.recorder,
+        )
+        self._stack.callback(self.session.close)
+        self._stack.callback(tick_in_layers(job.model, member.tick))
+
+    def _state_of_job(self) -> dict[str, Any]:
+        """Returns what makes two members' states equal, before they have met."""
+        schedule = self.job.schedule
+        return {
+            "progress": self.progress.snapshot(),
+            "model": dict(self.job.model.state_dict()),
+            "optimizer": self.state.snapshot(),
+            "schedule": schedule.state_dict() if schedule is not None else None,
+        }
+
+    def _capture(self) -> dict[str, Any]:
+        """Returns all that a joining member must have."""
+        return self._state_of_job() | {"costs": self.costs.snapshot()}
+
+    def _adopt(self, state: dict[str, Any]) -> None:
+        self.job.model.load_state_dict(state["model"])
+        self.state.adopt(state["optimizer"])
+        if self.job.schedule is not None:
+            self.job.schedule.load_state_dict(state["schedule"])
+        self.progress.adopt(state["progress"])
+        self.job.sampler.load_state_dict(self.progress.sampled)
+        self.work.restart()
+        self.costs.adopt(state["costs"])
+        self.members.links = self.progress.links
+
+    def _create(self) -> None:
+        self.records.create()
+        self.console.begin()
+
+    def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
+        costs = self.costs.correction(members).applied(self.costs.of(members))
+        cluster = self.members.cluster_of(members)
+        described = {"name": cluster.name, "fingerprint": cluster.fingerprint} if cluster is not None else None
+        return {
+            "trainer": asdict(self.job.config),
+            "ranks": len(members),
+            "cluster": described,
+            "costs": costs_to_json(costs),
+            "gradient_compression": self.job.config.gradient_compression,
+        }
+
+    def _hint(self) -> str:
+        latest = self.writer.latest()
+        if latest is None:
+            return "no checkpoint had been written (checkpoint_every says how often to)"
+        return f"start the run again with resume=True: it continues at {latest}"
+
+
+class EpochCollectives:
+    """Opens what the gradients of an epoch are summed with."""
+
+    def __init__(self, members: MemberCosts, config: TrainerConfig) -> None:
+        self._members, self._config = members, config
+        self._errors = ErrorFeedback()
+
+    def __call__(self, world: EpochWorld) -> Collectives:
+        """Returns sums by the owners that the cluster file's links want, or in equal shares where there is none."""
+        transport = world.exchange
+        assert isinstance(transport, TcpTransport)
+        cluster = self._members.cluster_of(world.members)
+        inner: Collectives
+        if cluster is None or cluster.ranks == 1:
+            inner = DirectCollectives(transport)
+        else:
+            inner = UnevenCollectives(transport, over_one_card(cluster))
+        if self._config.gradient_compression == "int8":
+            return Int8Collectives(inner, transport, self._errors)
+        return inner
+
+
+def check_settings(job: Job) -> None:
+    """Raises UserError for what doesn't go together with fault tolerance (docs/assumptions.md says why)."""
+    config = job.config
+    refused = {
+        "compare_batches": bool(config.compare_batches),
+        "gradient_compression": config.gradient_compression == "auto",
+    }
+    for name, given in refused.items():
+        if given:
+            raise UserError(
+                f"fault_tolerance=True and {name}={getattr(config, name)!r} don't go together: members come and go, "
+                "and what is compared or chosen once needs ranks that stay; leave one of the two out"
+            )
+    if pick_device().type != "cpu":
+        raise UserError(
+            "fault_tolerance=True works on CPU ranks so far and this rank has a CUDA device: "
+            "hide it with CUDA_VISIBLE_DEVICES= or train without fault_tolerance"
+        )
+
+
+def check_travels(state: dict[str, Any]) -> None:
+    """Raises UserError for a state that can't be handed to a joining member."""
+    try:
+        unpack(pack(state)[0])
+    except Exception as error:
+        raise UserError(
+            f"the optimizer's or schedule's state can't be handed to a joining member ({error}): "
+            "use one whose state_dict has numbers and tensors only, or train without fault_tolerance"
+        ) from None
+
+
+def tick_in_layers(model: nn.Module, tick: Callable[[], None]) -> Callable[[], None]:
+    """Makes every layer, forward and backward, a sign of life; returns what takes the hooks off."""
+    hooks = [m.register_forward_pre_hook(lambda *_: tick()) for m in model.modules()]
+    trained = (p for p in model.parameters() if p.requires_grad)
+    hooks += [p.register_post_accumulate_grad_hook(lambda _: tick()) for p in trained]
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove
