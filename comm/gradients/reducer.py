@@ -109,11 +109,7 @@ class GradientReducer(GradientExchange):
         self._step, self._world, self._attempt = step, world, _Attempt()
 
     def held(self) -> Held:
-<<<<<<< HEAD
-        return self._ledger.held() if self._keep else {}
-=======
         return self._ledger.held() if self._keep else {m: tuple(passes) for m, passes in self._worked.items()}
->>>>>>> 92fd6a5 (One loop for all modes: transactions committed by a session; engines, work sources, exchanges and state owners are its parts; hooks)
 
     def settle(self, held: Mapping[int, Held]) -> None:
         if self._keep:

@@ -79,26 +79,34 @@ class StepExecutor:
         self.engine, self.exchange, self.world = engine, exchange, world
         self.model, self.forwards = engine.model, engine.forwards
         self.speeds = tuple(speeds) or (1.0,) * world.size
-        self._number = 0
+        self._calls = 0
 
     def close(self) -> None:
         """Takes the executor's hooks off the model."""
         self.exchange.close()
         self.engine.close()
 
-    def run(self, step: Step, inputs: Mapping[int, PassInput], *, valid_tokens: int | None = None) -> StepResult:
+    def run(
+        self,
+        step: Step,
+        inputs: Mapping[int, PassInput],
+        *,
+        valid_tokens: int | None = None,
+        number: int | None = None,
+    ) -> StepResult:
         """Runs forward and backward of this rank's passes; every rank of the world must call it with the same step.
 
         inputs: by position in the step (`Reader.step_inputs`). valid_tokens: of the whole step, where known; else the
-        ranks add theirs up first. The gradients of the step replace older ones: they are the parameters' (or, with
-        `scatter`, in the result).
+        ranks add theirs up first. number: of the step, which random numbers are drawn by; else the calls are counted.
+        The gradients of the step replace older ones: they are the parameters' (or, with `scatter`, in the result).
         """
         world, exchange = self.world, self.exchange
         if valid_tokens is None:
             valid_tokens = int(world.sum(torch.tensor([float(sum(p.valid for p in inputs.values()))]))[0])
-        self._number += 1
-        exchange.begin(self._number, world)
-        measured = self.engine.run(self._assignment(step, inputs, valid_tokens), world, exchange)
+        self._calls += 1
+        exchange.begin(self._calls, world)
+        number = self._calls if number is None else number
+        measured = self.engine.run(self._assignment(step, inputs, valid_tokens, number), world, exchange)
         exchange.flush()
         everyone: list[Measurements] = world.gather(measured)
         with world.recorder.span("gradient sum, exposed", "wait"):
@@ -123,11 +131,11 @@ class StepExecutor:
         """Runs one pass without summing gradients; see `PassMajor.forward_backward`."""
         return self.engine.forward_backward(context, batch, divisor, self.world, offload_ratio)
 
-    def _assignment(self, step: Step, inputs: Mapping[int, PassInput], valid: int) -> Assignment:
+    def _assignment(self, step: Step, inputs: Mapping[int, PassInput], valid: int, number: int) -> Assignment:
         count = len(step.batch)
         batch = Batch(index=0, epoch=0, sequences=tuple(range(count)), lengths=step.batch, position=count)
         return Assignment(
-            number=self._number,
+            number=number,
             batch=batch,
             places=batch.sequences,
             step=step,

@@ -35,7 +35,8 @@ class Transaction(ABC):
         """Does it, so that it can be done again."""
 
     def overlap(self, result: Any) -> None:
-        """Goes on with the result while the ranks agree on it."""
+        """Goes on with the result while the ranks agree on it; by default there is nothing to go on with."""
+        del result
 
     @abstractmethod
     def committed(self, done: Committed[Any]) -> None:

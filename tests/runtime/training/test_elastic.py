@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import heteromesh as hm
 from elastic_jobs import STEPS, Job, check_ledger, eventually, rows, through_losses_and_a_join
 from heteromesh.comm.tcp.state_transfer import digest_of, pack, unpack
 from heteromesh.errors import UserError
-from heteromesh.runtime.training.ledger import StepGradients
 from llama import Llama
 from steps import TINY
 from trainers import DATA, make_trainer
@@ -145,33 +143,3 @@ def test_a_state_brings_no_code() -> None:
     head, _ = pack({"a": hashlib.blake2b})
     with pytest.raises(Exception, match="only plain values and tensors travel"):
         unpack(head)
-
-
-def test_a_pass_of_several_counts_only_when_all_have_it() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    members = {m: StepGradients([parameter]) for m in (1, 2, 3)}
-
-    def work(member: int, together: tuple[int, ...], sequences: list[int], value: float) -> None:
-        with members[member].into(together, sequences):
-            (parameter * value).sum().backward()
-
-    def settle(*present: int) -> set[frozenset[int]]:
-        told = {m: members[m].told() for m in present}
-        return {members[m].settle(told) for m in present}
-
-    work(1, (1,), [0], 1.0)
-    work(2, (2, 3), [1, 2], 10.0)
-    assert settle(1, 2, 3) == {frozenset({0})}, "member 3 doesn't have its part"
-    assert members[2].total()[0].tolist() == [0.0, 0.0]
-    work(2, (2, 3), [1, 2], 10.0)
-    work(3, (2, 3), [1, 2], 100.0)
-    work(1, (1,), [3], 1.0)
-    assert settle(1, 2, 3) == {frozenset({0, 1, 2, 3})}
-    assert [members[m].total()[0][0].item() for m in (1, 2, 3)] == [2.0, 10.0, 100.0]
-    assert settle(1, 2) == {frozenset({0, 3})}, "what was shared with a lost member is gone"
-    assert members[2].present() == [0.0]
-    with suppress(InterruptedError), members[1].into((1,), [4]):
-        (parameter * 1.0).sum().backward()
-        raise InterruptedError
-    assert parameter.grad is None
-    assert members[1].told() == {}
