@@ -29,7 +29,7 @@ from heteromesh.runtime.data.tokenizer import load_tokenizer
 from heteromesh.runtime.data.tokens import open_tokens
 from heteromesh.runtime.engine.baselines import EvenSplit, compare
 from heteromesh.runtime.engine.executor import StepExecutor
-from heteromesh.runtime.training.build import find_costs
+from heteromesh.runtime.training.build import build_costs
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
@@ -53,7 +53,7 @@ def measure(world: World, chosen: argparse.Namespace) -> tuple[EvenSplit, ...]:
     model = Llama(LlamaConfig(vocab=store.vocab_size, layers=2, hidden=128, heads=4, kv_heads=2, intermediate=352))
     executor, reader = StepExecutor(model, world), Reader(store)
     config = TrainerConfig(batch_tokens=chosen.batch_tokens, max_steps=1, run_dir="unused")
-    costs = find_costs(config, local_cluster(world.size), executor, reader)
+    costs = build_costs(config, local_cluster(world.size), executor, reader)
     sampler = Sampler(reader.lengths, batch_tokens=chosen.batch_tokens, seed=0)
     batches = [sampler.next_batch() for _ in range(chosen.batches)]
     planned = [(batch, plan_step(batch.lengths, costs, time_limit=0.05)) for batch in batches]

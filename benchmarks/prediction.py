@@ -127,7 +127,7 @@ def measure(world: World, cluster: Path, repeats: int) -> list[Row]:
             start = time.perf_counter()
             result = executor.run(step, inputs, valid_tokens=sum(step.batch))
             seconds = max(world.gather(time.perf_counter() - start))
-            ends = [sum(s for (r, _), s in result.pass_seconds.items() if r == rank) for rank in range(world.size)]
+            ends = [sum(p.seconds for p in result.passes if p.rank == rank) for rank in range(world.size)]
             if turn:
                 times[name].append((seconds, max(ends)))
     executor.close()

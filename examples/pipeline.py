@@ -26,7 +26,7 @@ from heteromesh.planner.stages.workload import workloads
 from heteromesh.runtime.data.documents import open_corpus
 from heteromesh.runtime.data.tokenizer import load_tokenizer
 from heteromesh.runtime.data.tokens import open_tokens
-from heteromesh.runtime.training.build import described_cluster, find_cluster
+from heteromesh.runtime.training.build import build_cluster, described_cluster
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama, LlamaConfig
@@ -69,7 +69,7 @@ def find_placement(options: argparse.Namespace, config: LlamaConfig, lengths: tu
         each = ranks // len(layers)
         stages = (Stage(ranks=tuple(range(s * each, (s + 1) * each)), layers=n) for s, n in enumerate(layers))
         return Placement(stages=tuple(stages), micro_batches=(options.micro_batches,) * each)
-    cluster = find_cluster(settings(options), ranks)
+    cluster = build_cluster(settings(options), ranks)
     spec = ModelSpec(
         name="example",
         layers=config.layers,

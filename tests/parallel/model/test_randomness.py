@@ -19,7 +19,7 @@ from heteromesh.parallel.model.counter import LEVELS, drawn_below, key_of, token
 from heteromesh.parallel.model.draws import TokenPlaces, token_places
 from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.planner.plan import Pass
-from heteromesh.runtime.engine.passes import StepExecutor
+from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from instances import random_costs, random_lengths, random_step
 from llama import Block, Llama

@@ -37,7 +37,7 @@ from heteromesh.runtime.probe.model import costs
 from heteromesh.runtime.probe.model.costs import measure_model
 from heteromesh.runtime.probe.model.decoder import Decoder
 from heteromesh.runtime.probe.model.known import known_costs
-from heteromesh.runtime.training.build import find_costs
+from heteromesh.runtime.training.build import build_costs
 from heteromesh.runtime.work.reader import Reader
 from ranks import World, run_ranks
 
@@ -261,7 +261,7 @@ def costs_used(world: World, folder: str) -> list[bool]:
         reader = Reader([torch.arange(50) % 61] * 3)
         shape = Calibration(executor, torch.arange(61), 50).attention_shape()
         known = known_costs(cluster, executor, shape, None)
-        costs = find_costs(config, cluster, executor, reader)
+        costs = build_costs(config, cluster, executor, reader)
         answers += [known is not None, costs == measured_costs(cluster)]
         executor.close()
     return [*answers, costs.rate((0, 1)) == 1.5e9]

@@ -12,7 +12,7 @@ import torch
 
 import heteromesh as hm
 from heteromesh.errors import UserError
-from heteromesh.runtime.training.consistency import agree
+from heteromesh.runtime.training.consistency import check_equal
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
@@ -121,7 +121,7 @@ def facts_by_rank(world: World, rows: list[dict[str, tuple[str, str]] | str]) ->
         return row
 
     try:
-        agree(world, tell)
+        check_equal(world, tell)
     except UserError as error:
         return str(error)
     return "agreed"
