@@ -27,7 +27,7 @@ from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
-from heteromesh.planner.cluster.nics import over_one_card
+from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.executor import StepExecutor
@@ -249,7 +249,7 @@ class EpochCollectives:
         if cluster is None or cluster.ranks == 1:
             inner = DirectCollectives(transport)
         else:
-            inner = UnevenCollectives(transport, over_one_card(cluster))
+            inner = UnevenCollectives(transport, over_one_nic(cluster))
         if self._config.gradient_compression == "int8":
             return Int8Collectives(inner, transport, self._errors)
         return inner
