@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heteromesh.comm import networks, replicas, world
+from heteromesh.comm.collectives import torch as torch_collectives
 from heteromesh.comm.networks import group_options
 from heteromesh.comm.world import World, join_world
 from heteromesh.errors import UserError
@@ -204,7 +205,7 @@ class Nccl:
         self.ProcessGroupNCCL = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
         self.is_initialized = lambda: bool(self.asked)
         self.is_nccl_available = lambda: True
-        self.get_rank, self.get_world_size = lambda: 0, lambda: size
+        self.get_rank, self.get_world_size = lambda *_: 0, lambda *_: size
         self.all_reduce = self.barrier = self.destroy_process_group = lambda *args, **options: None
 
     def init_process_group(self, backend, **options):
@@ -231,7 +232,7 @@ class Nccl:
 def nccl(monkeypatch):
     def pretend(size, device="cuda", told=None):
         fake = Nccl(size, told)
-        for module in (world, networks, replicas):
+        for module in (world, networks, replicas, torch_collectives):
             monkeypatch.setattr(module, "dist", fake)
         monkeypatch.setattr(world, "pick_device", lambda: torch.device(device))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
