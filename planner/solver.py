@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,6 +40,10 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
     return -float(solver.getInfo().objective_function_value)
 
 
+WALL_SECONDS = 20.0
+"""At most, for a second of processor time: the machine is busy then, or HiGHS doesn't ask whether to go on."""
+
+
 class Program:
     """A mixed-integer program to minimise, through PuLP and HiGHS; runs on PuLP 3.3 and on PuLP 4."""
 
@@ -72,14 +77,30 @@ class Program:
         self._problem += self._sum(terms) == constant
 
     def minimise(self, terms: Iterable[tuple[float, int]], seconds: float, gap: float = 0.0) -> list[float] | None:
-        """Values of all variables of the best solution found in that time, None if there is none.
+        """Returns the values of all variables of the best solution found in that time, None if there is none.
 
-        gap: stop when the solution is this close to the bound (relative).
+        seconds: of this thread's processor time, so that a busy machine makes no solution worse. gap: stop when the
+        solution is this close to the bound (relative).
 
         What `solve()` returns differs between PuLP 3 and 4, so nothing is concluded from it: check the values.
         """
         self._problem += self._sum(terms)
-        self._problem.solve(self._pulp.HiGHS(msg=False, timeLimit=seconds, threads=1, gapRel=gap or None))
+        deadline = time.thread_time() + seconds
+
+        def stop_in_time(_kind: Any, _message: str, _out: Any, into: Any, _data: Any) -> None:
+            # with one thread HiGHS works, and asks this, in the thread that called it
+            into.user_interrupt = time.thread_time() > deadline
+
+        asks = highspy.cb.HighsCallbackType
+        solver = self._pulp.HiGHS(
+            msg=False,
+            timeLimit=WALL_SECONDS * seconds,
+            threads=1,
+            gapRel=gap or None,
+            callbackTuple=(stop_in_time, None),
+            callbacksToActivate=[asks.kCallbackMipInterrupt, asks.kCallbackSimplexInterrupt],
+        )
+        self._problem.solve(solver)
         solved = self._problem.solverModel
         self.bound = float(solved.getInfo().mip_dual_bound)
         if solved.getModelStatus() == highspy.HighsModelStatus.kInfeasible:

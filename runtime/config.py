@@ -55,7 +55,7 @@ class TrainerConfig:
     plan_ahead: int = 2
     """Steps planned ahead of the one that runs, at most: one where planning takes little of a step."""
     plan_seconds: float = 0.05
-    """Time limit of the planner for a step."""
+    """Processor time of the planner for a step, in seconds."""
     timeout_seconds: float = 600.0
     """Longest wait for a peer in an exchange."""
     compare_batches: int = 0

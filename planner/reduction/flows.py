@@ -39,7 +39,7 @@ class Spread:
 
 
 def spread(flows: Sequence[Flow], nics: Sequence[Sequence[float]]) -> Spread:
-    """NICs[h][n]: bytes per second each way of host h's NIC n.
+    """Finds the fractions of all flows. nics[h][n]: bytes per second each way of host h's NIC n.
 
     Raises UserError for a flow within a host or of no size, a negative rate, and a host whose NICs are all down.
     """

@@ -26,7 +26,7 @@ STEPS = (1.025, 1.06, 1.12, 1.25, 1.6, 2.5)
 
 
 def greedy(problem: StepProblem, bound: float, deadline: float) -> PartialStep:
-    """The best partial step found by `deadline` (time.perf_counter); `bound`: seconds that passes take at least.
+    """The best partial step found by `deadline` (time.thread_time); `bound`: seconds that passes take at least.
 
     Deterministic unless the deadline ends it.
     """
@@ -35,7 +35,7 @@ def greedy(problem: StepProblem, bound: float, deadline: float) -> PartialStep:
     choices = _choices(problem)
     turn, share = 0, CUT
     for _ in range(min(max(builds, BUILDS[0]), BUILDS[-1])):
-        if best.seconds <= bound * GOAL or turn == len(choices) or time.perf_counter() > deadline:
+        if best.seconds <= bound * GOAL or turn == len(choices) or time.thread_time() > deadline:
             break
         cut = max(LEAST_CUT, share * (1 - bound / best.seconds))
         partial = build(problem, max(best.seconds * (1 - cut), bound), choices[turn])

@@ -8,7 +8,7 @@ Ranks of a block have done the same passes when it starts, so nobody waits and a
     sum_k s_k * A[k,u,j] <= room_u * z[u,j]                                 memory, which also links A to z
     sum over blocks u of rank r and j: fixed_u * z + sum_k t_u(s_k) * A <= C      every rank r;  C <= cut-off
 
-minimise C. FlexSP's program (arXiv 2412.01523, equations 17-22) has one pass per rank and groups without index; blocks
+minimise C. FlexSP's program (arXiv 2412.01523, equations 17-22) has one pass per rank and groups without order; blocks
 let ranks run several passes without lock step. The cut-off removes every A whose own pass is too long.
 """
 
@@ -41,7 +41,7 @@ class _Slot:
 
 
 def refine(problem: StepProblem, known: float, bound: float, time_limit: float) -> PartialStep | None:
-    """Returns a step that takes less than `known` seconds, found in `time_limit` seconds; None without one."""
+    """Returns a step of less than `known` seconds, found in so many seconds of this thread's processor time; or None."""
     limit = known * (1 - BETTER)
     blocks = [(block, rank_set) for block in _blocks(problem) if (rank_set := _rank_set(problem, block)) is not None]
     able = {block: _able(problem, rank_set, limit) for block, rank_set in blocks}

@@ -31,12 +31,13 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     """A step over sequences of these lengths (tokens) that is short under `costs`.
 
     Greedy first; where it stays more than 1 % above the bound, the step is small and at least half a second of
-    `time_limit` (seconds) is left, an integer program tries to beat it. Where devices have memory of their own, a
-    second search looks for a shorter step whose passes may keep activations in host memory. Equal input gives an equal
-    step unless the time limit cuts a search short. Raises UserError for an empty batch, for a length that is no whole
+    `time_limit` is left, an integer program tries to beat it. Where devices have memory of their own, a second search
+    looks for a shorter step whose passes may keep activations in host memory. Equal input gives an equal step unless
+    the time limit cuts a search short: it is in seconds of the calling thread's processor time, so that a busy machine
+    makes no plan worse. Raises UserError for an empty batch, for a length that is no whole
     number above 0 and for a sequence that fits no set of ranks.
     """
-    began = time.perf_counter()
+    began, deadline = time.perf_counter(), time.thread_time() + time_limit
     wide = costs.offloading()
     batch = validate_lengths(lengths, wide or costs)
     found: list[Sequence[Pass]] = []
@@ -46,16 +47,16 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
         found += _planned(batch, costs, bound, time_limit)
     if wide is not None:
         bound = min(bound, bound_seconds(batch, wide))
-        found += _planned(batch, wide, bound, time_limit - (time.perf_counter() - began))
+        found += _planned(batch, wide, bound, deadline - time.thread_time())
     return timed_step(min(found, key=lambda passes: step_seconds(passes, costs)), batch, costs, bound, began)
 
 
 def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
     """The best partial step, and the best static even layout where one is possible: a plan is never behind it."""
-    began = time.perf_counter()
+    began = time.thread_time()
     problem, least = StepProblem(batch, costs), bound - costs.seconds_per_step
     partial = greedy(problem, least, began + GREEDY_SHARE * time_limit)
-    left = time_limit - (time.perf_counter() - began)
+    left = time_limit - (time.thread_time() - began)
     if left > PROGRAM_SECONDS and partial.seconds > least * (1 + PROGRAM_GAP):
         partial = _shorter(partial, refine(problem, partial.seconds, least, left), problem)
     found: list[Sequence[Pass]] = [partial.passes(problem)]

@@ -89,16 +89,17 @@ def place(
 
     Args:
         works: the batch in micro-batches of several sizes.
-        time_limit: seconds in which to stop improving; what is then unproved shows in the gap.
+        time_limit: seconds of this thread's processor time in which to stop improving; what is then unproved shows in
+            the gap.
         tensor_parallel: degrees to consider; default: every divisor of any host's devices.
 
     Raises UserError where no placement fits the memory and for hosts that no stages can be made of.
     """
-    deadline = time.monotonic() + time_limit
+    deadline = time.thread_time() + time_limit
     degrees = sorted(set(tensor_parallel or _divisors(resources)))
     candidates = []
     for left, family in zip((2, 1), families(resources), strict=True):
-        now = time.monotonic()
+        now = time.thread_time()
         search = _Search(family, resources, works, degrees, now + max(deadline - now, 0.1) / left)
         candidates.append(search.run())
     best = min(candidates, key=lambda c: c.seconds)
@@ -156,7 +157,7 @@ class _Search:
         best: Found | None = None
         bounds = []
         for case in cases:
-            left = self.deadline - time.monotonic()
+            left = self.deadline - time.thread_time()
             below = best[1].seconds if best else math.inf
             if case.bound >= below * (1 - CLOSE) or left <= (0 if best else -GRACE):
                 bounds.append(case.bound)
@@ -175,7 +176,7 @@ class _Search:
     def _better(self, best: Found | None, placement: Placement, work: Workload, bound: float) -> Found | None:
         """Moves layers one at a time while that helps (the program's paths are not all there are)."""
         prediction = self._predict(placement, work)
-        while prediction and prediction.seconds > bound * (1 + CLOSE) and time.monotonic() < self.deadline:
+        while prediction and prediction.seconds > bound * (1 + CLOSE) and time.thread_time() < self.deadline:
             moves = ((m, self._predict(m, work)) for m in _moves(placement))
             known = [(p.seconds, m, p) for m, p in moves if p]
             seconds, move, after = min(known, key=lambda k: k[0], default=(math.inf, placement, prediction))

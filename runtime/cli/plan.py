@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--fix", action="append", default=[], metavar="NAME=VALUE", help=_FIX_HELP)
     add("--seed", type=_seed, default=0, metavar="N", help="for sampled lengths (default 0)")
-    add("--time-limit", type=_seconds, default=0.2, metavar="S", help="seconds to solve a step (default 0.2)")
+    add("--time-limit", type=_seconds, default=0.2, metavar="S", help="processor seconds to solve a step (default 0.2)")
     add("-o", "--output", type=Path, metavar="FILE", help="write plan.json here (docs/plan-file.md)")
     add("--json", action="store_true", help="print the plan as one JSON document and nothing else")
     return parser.parse(argv)

@@ -69,7 +69,7 @@ def learned(measured: Costs, truth: Costs, *, steps: int, disturbed: float = 0.0
     rng = random.Random(seed)
     learner, correction = Learner(), Correction()
     for _ in range(steps):
-        # a limit that even a busy machine does not reach, but too short for the integer program
+        # a limit that is not reached, but too short for the integer program
         step = plan_step(batch_of(rng), correction.applied(measured), time_limit=0.9)
         learner.add(range(4), measured, step, *times(step, truth, rng, disturbed))
         correction = learner.correction(range(4), 0.5)
@@ -90,7 +90,6 @@ def test_planted_errors_are_found(seed: int) -> None:
         best = plan_step(batch, truth).seconds
         ratios.append([real_seconds(plan_step(batch, c), truth) / best for c in (now, measured)])
     mine, before = (sum(r) / len(r) for r in zip(*ratios, strict=True))
-    # plans are made in limited time, so how good they are depends on what else the machine does
     assert mine < 1.15 < 1.3 < before
 
 
