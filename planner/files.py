@@ -27,7 +27,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a UTF-8 file; `what` names the kind of file ("cluster file") in the UserError."""
+    """Returns the text of a UTF-8 file; `what` names the kind of file ("cluster file") in the UserError."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -55,7 +55,9 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
 
 
 def build(kind: type[T], table: object, where: str) -> T:
-    """The dataclass `kind` from a table; raises UserError, which begins with `where`, on any wrong key or value."""
+    """Builds the dataclass `kind` from a table; raises UserError, which begins with `where`, on any wrong key or
+    value.
+    """
     if not isinstance(table, Mapping):
         raise UserError(f"{where} is {_show(table)}: it must be a table")
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, kind))}
@@ -74,7 +76,7 @@ def build(kind: type[T], table: object, where: str) -> T:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UserError:
-    """The error for a key that is not known, with the closest known one."""
+    """Returns the error for a key that is not known, with the closest known one."""
     names = list(known)
     close = difflib.get_close_matches(key, names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""

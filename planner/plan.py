@@ -38,7 +38,7 @@ class Pass:
     """Share of its activations that the pass keeps in host memory between forward and backward."""
 
     def tokens(self, member: int) -> int:
-        """Tokens held by the pass's `member`-th rank."""
+        """Returns tokens held by the pass's `member`-th rank."""
         return sum(self.shards[member])
 
 
@@ -58,7 +58,7 @@ class Step:
     """Length of every sequence of the batch, in tokens."""
 
     def passes_of(self, rank: int) -> tuple[tuple[int, Pass], ...]:
-        """(position in the step, pass) of every pass that names `rank`, in list order."""
+        """Returns (position in the step, pass) of every pass that names `rank`, in list order."""
         return tuple((i, p) for i, p in enumerate(self.passes) if rank in p.ranks)
 
 
@@ -94,7 +94,7 @@ class Plan:
 
 
 def to_json(value: Plan | Step) -> dict[str, Any]:
-    """The JSON object of a plan or a step."""
+    """Returns the JSON object of a plan or a step."""
     return asdict(value)
 
 
@@ -108,14 +108,14 @@ def dump(plan: Plan, path: Path) -> None:
 
 
 def step_from_json(data: Mapping[str, Any], where: str = "step") -> Step:
-    """A step from its JSON object; raises UserError on missing or unknown keys."""
+    """Returns a step from its JSON object; raises UserError on missing or unknown keys."""
     raw = _strict(Step, data, where)
     passes = tuple(_pass(p, f"{where}.passes[{i}]") for i, p in enumerate(raw.pop("passes")))
     return Step(passes=passes, batch=tuple(raw.pop("batch")), **raw)
 
 
 def plan_from_json(data: Mapping[str, Any]) -> Plan:
-    """A plan from its JSON object; raises UserError on missing or unknown keys or another schema."""
+    """Returns a plan from its JSON object; raises UserError on missing or unknown keys or another schema."""
     if data.get("schema") != SCHEMA:
         raise UserError(
             f"plan schema {data.get('schema')!r} is not {SCHEMA}: make the plan again with `heteromesh plan`"

@@ -14,7 +14,7 @@ from heteromesh.planner.cost.envelope import Floats
 
 
 def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> float:
-    """max x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; 0 where nothing fulfils that.
+    """Maximises x[0] subject to lower <= matrix @ x <= upper, 0 <= x <= columns; 0 where nothing fulfils that.
 
     Infinity where the solver can't tell.
     """
@@ -57,23 +57,23 @@ class Program:
         """After `minimise`: no solution is less; infinite where there is none at all."""
 
     def binary(self) -> int:
-        """A variable that is 0 or 1; returns its number."""
+        """Adds a variable that is 0 or 1; returns its number."""
         return self._add(0, 1, "Binary")
 
     def integer(self, low: int, high: int) -> int:
-        """A whole number within bounds; returns its number."""
+        """Adds a whole number within bounds; returns its number."""
         return self._add(low, high, "Integer")
 
     def real(self, low: float, high: float) -> int:
-        """A variable within bounds; returns its number."""
+        """Adds a variable within bounds; returns its number."""
         return self._add(low, high, "Continuous")
 
     def at_most(self, terms: Iterable[tuple[float, int]], constant: float) -> None:
-        """sum of coefficient * variable <= constant."""
+        """Demands: sum of coefficient * variable <= constant."""
         self._problem += self._sum(terms) <= constant
 
     def equal(self, terms: Iterable[tuple[float, int]], constant: float) -> None:
-        """sum of coefficient * variable == constant."""
+        """Demands: sum of coefficient * variable == constant."""
         self._problem += self._sum(terms) == constant
 
     def minimise(self, terms: Iterable[tuple[float, int]], seconds: float, gap: float = 0.0) -> list[float] | None:

@@ -107,15 +107,15 @@ class Cluster:
         return len(self.rank_hosts)
 
     def host_of(self, rank: int) -> Host:
-        """The host of a rank."""
+        """Returns the host of a rank."""
         return self.hosts[self.rank_hosts[rank]]
 
     def device_name(self, rank: int) -> str:
-        """The device's name as the file has it."""
+        """Returns the device's name as the file has it."""
         return self.host_of(rank).device
 
     def device_of(self, rank: int) -> Device:
-        """The device of a rank."""
+        """Returns the device of a rank."""
         return self.devices[self.device_name(rank)]
 
     @property
@@ -164,7 +164,7 @@ class Cluster:
 
 
 def local_cluster(ranks: int) -> Cluster:
-    """One host with this many processes on its CPU: what a run without a cluster file is planned for."""
+    """Returns one host with this many processes on its CPU: what a run without a cluster file is planned for."""
     if ranks < 1:
         raise UserError(f"a cluster of {ranks} ranks can't run anything: give at least 1")
     host = Host(name="localhost", device="cpu", count=ranks)
@@ -226,7 +226,7 @@ def _device(name: str, own: Mapping[str, Device], where: str) -> Device:
 
 
 def _check_network(hosts: tuple[Host, ...], where: str) -> None:
-    """Every two hosts need a way to talk: RDMA or Ethernet inside a fabric, Ethernet between fabrics."""
+    """Checks that every two hosts have a way to talk: RDMA or Ethernet inside a fabric, Ethernet between fabrics."""
     if len(hosts) == 1:
         return
     for host in hosts:

@@ -15,7 +15,7 @@ from heteromesh.planner.model.method import Method
 
 
 def cluster_toml(cluster: Cluster, comment: str = "") -> str:
-    """The file's text; `comment` becomes its first lines. Devices of the catalogue are named and not described."""
+    """Returns the file's text; `comment` becomes its first lines. Devices of the catalogue are only named."""
     blocks = ["".join(f"# {line}\n" for line in comment.splitlines()) + f"name = {_value(cluster.name)}"]
     for name, device in cluster.devices.items():
         if CATALOG.get(name) != device:
@@ -38,7 +38,7 @@ def _group(hosts: Sequence[Host]) -> dict[str, Any]:
 
 
 def _measured(measured: Measured) -> list[str]:
-    """The [measured] table, then the tables in it; what was not measured is left out."""
+    """Returns the [measured] table, then the tables in it; what was not measured is left out."""
     names = ("speeds", "latency_seconds", "nic_gbit", "link_gbps")
     table = {name: getattr(measured, name) for name in names if getattr(measured, name)}
     if measured.model:

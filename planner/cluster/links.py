@@ -45,7 +45,7 @@ class Links:
         return self.link[host], self.fabrics[host], self.fabric_nics[host], self.ethernet[host]
 
     def __call__(self, ranks: Sequence[int]) -> float:
-        """Bytes per second each way of the slowest member of a set of two ranks or more."""
+        """Returns bytes per second each way of the slowest member of a set of two ranks or more."""
         key = tuple(self.hosts[r] for r in ranks)
         rate = self._memo.get(key)
         if rate is None:
@@ -53,7 +53,8 @@ class Links:
         return rate
 
     def around(self, ranks: Sequence[int], inner: int) -> float:
-        """Bytes per second each way of the slowest member when every rank sends to the one `inner` places before it.
+        """Returns bytes per second each way of the slowest member when every rank sends to the one `inner` places
+        before it.
 
         A host's NICs carry the messages of those of its ranks whose receiver is on another host: one rank's in a
         plain ring, those of `inner` neighbours where these form the places of a ring.
@@ -69,7 +70,7 @@ class Links:
         return rate
 
     def gathering(self, ranks: Sequence[int], shares: Sequence[float]) -> float:
-        """Seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it.
+        """Returns seconds a byte of the whole, of which the ranks hold these shares, until every rank has all of it.
 
         A rank sends its share to each other one and receives theirs, both ways at once; so a slow NIC costs less the
         smaller the share behind it. With equal shares, equal to the rate of an exchange of everyone with everyone.
@@ -87,13 +88,14 @@ class Links:
         return slowest
 
     def ring_rate(self) -> float:
-        """Bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
+        """Returns bytes per second each way around a ring of all ranks, which crosses each host's NICs once."""
         present = sorted(set(self.hosts))
         slowest = min(self.link[h] for h in present)
         return slowest if len(present) == 1 else min(slowest, *(self.uplink(h, present) for h in present))
 
     def uplink(self, host: int, hosts: Sequence[int]) -> float:
-        """Bytes per second each way between a host and the others of a set of hosts, by all NICs that reach them.
+        """Returns bytes per second each way between a host and the others of a set of hosts, by all NICs that reach
+        them.
 
         RDMA NICs count where all hosts of the set are on one fabric; elsewhere Ethernet NICs alone.
         """
@@ -112,13 +114,13 @@ class Links:
 
 
 def one_fabric(fabrics: Iterable[str]) -> bool:
-    """Whether RDMA reaches among hosts on these fabrics (empty: on none)."""
+    """Returns whether RDMA reaches among hosts on these fabrics (empty: on none)."""
     present = set(fabrics)
     return len(present) == 1 and "" not in present
 
 
 def cluster_links(cluster: Cluster) -> Links:
-    """The links of a cluster: measured, else peaks times the utilisations above.
+    """Returns the links of a cluster: measured, else peaks times the utilisations above.
 
     The measured rates of NICs are those of the one communicator that passes used: RDMA where all hosts of the whole
     cluster are on one fabric, else sockets.

@@ -17,7 +17,7 @@ _LEAST_FLOW = 1e-3
 
 
 def nic_rates(cluster: Cluster) -> tuple[tuple[float, ...], ...]:
-    """Per host, bytes per second each way of every Ethernet NIC, in the file's order."""
+    """Returns by host the bytes per second each way of every Ethernet NIC, in the file's order."""
     return tuple(
         tuple(
             nic.gbit * 1e9 / 8 * NIC_UTILISATION
@@ -30,13 +30,15 @@ def nic_rates(cluster: Cluster) -> tuple[tuple[float, ...], ...]:
 
 
 def several_nics(cluster: Cluster) -> bool:
-    """Whether some host has more than one Ethernet NIC, and every host one at least."""
+    """Returns whether some host has more than one Ethernet NIC, and every host one at least."""
     counts = [len(rates) for rates in nic_rates(cluster)]
     return len(counts) > 1 and min(counts) > 0 and max(counts) > 1
 
 
 def over_one_nic(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
-    """The reduction of collectives that use one NIC of each host: what was measured, else the first Ethernet NIC."""
+    """Returns the reduction of collectives that use one NIC of each host: what was measured, else the first Ethernet
+    NIC.
+    """
     if cluster.measured.nic_gbit or not several_nics(cluster):
         return reduction_for(cluster, max_fraction=max_fraction)
     hosts = tuple(_with_one_nic(host) for host in cluster.hosts)
@@ -44,14 +46,14 @@ def over_one_nic(cluster: Cluster, *, max_fraction: Sequence[float] | None = Non
 
 
 def over_all_nics(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
-    """The reduction of collectives that use every Ethernet NIC: a host's uplink is the sum of its NICs."""
+    """Returns the reduction of collectives that use every Ethernet NIC: a host's uplink is the sum of its NICs."""
     links = cluster_links(cluster)
     uplinks = [sum(rates) for rates in nic_rates(cluster)]
     return plan_reduction(links.hosts, uplinks, links.link, max_fraction=max_fraction)
 
 
 def all_nics_pay(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> bool:
-    """Whether an all-reduce over all NICs is predicted to take clearly less than the better way over one NIC."""
+    """Returns whether an all-reduce over all NICs is predicted to be clearly faster than the better way over one."""
     if not several_nics(cluster):
         return False
     one, every = (make(cluster, max_fraction=max_fraction) for make in (over_one_nic, over_all_nics))
@@ -78,7 +80,7 @@ def split(reduction: Reduction, nics: Sequence[Sequence[float]]) -> Split:
 
 
 def _with_one_nic(host: Host) -> Host:
-    """Of its Ethernet NICs, the first."""
+    """Returns the host with the first of its Ethernet NICs alone."""
     rest = tuple(nic for nic in host.nics if nic.kind != "ethernet")
     first: Nic = next(nic for nic in host.nics if nic.kind == "ethernet")
     return replace(host, nics=(replace(first, count=1), *rest))

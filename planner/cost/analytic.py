@@ -43,7 +43,7 @@ HOST_BYTES_PER_SECOND = 20e9
 
 
 def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = False) -> Costs:
-    """The cost model of `model` on `cluster`; raises UserError where the model leaves no memory for a token."""
+    """Returns the cost model of `model` on `cluster`; raises UserError where the model leaves no memory for a token."""
     reference = cluster.fastest_device
     forwards = 4 if checkpointing else 3
     peak = reference.tflops * 1e12
@@ -71,13 +71,13 @@ def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = 
 
 
 def model_attention(model: ModelSpec, *, checkpointing: bool = False) -> ModelAttention:
-    """The model's attention in bf16."""
+    """Returns the model's attention in bf16."""
     shape = AttentionShape(heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, itemsize=2)
     return ModelAttention(calls=model.layers, shape=shape, forwards=2 if checkpointing else 1)
 
 
 def state_bytes(model: ModelSpec, ranks: int) -> int:
-    """Bytes of weights, gradients and optimizer state on each rank."""
+    """Returns the bytes of weights, gradients and optimizer state on each rank."""
     return model.parameters() * REPLICATED_BYTES + -(-model.parameters() * SHARDED_BYTES // ranks)
 
 

@@ -53,7 +53,7 @@ class Envelope:
     """Seconds of a pass whatever its tokens."""
 
     def own_seconds(self, costs: Costs, lengths: Floats) -> Floats:
-        """[sequence, degree]: seconds of a pass with that sequence alone, at least; infinite where it doesn't fit."""
+        """Returns by [sequence, degree] the seconds of a pass with that sequence alone, at least (inf: no room)."""
         s = lengths[:, None]
         best: Floats = np.full((len(lengths), len(self.degree)), math.inf)
         square, linear = costs.seconds_per_token2 * s * s, costs.seconds_per_token * s
@@ -71,7 +71,7 @@ class Envelope:
 
 
 def envelope(costs: Costs) -> Envelope:
-    """The envelope of a cost model.
+    """Returns the envelope of a cost model.
 
     `costs.rate` must depend on the degree alone, or treat the ranks of a host alike and give no set on
     several hosts a higher rate than the fastest pair of ranks on two hosts.
@@ -123,7 +123,7 @@ def _split(method: Method, degrees: list[int], costs: Costs, rates: list[float])
 
 
 def _best_rates(costs: Costs) -> list[float]:
-    """By degree - 1: bytes per second that no set of that degree exceeds."""
+    """Returns by degree - 1 the bytes per second that no set of that degree exceeds."""
     if costs.rate.by_degree:
         return [math.inf, *(costs.rate(range(d)) for d in range(2, costs.ranks + 1))]
     members: dict[int, list[int]] = {}

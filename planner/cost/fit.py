@@ -17,7 +17,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def fit_jointly(rows: Sequence[Array], seconds: Sequence[Sequence[float]]) -> tuple[Array, tuple[float, ...]]:
-    """(coefficients (k,), speed of each rank relative to the fastest), so that rows @ coefficients / speed = seconds.
+    """Returns (coefficients (k,), speed of each rank relative to the fastest), so that rows @ coefficients / speed =
+    seconds.
 
     rows[r] (n, k) and seconds[r] (n,): of rank r, which need not have measured the same passes as others: what only a
     fast rank had the time for tells of all of them.
@@ -37,7 +38,7 @@ def _of_reference(rows: Sequence[Array], seconds: Sequence[Sequence[float]], spe
 
 
 def fit_nonnegative(rows: Array, seconds: Array) -> Array:
-    """Least squares of relative errors with non-negative coefficients; rows (n, k), seconds (n,) -> (k,).
+    """Fits by least squares of relative errors, with non-negative coefficients; rows (n, k), seconds (n,) -> (k,).
 
     Tries every set of non-zero coefficients (k is 2 or 3), so the answer is the exact optimum.
     """
@@ -54,7 +55,7 @@ def fit_nonnegative(rows: Array, seconds: Array) -> Array:
 
 
 def relative(fastest: Sequence[float], seconds: Sequence[float]) -> float:
-    """Speed relative to the fastest rank, from the same passes on both."""
+    """Returns the speed relative to the fastest rank, from the same passes on both."""
     return _rounded(statistics.median(f / s for f, s in zip(fastest, seconds, strict=True)))
 
 

@@ -29,13 +29,14 @@ class CappedMethod(Method):
     max_degree: int
 
     def fits(self, degree: int) -> bool:
-        """Whether the method can and may split over this many ranks."""
+        """Returns whether the method can and may split over this many ranks."""
         return degree <= self.max_degree and Method.fits(self, degree)
 
 
 def costs_to_json(costs: Costs) -> dict[str, Any]:
-    """{constants {keys of a cost file}, speeds, capacity, hosts, methods, and what is known of links (where the rate
-    comes from NICs), the model's attention and offloading}."""
+    """Returns {constants {keys of a cost file}, speeds, capacity, hosts, methods, and what is known of links (where the
+    rate comes from NICs), the model's attention and offloading}.
+    """
     constants: dict[str, Any] = {name: getattr(costs, name) for name in _SECONDS}
     constants["tokens_per_device"] = max(costs.capacity)
     data: dict[str, Any] = {
@@ -57,7 +58,7 @@ def costs_to_json(costs: Costs) -> dict[str, Any]:
 
 
 def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
-    """What `costs_to_json` wrote; `hosts` may be missing (all on one), and `methods` may be names.
+    """Returns what `costs_to_json` wrote; `hosts` may be missing (all on one), and `methods` may be names.
 
     Raises UserError where keys are missing or of the wrong kind.
     """

@@ -47,7 +47,7 @@ def bind(constants: Constants, cluster: Cluster) -> Costs:
 
 
 def measured_costs(cluster: Cluster, model: ModelSpec | None = None) -> Costs | None:
-    """`[measured]` bound to the cluster's ranks; None where it has no constants, or has another model's.
+    """Returns `[measured]` bound to the cluster's ranks; None where it has no constants, or has another model's.
 
     Methods and links that were measured too take the place of the constants' one method and rates by degree.
     """
@@ -63,7 +63,7 @@ def measured_costs(cluster: Cluster, model: ModelSpec | None = None) -> Costs | 
 
 
 def model_measured_instead(cluster: Cluster, model: ModelSpec) -> str:
-    """The model whose costs `[measured]` has, where they are not this one's; else empty."""
+    """Returns the model whose costs `[measured]` has, where they are not this one's; else empty."""
     measured = cluster.measured
     other = measured.constants and measured.model and not _same(model, measured.model)
     return measured.model.name if other and measured.model else ""

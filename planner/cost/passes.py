@@ -135,7 +135,9 @@ class Costs:
         return len(self.speeds)
 
     def method_for(self, ranks: Sequence[int], length: float = math.inf) -> Method | None:
-        """The fastest method for a split sequence of this length that fits; None where no method fits the degree."""
+        """Returns the fastest method for a split sequence of this length that fits; None where no method fits the
+        degree.
+        """
         speeds = [self.speeds[r] for r in ranks]
         power, size = sum(speeds), 1e6 if math.isinf(length) else length
         load = Load([size * v / power for v in speeds], [size * size * v / power for v in speeds], 1)
@@ -144,7 +146,7 @@ class Costs:
     def best_method(
         self, ranks: Sequence[int], lengths: Sequence[int], shards: Sequence[Sequence[int]]
     ) -> Method | None:
-        """The fastest method for exactly these shards; None where none fits."""
+        """Returns the fastest method for exactly these shards; None where none fits."""
         return self._fastest(ranks, load_of(lengths, shards))
 
     def pass_seconds(
@@ -155,7 +157,7 @@ class Costs:
         shards: Sequence[Sequence[int]],
         offload: float = 0.0,
     ) -> float:
-        """Seconds of a pass with exactly these shards (shards[i][j]: tokens of sequence j on ranks[i])."""
+        """Returns seconds of a pass with exactly these shards (shards[i][j]: tokens of sequence j on ranks[i])."""
         return self.pass_breakdown(ranks, method, lengths, shards, offload).seconds
 
     def pass_breakdown(
@@ -166,11 +168,11 @@ class Costs:
         shards: Sequence[Sequence[int]],
         offload: float = 0.0,
     ) -> CostBreakdown:
-        """As `pass_seconds`, in parts."""
+        """Returns what `pass_seconds` sums, in parts."""
         return self.priced(ranks, self.method(method), load_of(lengths, shards), offload)
 
     def priced(self, ranks: Sequence[int], method: Method | None, load: Load, offload: float = 0.0) -> CostBreakdown:
-        """The parts of a pass; method: None on one rank."""
+        """Returns the parts of a pass; method: None on one rank."""
         degree = len(ranks)
         fixed = self.seconds_per_pass + (self.seconds_per_split_pass if degree > 1 else 0.0)
         if not sum(load.tokens):
@@ -193,7 +195,7 @@ class Costs:
         return CostBreakdown(compute, exchange - late, late + comm_cost.exposed_latency, moved, fixed)
 
     def computing(self, ranks: Sequence[int], method: Method | None, load: Load) -> list[tuple[float, float]]:
-        """(seconds of attention, of all else that grows with tokens) of each rank; method: None on one rank."""
+        """Returns (seconds of attention, of all else that grows with tokens) of each rank; method: None on one rank."""
         speeds, pairs, work = [self.speeds[r] for r in ranks], load.pairs, 1.0
         if method is not None and len(ranks) > 1:
             pairs, work = dealt_pairs(method, load, speeds), method.work
@@ -201,7 +203,9 @@ class Costs:
         return [(a * p / v, b * n / v) for p, n, v in zip(pairs, load.tokens, speeds, strict=True)]
 
     def comm_cost(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> CommCost:
-        """Seconds of the method's transfers among these ranks. tokens: of their shards, or in proportion to these."""
+        """Returns seconds of the method's transfers among these ranks. tokens: of their shards, or in proportion to
+        these.
+        """
         degree, rate = len(ranks), self.rate(ranks)
         if method.scaling == "peers":
             whole = sum(tokens)
@@ -222,19 +226,19 @@ class Costs:
         return CommCost(once + back * last, hidden, messages[0], messages[1], hides)
 
     def capacity_for(self, ranks: Sequence[int], method: Method | None, tokens: int) -> list[int]:
-        """Tokens that each rank can hold in a pass of so many tokens: some methods hold others' keys too."""
+        """Returns tokens that each rank can hold in a pass of so many tokens: some methods hold others' keys too."""
         held = method.held if method else 0.0
         if not held:
             return [self.capacity[r] for r in ranks]
         return [max(0, math.floor((self.capacity[r] - held * tokens) / (1 - held) + 1e-6)) for r in ranks]
 
     def memory(self, method: Method | None, tokens: Sequence[float]) -> list[float]:
-        """What each rank of a pass holds, in tokens of activations. tokens: of the ranks' shards."""
+        """Returns what each rank of a pass holds, in tokens of activations. tokens: of the ranks' shards."""
         held, total = method.held if method else 0.0, sum(tokens)
         return [n + held * (total - n) for n in tokens]
 
     def offload_ratio(self, ranks: Sequence[int], method: Method | None, tokens: Sequence[float]) -> float:
-        """The smallest ratio of activations whose offloading makes these shards fit; 0 where they fit anyway."""
+        """Returns the smallest ratio of activations whose offloading makes these shards fit; 0: they fit anyway."""
         if not self.resident:
             return 0.0
         over = (
@@ -245,11 +249,13 @@ class Costs:
         return min(1.0, max(over, default=0.0))
 
     def method(self, name: str) -> Method | None:
-        """The method of this name, if there is one."""
+        """Returns the method of this name, if there is one."""
         return next((m for m in self.methods if m.name == name), None)
 
     def offloading(self) -> Costs | None:
-        """These costs with the memory that offloading all it can gives; None where no device has memory of its own."""
+        """Returns these costs with the memory that offloading all it can gives; None where no device has memory of its
+        own.
+        """
         if not self.offload_seconds or not self.offload_share:
             return None
         more = 1 / (1 - self.offload_share)
@@ -257,12 +263,12 @@ class Costs:
         return replace(self, capacity=tuple(int(n * more) if s else n for n, s in room), resident=self.capacity)
 
     def offload_wait(self, rank: int, tokens: float, compute: float, ratio: float) -> float:
-        """Seconds that moving this ratio of the rank's activations adds to its compute."""
+        """Returns seconds that moving this ratio of the rank's activations adds to its compute."""
         one_way = ratio * tokens * self.offload_seconds[rank] if self.offload_seconds else 0.0
         return max(compute * FORWARD, one_way) + max(compute * (1 - FORWARD), one_way) - compute
 
     def _fastest(self, ranks: Sequence[int], load: Load, limited: bool = True) -> Method | None:
-        """limited: by memory; where no method holds the pass, the one that takes least memory."""
+        """Returns the fastest method; limited: that fits, else the one that takes least memory."""
         choices = [m for m in self.methods if m.fits(len(ranks))]
         if len(choices) < 2:
             return choices[0] if choices else None
@@ -275,14 +281,14 @@ class Costs:
         return all(m <= self.capacity[r] for r, m in zip(ranks, self.memory(method, tokens), strict=True))
 
     def _inner_rate(self, ranks: Sequence[int], method: Method) -> float:
-        """The slowest group's, where only groups of neighbours exchange."""
+        """Returns the slowest group's rate, where only groups of neighbours exchange."""
         if not method.inner:
             return self.rate(ranks)
         return min(self.rate(ranks[i : i + method.inner]) for i in range(0, len(ranks), method.inner))
 
 
 def load_of(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Load:
-    """shards[i][j]: tokens of sequence j on the i-th rank."""
+    """Returns shards[i][j]: tokens of sequence j on the i-th rank."""
     return Load(
         [sum(row) for row in shards],
         [float(sum(map(mul, lengths, row))) for row in shards],
@@ -291,7 +297,9 @@ def load_of(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Load:
 
 
 def dealt_pairs(method: Method, load: Load, speeds: Sequence[float]) -> Sequence[float]:
-    """Pairs of query and key that each rank works on under this method; in a ring those of every round's slowest."""
+    """Returns pairs of query and key that each rank works on under this method; in a ring those of every round's
+    slowest.
+    """
     degree, pairs = len(speeds), load.pairs
     size = method.dealt(degree)
     if size > 1:

@@ -25,7 +25,7 @@ class Line(NamedTuple):
     per_square: float
 
     def at(self, tokens: float, squares: float) -> float:
-        """The seconds."""
+        """Returns the seconds."""
         return self.fixed + self.per_token * tokens + self.per_square * squares
 
 
@@ -57,7 +57,7 @@ class RankSetCost:
         return self.method.name if self.method else LOCAL
 
     def seconds(self, tokens: int, squares: int) -> float:
-        """Of a pass over sequences with this many tokens and this sum of squared lengths."""
+        """Returns the seconds of a pass over sequences with this many tokens and this sum of squared lengths."""
         if tokens > self.even:
             return self._uneven(tokens, squares)
         first = self.lines[0]
@@ -67,7 +67,7 @@ class RankSetCost:
         return seconds
 
     def _uneven(self, tokens: int, squares: int) -> float:
-        """As `seconds` where some rank's memory is full."""
+        """Returns `seconds` where some rank's memory is full."""
         capacity = self.costs.capacity_for(self.ranks, self.method, tokens)
         dealt = shares(tokens, self.speeds, capacity)
         load = Load(dealt, [squares * n / tokens for n in dealt], 1)
@@ -92,7 +92,8 @@ class RankSetCache:
         self._places, self._kinds = _places(costs)
 
     def find(self, ranks: Sequence[int], length: int) -> RankSetCost | None:
-        """The costs of these ranks with the method that is fastest for a sequence of this length; None without one.
+        """Returns the costs of these ranks with the method that is fastest for a sequence of this length; None without
+        one.
 
         Its `ranks` may be others that are alike.
         """
@@ -115,7 +116,7 @@ class RankSetCache:
         return tuple(sorted([self._kinds[place] * SIZE + n for place, n in counts.items()]))
 
     def _make_all(self, ranks: Sequence[int]) -> tuple[RankSetCost, ...]:
-        """One set a method, without those that are never the fastest."""
+        """Returns the costs of one method each, without those that are never the fastest."""
         if len(ranks) == 1:
             return (self._make(ranks, None),)
         candidates = [self._make(ranks, m) for m in self.costs.methods if m.fits(len(ranks))]
@@ -176,7 +177,7 @@ class RankSetCache:
         return [every] if spread == every or self.costs.rate.by_degree else [spread, every]
 
     def _groups(self, keys: Sequence[object]) -> list[list[int]]:
-        """Ranks with equal keys; without groups of one rank and of all."""
+        """Returns ranks with equal keys; without groups of one rank and of all."""
         groups: dict[object, list[int]] = {}
         for rank, key in enumerate(keys):
             groups.setdefault(key, []).append(rank)
@@ -188,7 +189,7 @@ def _or_never(rank_set: RankSetCost, length: int) -> float:
 
 
 def _moving(costs: Costs, ranks: Sequence[int], compute: Line, largest: float) -> list[Line]:
-    """What a pass takes whose activations exceed the devices' memory: the excess moves to the hosts and back."""
+    """Returns lines of a pass whose activations exceed the devices' memory: the excess moves to the hosts and back."""
     if not costs.resident:
         return []
     slowest = max(ranks, key=lambda r: costs.offload_seconds[r])
@@ -203,7 +204,8 @@ def _moving(costs: Costs, ranks: Sequence[int], compute: Line, largest: float) -
 
 
 def _places(costs: Costs) -> tuple[list[int], list[int]]:
-    """(per rank its place, per place its kind): equal devices of a host are one place, equal places are of one kind.
+    """Returns (per rank its place, per place its kind): equal devices of a host are one place, equal places are of one
+    kind.
 
     Empty where links are not known; known ones depend on nothing else. So do they where a host's devices differ: then
     every host is a kind.

@@ -10,7 +10,8 @@ from heteromesh.planner.plan import Pass
 
 
 def shares(tokens: float, speeds: Sequence[float], capacity: Sequence[float]) -> list[float]:
-    """Tokens per rank: proportional to speed; what exceeds a rank's room goes to the others in the same proportion.
+    """Returns tokens per rank: proportional to speed; what exceeds a rank's room goes to the others in the same
+    proportion.
 
     The sum is `tokens`, which must not exceed the sum of `room`.
     """
@@ -28,7 +29,7 @@ def shares(tokens: float, speeds: Sequence[float], capacity: Sequence[float]) ->
 
 
 def deal(lengths: Sequence[int], speeds: Sequence[float], capacity: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """shards[i][j]: whole tokens of sequence j on the i-th rank.
+    """Returns shards[i][j]: whole tokens of sequence j on the i-th rank.
 
     Every column sums to its sequence, every row to the rank's rounded share, and no row exceeds the rank's room. The
     caller makes sure that all tokens fit the room of all ranks.
@@ -47,7 +48,7 @@ def deal(lengths: Sequence[int], speeds: Sequence[float], capacity: Sequence[int
 
 
 def make_pass(ranks: Sequence[int], method: str, sequences: Sequence[int], batch: Sequence[int], costs: Costs) -> Pass:
-    """A pass over these sequences of the batch, its shards dealt by `deal`, its seconds exact.
+    """Returns a pass over these sequences of the batch, its shards dealt by `deal`, its seconds exact.
 
     Ranks that get no token (more ranks than tokens, or a rank too slow for one) are left out, and so are ranks that
     the method can't use then.
@@ -74,7 +75,9 @@ def costed(
     lengths: Sequence[int],
     costs: Costs,
 ) -> Pass:
-    """The pass with its seconds, and what of its activations has to go to host memory; method: None on one rank."""
+    """Returns the pass with its seconds, and what of its activations has to go to host memory; method: None on one
+    rank.
+    """
     load = load_of(lengths, shards)
     offload = costs.offload_ratio(ranks, method, load.tokens)
     return Pass(
@@ -88,7 +91,7 @@ def costed(
 
 
 def fastest_pass(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
-    """The same ranks and shards with the method that is fastest for them."""
+    """Returns the same ranks and shards with the method that is fastest for them."""
     lengths = [batch[k] for k in p.sequences]
     if len(p.ranks) == 1 or len(costs.methods) < 2:
         return p
@@ -102,13 +105,15 @@ def fastest_pass(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
 def without_idle(
     ranks: Sequence[int], shards: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """(ranks, shards) of those that hold a token: a rank with nothing to compute would only wait."""
+    """Returns (ranks, shards) of those that hold a token: a rank with nothing to compute would only wait."""
     busy = [(rank, row) for rank, row in zip(ranks, shards, strict=True) if sum(row)]
     return tuple(rank for rank, _ in busy), tuple(row for _, row in busy)
 
 
 def _rounded(parts: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to `total`, each its part rounded down or up (largest remainders; ties to the lower)."""
+    """Returns whole numbers that sum to `total`, each its part rounded down or up (largest remainders; ties to the
+    lower).
+    """
     # A part that is whole but for a float's last bit counts as whole: rounded up it could exceed a rank's room.
     floors = [int(p + 1e-6) for p in parts]
     missing = total - sum(floors)

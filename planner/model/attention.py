@@ -40,7 +40,7 @@ class ModelAttention:
 
 
 def split_methods(attention: ModelAttention, hosts: Sequence[int], saved_bytes_per_token: float) -> tuple[Method, ...]:
-    """Every way to split this model's sequences, the preferred ones first where two are equally fast.
+    """Returns every way to split this model's sequences, the preferred ones first where two are equally fast.
 
     hosts: of every rank; they decide over how many neighbours `ulysses_ring` shares heads. saved_bytes_per_token: what
     a token's activations take, all layers together.
@@ -68,7 +68,7 @@ def split_methods(attention: ModelAttention, hosts: Sequence[int], saved_bytes_p
 
 
 def _trade(attention: ModelAttention) -> Method:
-    """Ulysses: q, k, v and the output, once a forward and once in the backward."""
+    """Returns Ulysses, which trades q, k, v and the output once a forward and once in the backward."""
     shape, runs = attention.shape, attention.forwards + 1
     return Method(
         name="ulysses",
@@ -82,7 +82,7 @@ def _trade(attention: ModelAttention) -> Method:
 
 
 def _gather(attention: ModelAttention, saved_bytes_per_token: float) -> Method:
-    """Keys and values there, their gradients home."""
+    """Returns the method that gathers keys and values, and sends their gradients home."""
     keys, forwards = 2 * attention.shape.kv_heads * _head_bytes(attention), attention.forwards
     # recomputed layers gather again, and hold one layer's keys at a time
     kept = keys if forwards == 1 else keys / attention.calls
@@ -99,7 +99,7 @@ def _gather(attention: ModelAttention, saved_bytes_per_token: float) -> Method:
 
 
 def _ring(attention: ModelAttention) -> Method:
-    """Keys and values round in every forward and in the backward, their gradients home."""
+    """Returns the ring of keys and values, in every forward and in the backward; their gradients go home."""
     keys, forwards = 2 * attention.shape.kv_heads * _head_bytes(attention), attention.forwards
     return Method(
         name="ring",
@@ -127,12 +127,14 @@ def _token_ring(attention: ModelAttention, ring: Method) -> Method:
 
 
 def _head_bytes(attention: ModelAttention) -> int:
-    """Of a token in one head, all layers together."""
+    """Returns the bytes of a token in one head, all layers together."""
     return attention.calls * attention.shape.head_dim * attention.shape.itemsize
 
 
 def inner_degrees(hosts: Sequence[int], heads: int) -> tuple[int, ...]:
-    """Groups worth trying for `ulysses_ring`: the ranks of a host and half of them, where heads and ranks allow."""
+    """Returns groups worth trying for `ulysses_ring`: the ranks of a host and half of them, where heads and ranks
+    allow.
+    """
     most = max(Counter(hosts).values())
     sizes = {most, most // 2, 2}
     return tuple(n for n in sorted(sizes, reverse=True) if 2 <= n <= min(heads, len(hosts) // 2))

@@ -36,7 +36,7 @@ class Constants:
 
 
 def constants_from_table(table: Mapping[str, Any], where: str) -> Constants:
-    """Constants from parsed TOML or JSON; raises UserError on unknown, missing or senseless values."""
+    """Returns constants from parsed TOML or JSON; raises UserError on unknown, missing or senseless values."""
     constants = files.build(Constants, table, where)
     for degree in constants.bytes_per_second:
         if degree < 2:

@@ -32,7 +32,8 @@ class LengthSource:
     dropped: int = field(default=0, init=False)
 
     def batches(self, steps: int, *, sequences: int = 0, tokens: int = 0) -> Iterator[tuple[int, ...]]:
-        """At most `steps` batches of `sequences` sequences, or of as many as `tokens` tokens hold (at least one).
+        """Yields at most `steps` batches of `sequences` sequences, or of as many as `tokens` tokens hold (at least
+        one).
 
         A file that ends early gives fewer batches, the last one shorter.
         """
@@ -68,7 +69,8 @@ class LengthSource:
 
 
 def open_lengths(spec: str, *, seed: int = 0, max_length: int | None = None) -> LengthSource:
-    """The source that `--lengths` names: `lognormal:MU,SIGMA,MAX`, a `.npy`, a quantile table `.json`, or a text file.
+    """Returns the source that `--lengths` names: `lognormal:MU,SIGMA,MAX`, a `.npy`, a quantile table `.json`, or a
+    text file.
 
     Raises UserError naming file and line (or index) of what is not a length.
     """

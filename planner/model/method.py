@@ -62,7 +62,7 @@ class Method:
     """Phases (forwards, backward) in which partial results go home."""
 
     def fits(self, degree: int) -> bool:
-        """Whether the method can split over this many ranks."""
+        """Returns whether the method can split over this many ranks."""
         if self.inner and (degree % self.inner or degree == self.inner):
             return False
         return not self.heads or (self.inner or degree) <= self.heads
@@ -76,7 +76,7 @@ class Method:
         return degree // max(1, self.inner) - 1 if self.overlap == "rounds" else 0
 
     def exchanged(self, degree: int) -> float:
-        """Bytes that a rank exchanges with all others at once, per token of its shard."""
+        """Returns bytes that a rank exchanges with all others at once, per token of its shard."""
         size = self.inner or degree
         if degree <= 1:
             return 0.0
@@ -89,15 +89,15 @@ class Method:
         return self.bytes_per_token * (size - 1) / size * more
 
     def hop_bytes(self, degree: int) -> float:
-        """Bytes that the slowest rank passes on to its neighbour, per token of the largest shard."""
+        """Returns bytes that the slowest rank passes on to its neighbour, per token of the largest shard."""
         return self.carried_bytes_per_token * self.hops(degree) * self._repeated()
 
     def return_bytes(self, degree: int) -> float:
-        """Bytes that the slowest rank sends straight home, per token of the largest shard."""
+        """Returns bytes that the slowest rank sends straight home, per token of the largest shard."""
         return self.home_bytes_per_token * self.hops(degree) * self._repeated()
 
     def bytes_at(self, degree: int) -> float:
-        """Bytes that the average rank sends per token of its shard, forward and backward, with even shards."""
+        """Returns bytes that the average rank sends per token of its shard, forward and backward, with even shards."""
         if degree <= 1:
             return 0.0
         once = self.exchanged(degree) * (self.share if self.scaling == "peers" else 1.0)
@@ -110,26 +110,26 @@ class Method:
         return once + carried + self.return_bytes(degree) * share
 
     def hidden_share(self, degree: int) -> float:
-        """Share of a rank's attention under which its transfers hide."""
+        """Returns the share of a rank's attention under which its transfers hide."""
         if self.overlap == "nothing" or degree <= 1:
             return 0.0
         blocks = self.hops(degree) + 1 if self.overlap == "rounds" else degree
         return (blocks - 1) / blocks if self.overlap == "rounds" else 1 / blocks
 
     def exposed_return_share(self, degree: int) -> float:
-        """Share of the partial results that go home after the last block: nothing is left to hide them."""
+        """Returns the share of the partial results that go home after the last block: nothing is left to hide them."""
         rounds = self._rounds(degree)
         return 1 / rounds if rounds else 0.0
 
     def messages(self, degree: int) -> tuple[float, float]:
-        """(exposed, hidden) rounds of messages in a pass, each of which costs a latency."""
+        """Returns (exposed, hidden) rounds of messages in a pass, each of which costs a latency."""
         phases, rounds = self.forwards + 1, self._rounds(degree)
         exposed = 2 * phases if self.heads else 0
         hidden = phases * (rounds + (self.overlap == "own"))
         return self.calls * (exposed + self.homeward), self.calls * hidden
 
     def extra_tiles(self, degree: int) -> float:
-        """Kernel calls a sequence beyond those on one rank, forward and backward."""
+        """Returns kernel calls a sequence beyond those on one rank, forward and backward."""
         own = 2 if self.overlap == "own" else self.hops(degree)
         return float(self.calls * (self.forwards + 1) * own)
 
@@ -138,12 +138,12 @@ class Method:
         return (hops + 1) // 2 if self.both_ways else hops
 
     def _repeated(self) -> float:
-        """Keys that travel for one key head, in groups with more ranks than key heads."""
+        """Returns keys that travel for one key head, in groups with more ranks than key heads."""
         return max(1.0, self.inner / self.kv_heads) if self.inner and self.kv_heads else 1.0
 
 
 def split_heads(heads: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """Heads per rank, proportional to speed, at least one each (largest remainders; ties to the lower rank).
+    """Returns heads per rank, proportional to speed, at least one each (largest remainders; ties to the lower rank).
 
     Raises ValueError when there are more ranks than heads.
     """

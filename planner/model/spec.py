@@ -54,24 +54,24 @@ class ModelSpec:
         return self.experts_per_token or 1
 
     def parameters(self) -> int:
-        """All parameters: embeddings, layers, norms and output head."""
+        """Counts all parameters: embeddings, layers, norms and output head."""
         norms = (2 * self.layers + 1) * self.hidden
         embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
         mlps = self.experts * self._mlp + self.hidden * self.experts if self.experts else self._mlp
         return self.layers * (self._projections + mlps) + norms + embeddings
 
     def flops_per_token(self) -> int:
-        """Forward operations per token that don't depend on the sequence: 2 per weight a token meets."""
+        """Returns the forward operations per token that don't depend on the sequence: 2 per weight a token meets."""
         router = self.hidden * self.experts
         layer = self._projections + self.active_experts * self._mlp + router
         return 2 * (self.layers * layer + self.vocab * self.hidden)
 
     def flops_per_token2(self) -> int:
-        """Forward operations of causal attention per squared token: half of 4 * heads * head_dim a layer."""
+        """Counts forward operations of causal attention per squared token: half of 4 * heads * head_dim a layer."""
         return 2 * self.layers * self.heads * self.head_dim
 
     def activation_bytes_per_token(self, *, checkpointing: bool = False) -> int:
-        """Bytes kept for backward per token, bf16, with attention that keeps no scores (flash).
+        """Returns the bytes kept for backward per token, bf16, with attention that keeps no scores (flash).
 
         Without checkpointing: the inputs of every matrix, norm and activation. With it: the input of each layer,
         and one layer in full. Both keep the logits (bf16) and their fp32 softmax.
@@ -146,7 +146,7 @@ MODELS: Mapping[str, ModelSpec] = MappingProxyType(
 
 
 def load_model(name_or_path: str) -> ModelSpec:
-    """A built-in model, a Hugging Face config.json (`.json`) or the same fields as TOML (`.toml`)."""
+    """Loads a built-in model, a Hugging Face config.json (`.json`) or the same fields as TOML (`.toml`)."""
     if name_or_path in MODELS:
         return MODELS[name_or_path]
     path = Path(name_or_path)

@@ -76,7 +76,7 @@ class Ownership:
         return tuple(self.members[index - copy] for copy in range(min(self.copies, len(self.members))))
 
     def holds(self, member: int, index: int) -> bool:
-        """Whether a member has a copy of a range."""
+        """Returns whether a member has a copy of a range."""
         return self.is_whole or member in self.holders(index)
 
     def held_by(self, member: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ PACKED_BYTES = 1 + 4 / 256
 
 
 def seconds_saved(reduction: Reduction, *, values: int, seconds_per_value: float, hidden_seconds: float = 0.0) -> float:
-    """Predicted seconds of a step that int8 saves; negative where it costs more than it saves.
+    """Returns predicted seconds of a step that int8 saves; negative where it costs more than it saves.
 
     The plain sum goes around a ring where that is as fast, else to owners; what of a sum fits into `hidden_seconds` of
     backward costs nothing. Packing and unpacking is the processor's work and is never hidden: every rank packs each

@@ -9,7 +9,8 @@ SHARE = 0.5
 
 
 def largest_fractions(cluster: Cluster, *, parameter_bytes: float, state_bytes: float) -> tuple[float, ...]:
-    """Per rank, the largest part of all optimizer state that fits beside whole parameters and gradients; at most 1.
+    """Returns by rank the largest part of all optimizer state that fits beside whole parameters and gradients; at
+    most 1.
 
     Args:
         cluster: whose devices' memory counts.

@@ -64,7 +64,7 @@ def plan_reduction(
     *,
     max_fraction: Sequence[float] | None = None,
 ) -> Reduction:
-    """The fractions that make the busiest link's time least and, among those, are the most even.
+    """Returns the fractions that make the busiest link's time least and, among those, are the most even.
 
     Args:
         hosts: per rank, its host.
@@ -94,7 +94,7 @@ def plan_reduction(
 
 
 def reduction_for(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
-    """The reduction over all ranks of a cluster, at the rates of its links."""
+    """Returns the reduction over all ranks of a cluster, at the rates of its links."""
     links = cluster_links(cluster)
     hosts = range(len(cluster.hosts))
     uplinks = [links.uplink(host, hosts) for host in hosts]
@@ -118,7 +118,7 @@ def _check(hosts: Sequence[int], uplinks: Sequence[float], local: Sequence[float
 
 
 def _caps(uplinks: dict[int, float], capacities: dict[int, float]) -> dict[int, float]:
-    """Per host (three or more), the largest fraction it may own in the least possible time."""
+    """Returns by host (three or more) the largest fraction it may own in the least possible time."""
     others = len(uplinks) - 2
 
     def caps(seconds: float) -> dict[int, float]:
@@ -140,7 +140,9 @@ def _caps(uplinks: dict[int, float], capacities: dict[int, float]) -> dict[int, 
 
 
 def _even(members: dict[int, list[int]], limits: Sequence[float], caps: dict[int, float]) -> list[float]:
-    """The most even fractions under limits of ranks and of hosts (water filling; hosts above their cap get the cap)."""
+    """Returns the most even fractions under limits of ranks and of hosts (water filling; hosts above their cap get the
+    cap).
+    """
     fractions = [0.0] * len(limits)
     free, left = dict(members), 1.0
     while free:
@@ -159,7 +161,9 @@ def _even(members: dict[int, list[int]], limits: Sequence[float], caps: dict[int
 
 
 def _fill(limits: Sequence[float], total: float) -> list[float]:
-    """The most even amounts under these limits that add up to the total (or all limits, where they don't reach it)."""
+    """Returns the most even amounts under these limits that add up to the total (or all limits, where they don't reach
+    it).
+    """
     amounts = [0.0] * len(limits)
     left = total
     for done, i in enumerate(sorted(range(len(limits)), key=lambda i: limits[i])):
@@ -169,7 +173,7 @@ def _fill(limits: Sequence[float], total: float) -> list[float]:
 
 
 def _seconds(members: dict[int, list[int]], fractions: Sequence[float], host: int, rate: float, inside: float) -> float:
-    """Per byte: the host's uplink, or the busiest device's link inside it."""
+    """Returns the seconds a byte of the host's uplink, or the busiest device's link inside it."""
     owned = [fractions[r] for r in members[host]]
     across = (1 + (len(members) - 2) * sum(owned)) / rate
     if len(owned) == 1:
@@ -182,7 +186,7 @@ def _seconds(members: dict[int, list[int]], fractions: Sequence[float], host: in
 def _waves(
     members: dict[int, list[int]], fractions: Sequence[float], rates: dict[int, tuple[float, float]], seconds: float
 ) -> tuple[int, ...]:
-    """The most waves in which no link is busier than it is with all owners at once.
+    """Returns the most waves in which no link is busier than it is with all owners at once.
 
     A slow host then has few connections under way, which share its link more evenly than many: with the parts of six
     owners at once the least lucky connection kept the others waiting.
@@ -199,7 +203,7 @@ def _waves(
 
 
 def _alone(fractions: Sequence[float], waves: Sequence[int], wave: int) -> list[float]:
-    """The fractions of a wave's own bytes."""
+    """Returns the fractions of a wave's own bytes."""
     total = sum(f for f, its in zip(fractions, waves, strict=True) if its == wave)
     return [f / total if its == wave else 0.0 for f, its in zip(fractions, waves, strict=True)]
 

@@ -27,7 +27,9 @@ class ReductionPiece:
 
 
 def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[ReductionPiece, ...]:
-    """All pieces, in the order in which everybody works: owners of a wave take turns and end at about the same time."""
+    """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
+    time.
+    """
     bounds = reduction.bounds(numel)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
     waves = reduction.waves or (0,) * len(reduction.fractions)
@@ -45,7 +47,9 @@ def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[ReductionPi
 
 
 def representatives(reduction: Reduction, piece: ReductionPiece) -> dict[int, int]:
-    """Per host, the rank that speaks for it about this piece: the owner on its host, elsewhere the ranks in turn."""
+    """Returns by host the rank that speaks for it about this piece: the owner on its host, elsewhere the ranks in
+    turn.
+    """
     members: dict[int, list[int]] = {}
     for rank, host in enumerate(reduction.hosts):
         members.setdefault(host, []).append(rank)
@@ -63,7 +67,7 @@ def sent_bytes(
     spread: bool,
     wide: int | None = None,
 ) -> tuple[int, ...]:
-    """Per rank, the bytes that it sends for a collective (comm/collectives/schedule.py), exactly.
+    """Returns by rank the bytes that it sends for a collective (comm/collectives/schedule.py), exactly.
 
     Args:
         sources: the ranks whose tensors are summed; None: each piece's owner alone (all-gather).

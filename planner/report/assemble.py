@@ -30,7 +30,7 @@ Layout = Callable[[Sequence[int], Costs], Step]
 
 
 def static_layouts(ranks: int) -> tuple[tuple[str, Layout], ...]:
-    """The even layouts that a plan on so many ranks is compared with, by name."""
+    """Returns the even layouts that a plan on so many ranks is compared with, by name."""
     ends: tuple[tuple[str, Layout], ...] = (
         ("static sequence parallel on all ranks", static_sequence_parallel),
         ("static data parallel", static_data_parallel),
@@ -62,7 +62,7 @@ class Problem:
 
 
 def build_problem(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
-    """Costs in order of preference: the given constants, the cluster's measured ones, the analytic model."""
+    """Takes the costs from the given constants, else from the cluster's measured ones, else from the analytic model."""
     costs, source = measured_costs(cluster, model), MEASURED
     if constants:
         costs, source = bind(constants, cluster), COST_FILE
@@ -107,7 +107,7 @@ def make_plan(
 
 
 def uneven_network(cluster: Cluster) -> bool:
-    """Whether it matters which hosts form which stage: several fabrics, or hosts with unequal NICs."""
+    """Returns whether it matters which hosts form which stage: several fabrics, or hosts with unequal NICs."""
     return len({(host.fabric, host.nics) for host in cluster.hosts}) > 1
 
 
@@ -128,7 +128,7 @@ def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object
 
 
 def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:
-    """Per rank, the most tokens that it works on in one pass of any step."""
+    """Returns by rank the most tokens that it works on in one pass of any step."""
     peaks = [0] * ranks
     for step in steps:
         for p in step.passes:
@@ -138,7 +138,7 @@ def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:
 
 
 def peak_activations(steps: Sequence[Step], costs: Costs) -> list[float]:
-    """Per rank, the most that its device holds in one pass of any step, in tokens of activations.
+    """Returns by rank the most that its device holds in one pass of any step, in tokens of activations.
 
     Others' keys that a method holds until backward count; activations that the pass moves to host memory don't.
     """
@@ -163,7 +163,7 @@ class LayoutComparison:
 
 
 def compare(steps: Sequence[Step], costs: Costs) -> tuple[LayoutComparison, ...]:
-    """Every static layout on the batches of these steps."""
+    """Compares every static layout on the batches of these steps."""
     return tuple(_compare(what, layout, steps, costs) for what, layout in static_layouts(costs.ranks))
 
 

@@ -24,7 +24,7 @@ class Fixes:
     """Activations are recomputed in backward (analytic costs only)."""
 
     def apply(self, costs: Costs) -> Costs:
-        """The costs with every method that is ruled out taken away; raises UserError on a method there is not."""
+        """Returns the costs without the methods that are ruled out; raises UserError on a method there is not."""
         methods = costs.methods
         if self.method is not None:
             known = [LOCAL, *(m.name for m in methods)]

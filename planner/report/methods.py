@@ -42,7 +42,7 @@ class PassKind:
 
 
 def pass_kinds(steps: Iterable[Step], costs: Costs) -> tuple[PassKind, ...]:
-    """The kinds of split passes of these steps, those that take most rank-seconds first."""
+    """Returns the kinds of split passes of these steps, those that take most rank-seconds first."""
     found: dict[tuple[int, str, int], list[tuple[Pass, list[int]]]] = {}
     for step in steps:
         for p in step.passes:

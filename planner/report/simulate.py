@@ -62,7 +62,7 @@ class StepRun:
 
 
 def simulate_plan(steps: Sequence[Step], costs: Costs, disturbance: Disturbance) -> list[StepRun]:
-    """The steps one after the other, up to the first that can't finish."""
+    """Simulates the steps one after the other, up to the first that can't finish."""
     runs: list[StepRun] = []
     clock = 0.0
     for index, step in enumerate(steps):
@@ -78,7 +78,7 @@ def simulate_plan(steps: Sequence[Step], costs: Costs, disturbance: Disturbance)
 def simulate_step(
     step: Step, costs: Costs, slow: Mapping[int, float], gone: int | None = None, *, index: int = 0, clock: float = 0.0
 ) -> StepRun:
-    """One step. gone: a rank that is not there; clock: when the step starts."""
+    """Simulates one step. gone: a rank that is not there; clock: when the step starts."""
     blocked, dead = [], set() if gone is None else {gone}
     for position, p in enumerate(step.passes):
         if dead.intersection(p.ranks):
@@ -114,7 +114,8 @@ def simulate_step(
 
 
 def slowed_seconds(p: Pass, batch: Sequence[int], costs: Costs, slow: Mapping[int, float]) -> float:
-    """Seconds of a pass whose ranks compute so much slower with the same shards and heads; exchanges stay as planned.
+    """Returns seconds of a pass whose ranks compute so much slower with the same shards and heads; exchanges stay as
+    planned.
 
     An upper estimate where the slow rank's own exchanges are shorter than the slowest's.
     """

@@ -16,7 +16,7 @@ _NOTHING = 1e-12
 
 
 def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> float | None:
-    """Seconds of the step; None where exchange rates come from a table, which does not say who shares what."""
+    """Returns seconds of the step; None where exchange rates come from a table, which does not say who shares what."""
     if costs.rate.by_degree:
         return None
     left = [slowed_seconds(p, step.batch, costs, slow) for p in step.passes]

@@ -15,7 +15,7 @@ PASSES_SHOWN = 16
 
 
 def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
-    """What `heteromesh plan` prints; `lengths` says where the lengths come from."""
+    """Returns what `heteromesh plan` prints; `lengths` says where the lengths come from."""
     sections = [
         _header(problem, lengths),
         step_table(plan.steps, plan.cluster.ranks),
@@ -28,12 +28,12 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
 
 
 def step_table(steps: Sequence[Step], ranks: int) -> str:
-    """One row a step."""
+    """Returns a table with one row a step."""
     return table(_STEP_COLUMNS, [_step_row(i, step, ranks) for i, step in enumerate(steps)])
 
 
 def placement_section(plan: Plan) -> list[str]:
-    """The stages that fit the network best, where the plan has them."""
+    """Returns the stages that fit the network best, where the plan has them."""
     placement = plan.layout.get("placement")
     if placement is None:
         return []
@@ -58,7 +58,7 @@ def placement_section(plan: Plan) -> list[str]:
 
 
 def summary(plan: Plan) -> str:
-    """The last line: `Plan: ...`."""
+    """Returns the last line: `Plan: ...`."""
     steps = plan.steps
     seconds, solve = _mean(s.seconds for s in steps), _mean(s.solve_seconds for s in steps)
     static = plan.layout["static_seconds_per_step"]
@@ -85,7 +85,7 @@ def imbalance(step: Step, ranks: int) -> float:
 
 
 def busy_seconds(step: Step, ranks: int) -> list[float]:
-    """Per rank, the predicted seconds of its passes."""
+    """Returns by rank the predicted seconds of its passes."""
     busy = [0.0] * ranks
     for p in step.passes:
         for rank in p.ranks:
@@ -94,7 +94,7 @@ def busy_seconds(step: Step, ranks: int) -> list[float]:
 
 
 def rank_list(ranks: Iterable[int]) -> str:
-    """Ranks with runs shortened: 0-7,16."""
+    """Returns ranks with runs shortened: 0-7,16."""
     words = []
     for _, run in groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0]):
         members = [rank for _, rank in run]
@@ -135,7 +135,7 @@ def _step_row(index: int, step: Step, ranks: int) -> tuple[str, ...]:
 
 
 def first_passes(step: Step, ranks: int, name: str = "Step 0") -> str:
-    """The passes of a step as a table, the first PASSES_SHOWN in their order."""
+    """Returns the passes of a step as a table, the first PASSES_SHOWN in their order."""
     begun, _ = starts(step.passes, ranks)
     rows = []
     for start, p in list(zip(begun, step.passes, strict=True))[:PASSES_SHOWN]:

@@ -62,7 +62,7 @@ class StepReason:
 
 
 def explain_step(step: Step, costs: Costs) -> StepReason:
-    """The reasons of one step under the costs that it was planned with."""
+    """Returns the reasons of one step under the costs that it was planned with."""
     _, ends = starts(step.passes, costs.ranks)
     critical = max(range(costs.ranks), key=lambda r: (ends[r], -r))
     passes = tuple(_explain_pass(i, p, step, costs) for i, p in enumerate(step.passes))
@@ -81,7 +81,9 @@ def explain_step(step: Step, costs: Costs) -> StepReason:
 
 
 def split_seconds(p: Pass, lengths: Sequence[int], costs: Costs) -> tuple[float, float, float]:
-    """(compute, exchange, fixed) of a pass: what is left without transfers, what they add, and what no token causes."""
+    """Returns (compute, exchange, fixed) of a pass: what is left without transfers, what they add, and what no token
+    causes.
+    """
     parts = costs.pass_breakdown(p.ranks, p.method, lengths, p.shards, p.offload)
     return parts.compute, parts.exchange + parts.latency + parts.offload, parts.fixed
 
@@ -117,7 +119,7 @@ def _explain_pass(position: int, p: Pass, step: Step, costs: Costs) -> PassReaso
 
 
 def _widened(ranks: Sequence[int], degree: int, world: int) -> tuple[int, ...]:
-    """The ranks and the ones that follow them, up to `degree`."""
+    """Returns the ranks and the ones that follow them, up to `degree`."""
     others = [(ranks[-1] + 1 + i) % world for i in range(world)]
     return tuple(sorted([*ranks, *[r for r in others if r not in ranks][: degree - len(ranks)]]))
 

@@ -10,7 +10,7 @@ from heteromesh.planner.cost.passes import Costs
 
 
 def validate_lengths(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
-    """The batch as plain ints; raises UserError naming the index and value of what can't be planned."""
+    """Returns the batch as plain ints; raises UserError naming the index and value of what can't be planned."""
     if not len(lengths):
         raise UserError("the batch is empty: give at least one sequence length")
     for k, length in enumerate(lengths):
@@ -29,7 +29,7 @@ def validate_lengths(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
 
 
 def largest(costs: Costs) -> tuple[int, int]:
-    """(tokens of the longest sequence that fits some set of ranks, ranks of that set)."""
+    """Returns (tokens of the longest sequence that fits some set of ranks, ranks of that set)."""
     order = sorted(range(costs.ranks), key=lambda r: (-costs.capacity[r], r))
     best = (costs.capacity[order[0]], 1)
     for degree in range(2, costs.ranks + 1):

@@ -41,7 +41,7 @@ FIRST_STEP = 0.002
 
 
 def bound_seconds(lengths: Sequence[int], costs: Costs) -> float:
-    """Seconds that no pass list over these lengths (tokens) goes below, fixed cost of the step included.
+    """Returns seconds that no pass list over these lengths (tokens) goes below, fixed cost of the step included.
 
     `costs.rate` must be as planner/cost/envelope.py says.
     """
@@ -52,7 +52,7 @@ def bound_seconds(lengths: Sequence[int], costs: Costs) -> float:
 
 
 def _search(instance: _Instance, low: float) -> float:
-    """The largest T shown infeasible by ROUNDS linear programs; `low` is known to be a bound."""
+    """Returns the largest T shown infeasible by ROUNDS linear programs; `low` is known to be a bound."""
     high, step = math.inf, FIRST_STEP
     share_low = share_high = math.nan
     for _ in range(ROUNDS):
@@ -104,7 +104,7 @@ class _Instance:
         """Passes of all ranks together, at least."""
 
     def simple(self) -> float:
-        """The larger of two bounds in closed form: a sequence's own best pass; all work and the fewest passes."""
+        """Returns the larger of two simple bounds: a sequence's own best pass; all work and the fewest passes."""
         alone = float(self.own.min(axis=1).max())
         todo = self.buckets(math.inf)
         work = float(todo.amount @ (todo.work + self.best.slowest * todo.exposed)) + todo.excess
@@ -116,7 +116,7 @@ class _Instance:
         return max(alone, (work + max(price * self.tokens, whole)) / sum(self.costs.speeds))
 
     def buckets(self, limit: float) -> _Tokens:
-        """The work if no pass takes longer than `limit`."""
+        """Returns the work where no pass takes longer than `limit`."""
         costs, s = self.costs, self.lengths
         exposed = np.broadcast_to(self.best.exposed, self.own.shape)
         possible = np.isfinite(self.own) & (self.own <= limit)
@@ -136,7 +136,7 @@ class _Instance:
         return _Tokens(tokens, low_work, low_wire, max(full - kept, 0.0) * (1 - 1e-9), full)
 
     def share(self, limit: float) -> float:
-        """The largest share of the work that fits into `limit` seconds, by the relaxation above; at most 2."""
+        """Returns the largest share of the work that fits into `limit` seconds, by the relaxation above; at most 2."""
         if bool((self.own.min(axis=1) > limit).any()):
             return 0.0
         todo = self.buckets(limit)
@@ -144,13 +144,13 @@ class _Instance:
         return self._solve(kinds, todo, limit) if kinds else 0.0
 
     def _passes(self, limit: float, capacity: float) -> list[int]:
-        """Numbers of passes a rank may have; 0 stands for any number, whole or not."""
+        """Returns numbers of passes a rank may have; 0 stands for any number, whole or not."""
         c = self.costs.seconds_per_pass
         most = min(limit / c if c else math.inf, math.ceil(self.tokens / capacity))
         return list(range(1, int(most) + 1)) if most < WHOLE + 1 else [0]
 
     def _solve(self, kinds: list[tuple[int, int]], todo: _Tokens, limit: float) -> float:
-        """The linear program: columns share, then per kind [ranks, passes, e, x of every bucket]."""
+        """Returns the linear program: columns share, then per kind [ranks, passes, e, x of every bucket]."""
         c, classes, n = self.costs.seconds_per_pass, self.classes, len(todo.amount)
         width = n + 3
         # Per kind a row for memory and one for time; then one per class, per bucket, for the excess, for all passes.
@@ -187,7 +187,9 @@ class _Instance:
 
 
 def _classes(costs: Costs) -> list[tuple[float, float, int]]:
-    """(speed, capacity, ranks) of every class; many different ones are merged, each merged class taking its best."""
+    """Returns (speed, capacity, ranks) of every class; many different ones are merged, each merged class taking its
+    best.
+    """
     ranks = sorted(zip(costs.speeds, costs.capacity, strict=True))
     unique = sorted(set(ranks))
     size = math.ceil(len(unique) / CLASSES)

@@ -26,7 +26,7 @@ STEPS = (1.025, 1.06, 1.12, 1.25, 1.6, 2.5)
 
 
 def greedy(problem: StepProblem, bound: float, deadline: float) -> PartialStep:
-    """The best partial step found by `deadline` (time.thread_time); `bound`: seconds that passes take at least.
+    """Returns the best partial step found by `deadline` (time.thread_time); `bound`: seconds that passes take at least.
 
     Deterministic unless the deadline ends it.
     """
@@ -47,7 +47,7 @@ def greedy(problem: StepProblem, bound: float, deadline: float) -> PartialStep:
 
 
 def _first(problem: StepProblem, bound: float) -> PartialStep:
-    """The first partial step that meets its target."""
+    """Builds until a step meets its target."""
     best = build(problem, bound * STEPS[0], GreedyChoice(degrees=4))
     for step in STEPS[1:]:
         if best.seconds <= bound * step:
@@ -57,7 +57,7 @@ def _first(problem: StepProblem, bound: float) -> PartialStep:
 
 
 def build(problem: StepProblem, target: float, choice: GreedyChoice) -> PartialStep:
-    """A complete partial step that aims at `target` seconds; what finds no index by then ends later.
+    """Returns a complete partial step that aims at `target` seconds; what finds no index by then ends later.
 
     Sequences that fit one rank are split only as far as that helps: 0, 1, 2, 4, ... further passes.
     """
@@ -78,7 +78,7 @@ def build(problem: StepProblem, target: float, choice: GreedyChoice) -> PartialS
 
 
 def _choices(problem: StepProblem) -> list[GreedyChoice]:
-    """What to try, most promising first."""
+    """Returns what to try, most promising first."""
     costs = problem.costs
     if costs.ranks == 1:
         return [GreedyChoice()]

@@ -41,7 +41,7 @@ class _Slot:
 
 
 def refine(problem: StepProblem, known: float, bound: float, time_limit: float) -> PartialStep | None:
-    """Returns a step of less than `known` seconds, found in so many seconds of this thread's processor time; or None."""
+    """Returns a step of less than `known` seconds, or None; `time_limit`: of this thread's processor."""
     limit = known * (1 - BETTER)
     blocks = [(block, rank_set) for block in _blocks(problem) if (rank_set := _rank_set(problem, block)) is not None]
     able = {block: _able(problem, rank_set, limit) for block, rank_set in blocks}
@@ -77,7 +77,7 @@ def refine(problem: StepProblem, known: float, bound: float, time_limit: float) 
 
 
 def _blocks(problem: StepProblem) -> list[tuple[int, ...]]:
-    """All ranks, and the halves of every block, larger before smaller."""
+    """Returns all ranks, and the halves of every block, larger before smaller."""
     costs = problem.costs
     order = sorted(range(costs.ranks), key=lambda r: (costs.hosts[r], -costs.speeds[r], r))
     blocks, todo = [], [order]
@@ -98,7 +98,7 @@ def _able(problem: StepProblem, rank_set: RankSetCost, limit: float) -> list[int
 
 
 def _turns(problem: StepProblem, rank_set: RankSetCost, able: list[int], limit: float) -> int:
-    """Passes that a block may run: enough for all that it could hold, as far as fixed costs leave time."""
+    """Returns passes that a block may run: enough for all that it could hold, as far as fixed costs leave time."""
     tokens, fixed = sum(problem.lengths[k] for k in able), rank_set.lines[0].fixed
     time = limit / fixed if fixed > 0 else len(able)
     return min(len(able), int(time), 1 + -(-tokens // max(rank_set.even, 1)))

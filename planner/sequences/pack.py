@@ -77,7 +77,7 @@ class _Packer:
         return True
 
     def _freest(self, index: int) -> TimeSlot | None:
-        """The slot with most time left after a new pass with this sequence; None if it fits none."""
+        """Returns the slot with most time left after a new pass with this sequence; None if it fits none."""
         costs, length = self.problem.costs, self.problem.lengths[index]
         each = self.problem.alone_each(index)
         best, most = None, costs.seconds_per_pass

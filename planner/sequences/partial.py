@@ -54,7 +54,7 @@ class StepProblem:
         return least
 
     def alone(self, index: int, rank: int) -> float:
-        """Seconds of the sequence on one rank, without the fixed cost of a pass."""
+        """Returns seconds of the sequence on one rank, without the fixed cost of a pass."""
         length, seconds = self.lengths[index], self.work[index] / self.costs.speeds[rank]
         if length <= self.capacity[rank]:
             return seconds
@@ -69,11 +69,11 @@ class StepProblem:
         return [self.alone(index, r) for r in range(self.costs.ranks)]
 
     def fewest(self, index: int) -> int:
-        """The smallest degree, at least 2, at which some set of ranks has room for the sequence."""
+        """Returns the smallest degree, at least 2, at which some set of ranks has room for the sequence."""
         return max(2, 1 + bisect_left(self._capacity_sums, self.lengths[index]))
 
     def value(self, index: int, price: float) -> float:
-        """What it is worth to have a sequence done: its cheapest seconds and its tokens' price."""
+        """Returns what it is worth to have a sequence done: its cheapest seconds and its tokens' price."""
         return self.least[index] + price * self.token_price * self.lengths[index]
 
 
@@ -124,7 +124,7 @@ class PartialStep:
         return max(slot.free for slot in self.ends)
 
     def copy(self) -> PartialStep:
-        """A partial step with slots of its own; without local passes."""
+        """Returns a partial step with slots of its own; without local passes."""
         assert not self.local
         return PartialStep(list(self.split), [], [replace(s) for s in self.gaps], [replace(s) for s in self.ends])
 
@@ -138,7 +138,7 @@ class PartialStep:
         self.split.append(p)
 
     def passes(self, problem: StepProblem) -> list[Pass]:
-        """The exact passes, in an order that every rank can follow."""
+        """Returns the exact passes, in an order that every rank can follow."""
         local: dict[int, list[LocalPass]] = {}
         for p in self.local:
             local.setdefault(p.slot.before, []).append(p)

@@ -32,7 +32,7 @@ class Request:
 
 
 def answer(request: Request, costs: Costs) -> Step | UserError:
-    """The planned step, or why there is none."""
+    """Returns the planned step, or why there is none."""
     try:
         return plan_step(request.lengths, request.correction.applied(costs), time_limit=request.time_limit)
     except UserError as error:

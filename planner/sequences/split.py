@@ -77,7 +77,7 @@ class _Filling:
             self._left = [seconds - rank_set.seconds(length, length**2)] * len(rank_set.lines)
 
     def has_time(self) -> bool:
-        """Whether any sequence may fit."""
+        """Returns whether any sequence may fit."""
         return min(self._left) > 0
 
     def reach(self) -> float:
@@ -119,12 +119,12 @@ class Splitter:
             head = self.left.next(head + 1)
 
     def more(self) -> bool:
-        """A pass for the longest sequence left, though it fits a rank; False if there is none."""
+        """Adds a pass for the longest sequence left, though it fits a rank; False if there is none."""
         head = self.left.next(0)
         return head < len(self.problem.lengths) and self.one(head)
 
     def one(self, head: int) -> bool:
-        """A pass for this sequence; False if no set of several ranks can take it."""
+        """Adds a pass for this sequence; False if no set of several ranks can take it."""
         load = [slot.free for slot in self.partial.ends]
         option = self._best(load, head) or _anywhere(self.problem, load, head)
         if option is None:
@@ -207,7 +207,7 @@ class _Left:
         self._next = list(range(count + 1))
 
     def next(self, index: int) -> int:
-        """The first index from here on that is left; the number of indices if there is none."""
+        """Returns the first index from here on that is left; the number of indices if none is."""
         link = self._next
         while link[index] != index:
             link[index] = link[link[index]]
@@ -225,7 +225,7 @@ class _Left:
 
 
 def _first_local(problem: StepProblem, target: float, share: float) -> int:
-    """The first sorted index from which on sequences fit one rank in time, for enough of the cluster's speed."""
+    """Returns the first sorted index from which on sequences fit a rank in time, for enough of the cluster's speed."""
     costs, fixed = problem.costs, problem.costs.seconds_per_pass
     for index, length in enumerate(problem.lengths):
         able = [
@@ -265,7 +265,7 @@ def _window(
 
 
 def _reach(line: Line, seconds: float) -> float:
-    """The longest sequence by which the line grows at most that much."""
+    """Returns the longest sequence by which the line grows at most that much."""
     per_token, per_square = line.per_token, line.per_square
     if per_square > 0:
         # The stable root of per_square * n^2 + per_token * n = seconds.
@@ -274,7 +274,9 @@ def _reach(line: Line, seconds: float) -> float:
 
 
 def _anywhere(problem: StepProblem, load: list[float], head: int) -> _Option | None:
-    """The pass with `head` alone that ends first, whatever the target; None if no set of several ranks can take it."""
+    """Returns the pass with `head` alone that ends first, whatever the target; None if no set of several ranks can take
+    it.
+    """
     best: _Option | None = None
     length, capacity = problem.lengths[head], problem.costs.capacity
     for order in (

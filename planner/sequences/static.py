@@ -15,17 +15,18 @@ from heteromesh.planner.sequences.timeline import step_seconds, timed_step
 
 
 def static_sequence_parallel(lengths: Sequence[int], costs: Costs) -> Step:
-    """Every pass has all ranks. Raises UserError as `even_passes`."""
+    """Splits every pass over all ranks. Raises UserError as `even_passes`."""
     return _step(lengths, costs, lambda batch: even_passes(batch, costs, costs.ranks))
 
 
 def static_data_parallel(lengths: Sequence[int], costs: Costs) -> Step:
-    """Every pass has one rank. Raises UserError as `even_passes`."""
+    """Gives every pass one rank. Raises UserError as `even_passes`."""
     return _step(lengths, costs, lambda batch: even_passes(batch, costs, 1))
 
 
 def static_best_degree(lengths: Sequence[int], costs: Costs) -> Step:
-    """The even layout of the degree that is fastest for this batch: what hand-tuning for every step would choose.
+    """Returns the even layout of the degree that is fastest for this batch: what hand-tuning for every step would
+    choose.
 
     Raises UserError where no degree is possible.
     """
@@ -33,7 +34,7 @@ def static_best_degree(lengths: Sequence[int], costs: Costs) -> Step:
 
 
 def best_even_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
-    """The passes of `static_best_degree`."""
+    """Returns the passes of `static_best_degree`."""
     found, reason = [], None
     for degree in (d for d in range(1, costs.ranks + 1) if costs.ranks % d == 0):
         try:
@@ -47,7 +48,7 @@ def best_even_passes(batch: Sequence[int], costs: Costs) -> list[Pass]:
 
 
 def even_passes(batch: Sequence[int], costs: Costs, degree: int) -> list[Pass]:
-    """The ranks in blocks of `degree`, each of them a data-parallel replica.
+    """Cuts the ranks into blocks of `degree`, each of them a data-parallel replica.
 
     Sequence k goes to block k mod blocks (arrival order, as a DistributedSampler deals); a block packs its own
     best-fit, longest first, into passes of even shards, which fill the smallest memory first. A rank without a token
@@ -80,7 +81,7 @@ def _even_pass(members: tuple[int, ...], sequences: Sequence[int], batch: Sequen
 
 
 def _even_capacity(members: Sequence[int], costs: Costs) -> int:
-    """Tokens that fit in even shards, with the method that takes least memory."""
+    """Returns tokens that fit in even shards, with the method that takes least memory."""
     degree, least = len(members), min(costs.capacity[r] for r in members)
     held = min((m.held for m in costs.methods if m.fits(degree)), default=0.0) if degree > 1 else 0.0
     return int(degree * least / (1 + held * (degree - 1)))
@@ -91,7 +92,7 @@ def _ranks(members: Sequence[int]) -> str:
 
 
 def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """shards[i][j] that differ by at most one token per sequence and per rank's total."""
+    """Returns shards[i][j] that differ by at most one token per sequence and per rank's total."""
     columns, turn = [], 0
     for length in lengths:
         base, extra = divmod(length, ranks)
@@ -103,7 +104,7 @@ def even_shards(lengths: Sequence[int], ranks: int) -> tuple[tuple[int, ...], ..
 
 
 def _best_fit(sequences: Sequence[int], batch: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each sequence into the fullest bin that still takes it."""
+    """Packs by best-fit decreasing: each sequence into the fullest bin that still takes it."""
     bins: list[list[int]] = []
     left: list[int] = []
     for k in sorted(sequences, key=lambda k: (-batch[k], k)):

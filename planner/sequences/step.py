@@ -28,7 +28,7 @@ PROGRAM_GAP = 0.01
 
 
 def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) -> Step:
-    """A step over sequences of these lengths (tokens) that is short under `costs`.
+    """Returns a step over sequences of these lengths (tokens) that is short under `costs`.
 
     Greedy first; where it stays more than 1 % above the bound, the step is small and at least half a second of
     `time_limit` is left, an integer program tries to beat it. Where devices have memory of their own, a second search
@@ -52,7 +52,7 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
 
 
 def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
-    """The best partial step, and the best static even layout where one is possible: a plan is never behind it."""
+    """Returns the best step found, and the best static even layout where there is one: a plan is never behind it."""
     began = time.thread_time()
     problem, least = StepProblem(batch, costs), bound - costs.seconds_per_step
     partial = greedy(problem, least, began + GREEDY_SHARE * time_limit)
@@ -66,7 +66,7 @@ def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: flo
 
 
 def _shorter(partial: PartialStep, other: PartialStep | None, problem: StepProblem) -> PartialStep:
-    """The partial step with fewer exact seconds: whole tokens may turn a tiny lead around."""
+    """Returns the partial step with fewer exact seconds: whole tokens may turn a tiny lead around."""
     if other is None:
         return partial
     return min(partial, other, key=lambda d: step_seconds(d.passes(problem), problem.costs))

@@ -12,7 +12,7 @@ from heteromesh.planner.splitting.traffic import pass_bytes
 
 
 def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]]:
-    """(start of every pass, end of every rank) in seconds from the start of the step."""
+    """Returns (start of every pass, end of every rank) in seconds from the start of the step."""
     free = [0.0] * ranks
     begun = []
     for p in passes:
@@ -24,14 +24,14 @@ def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]
 
 
 def step_seconds(passes: Sequence[Pass], costs: Costs) -> float:
-    """Seconds of a step: the end of its last rank, plus the fixed cost of a step."""
+    """Returns seconds of a step: the end of its last rank, plus the fixed cost of a step."""
     return max(starts(passes, costs.ranks)[1]) + costs.seconds_per_step
 
 
 def timed_step(
     passes: Sequence[Pass], batch: tuple[int, ...], costs: Costs, bound_seconds: float, began: float
 ) -> Step:
-    """These passes as a Step. began: time.perf_counter() when solving started."""
+    """Returns these passes as a Step. began: time.perf_counter() when solving started."""
     seconds = step_seconds(passes, costs)
     return Step(
         passes=tuple(with_bytes(p, batch, costs) for p in in_order(passes, costs.ranks)),
@@ -44,7 +44,7 @@ def timed_step(
 
 
 def with_bytes(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
-    """The pass with the bytes that its ranks send, where the model's attention is known."""
+    """Returns the pass with the bytes that its ranks send, where the model's attention is known."""
     if costs.attention is None:
         return p
     lengths, speeds = [batch[k] for k in p.sequences], [costs.speeds[r] for r in p.ranks]
@@ -52,7 +52,7 @@ def with_bytes(p: Pass, batch: Sequence[int], costs: Costs) -> Pass:
 
 
 def in_order(passes: Iterable[Pass], ranks: int) -> tuple[Pass, ...]:
-    """The same passes by start time: no rank's own order changes, so no start does."""
+    """Returns the same passes by start time: no rank's own order changes, so no start does."""
     listed = list(passes)
     begun, _ = starts(listed, ranks)
     return tuple(listed[i] for i in sorted(range(len(listed)), key=lambda i: begun[i]))

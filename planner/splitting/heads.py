@@ -36,7 +36,7 @@ class HeadShare:
 
 
 def head_shares(heads: int, kv_heads: int, speeds: Sequence[float]) -> tuple[HeadShare, ...]:
-    """One share a rank, proportional to speed. Raises ValueError when there are more ranks than query heads."""
+    """Returns one share a rank, proportional to speed. Raises ValueError when there are more ranks than query heads."""
     group, first, shares = heads // kv_heads, 0, []
     for count in split_heads(heads, speeds):
         last = first + count

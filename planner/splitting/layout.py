@@ -39,7 +39,7 @@ class Layout:
     segments: tuple[tuple[Segment, ...], ...]
 
     def tokens(self, member: int) -> int:
-        """Tokens that a member holds."""
+        """Returns tokens that a member holds."""
         return sum(len(s) for s in self.segments[member])
 
     @cached_property
@@ -56,7 +56,9 @@ class Layout:
 
 
 def contiguous(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
-    """Each sequence cut into one piece a member, in member order. shards[i][j]: tokens of sequence j on member i."""
+    """Cuts each sequence into one piece a member, in member order. shards[i][j]: tokens of sequence j on member
+    i.
+    """
     members: list[list[Segment]] = [[] for _ in shards]
     for j in range(len(lengths)):
         start = 0
@@ -68,7 +70,7 @@ def contiguous(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layou
 
 
 def zigzag(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
-    """Each member holds a piece of the head of each sequence and the mirrored piece of its tail.
+    """Gives each member a piece of the head of each sequence and the mirrored piece of its tail.
 
     With w tokens at [x, x + w/2) and mirrored, the causal work is w * length / 2 wherever x lies: work follows
     tokens, also for unequal shards.
@@ -88,7 +90,7 @@ def zigzag(lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
 
 
 def grouped(lengths: Sequence[int], shards: Sequence[Sequence[int]], inner: int) -> Layout:
-    """Groups of `inner` neighbouring members in zigzag; inside a group the group's tokens in member order."""
+    """Returns groups of `inner` neighbouring members in zigzag; inside a group the group's tokens in member order."""
     outer = group_layout(lengths, shards, inner)
     members: list[list[Segment]] = [[] for _ in shards]
     for group, segments in enumerate(outer.segments):
@@ -101,19 +103,19 @@ def grouped(lengths: Sequence[int], shards: Sequence[Sequence[int]], inner: int)
 
 
 def group_layout(lengths: Sequence[int], shards: Sequence[Sequence[int]], inner: int) -> Layout:
-    """The zigzag layout whose members are the groups of `inner` neighbours."""
+    """Returns the zigzag layout whose members are the groups of `inner` neighbours."""
     groups = [shards[i : i + inner] for i in range(0, len(shards), inner)]
     sums = [[sum(column) for column in zip(*rows, strict=True)] for rows in groups]
     return zigzag(lengths, sums)
 
 
 def layout_of(plan: Pass, lengths: Sequence[int]) -> Layout:
-    """The layout that the pass's method works on; lengths[j] is that of the pass's j-th sequence."""
+    """Returns the layout that the pass's method works on; lengths[j] is that of the pass's j-th sequence."""
     return method_layout(plan.method, lengths, plan.shards)
 
 
 def method_layout(method: str, lengths: Sequence[int], shards: Sequence[Sequence[int]]) -> Layout:
-    """As `layout_of`. Raises UserError for an unknown method."""
+    """Returns what `layout_of` does. Raises UserError for an unknown method."""
     name = base_name(method)
     if name in ("local", "ulysses"):
         return contiguous(lengths, shards)
@@ -123,7 +125,7 @@ def method_layout(method: str, lengths: Sequence[int], shards: Sequence[Sequence
 
 
 def base_name(method: str) -> str:
-    """The method without its degree. Raises UserError for an unknown one."""
+    """Returns the method without its degree. Raises UserError for an unknown one."""
     name, colon, _ = method.partition(":")
     if name not in METHODS or (colon and name != "ulysses_ring"):
         raise UserError(f"unknown method {method!r}: use one of {', '.join(METHODS)}, or ulysses_ring:DEGREE")
@@ -131,7 +133,8 @@ def base_name(method: str) -> str:
 
 
 def inner_degree(method: str, members: int) -> int:
-    """How many neighbouring members share heads under `ulysses_ring[:DEGREE]`; the groups of them form the ring.
+    """Returns how many neighbouring members share heads under `ulysses_ring[:DEGREE]`; the groups of them form the
+    ring.
 
     Without a degree, the largest divisor of `members` up to its square root. Raises UserError for one that is no
     divisor.
@@ -145,7 +148,7 @@ def inner_degree(method: str, members: int) -> int:
 
 
 def _take(pieces: Sequence[Segment], tokens: int) -> tuple[list[Segment], list[Segment]]:
-    """The first `tokens` tokens of the pieces, and the rest."""
+    """Returns the first `tokens` tokens of the pieces, and the rest."""
     taken: list[Segment] = []
     rest: list[Segment] = []
     for piece in pieces:
@@ -159,7 +162,7 @@ def _take(pieces: Sequence[Segment], tokens: int) -> tuple[list[Segment], list[S
 
 
 def _joined(row: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Neighbouring segments of one sequence as one."""
+    """Joins neighbouring segments of one sequence."""
     joined: list[Segment] = []
     for segment in row:
         if joined and joined[-1].sequence == segment.sequence and joined[-1].end == segment.start:

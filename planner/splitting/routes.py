@@ -39,13 +39,13 @@ class Schedule:
     rounds: tuple[tuple[RingMessage, ...], ...]
 
     def of(self, member: int) -> Schedule:
-        """The messages that concern one member: as source, target or origin."""
+        """Returns the messages that concern one member: as source, target or origin."""
         mine = tuple(tuple(m for m in r if member in (m.source, m.target, m.origin)) for r in self.rounds)
         return Schedule(mine)
 
 
 def schedule(layout: Layout, kind: Kind, *, causal: bool = True) -> Schedule:
-    """The messages of one attention over this layout.
+    """Returns the messages of one attention over this layout.
 
     `direct`: one round in which every member sends its keys straight to every member that needs them.
     """
@@ -76,7 +76,7 @@ class _Reach:
                 self._edge[s.sequence] = min(self._edge.get(s.sequence, s.start), s.start)
 
     def sees(self, other: Segment) -> bool:
-        """Whether own queries see these keys (or these queries see own keys)."""
+        """Returns whether own queries see these keys (or these queries see own keys)."""
         edge = self._edge.get(other.sequence)
         if edge is None or not self._causal:
             return edge is not None
@@ -84,7 +84,7 @@ class _Reach:
 
 
 def _paths(ring: Sequence[int], place: int, kind: Kind) -> list[list[int]]:
-    """The members that the block of ring[place] visits, itself first, one list a stream."""
+    """Returns the members that the block of ring[place] visits, itself first, one list a stream."""
     size = len(ring)
     forward = [ring[(place + i) % size] for i in range(size)]
     backward = [ring[(place - i) % size] for i in range(size)]

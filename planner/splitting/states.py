@@ -31,7 +31,9 @@ class StateRoute:
 
 
 def state_routes(layout: Layout, *, causal: bool) -> tuple[StateRoute, ...]:
-    """One route a member. Causal attention sees the states of earlier segments of a sequence, full of all others."""
+    """Returns one route a member. Causal attention sees the states of earlier segments of a sequence, full of all
+    others.
+    """
     by_sequence: dict[int, list[tuple[int, Segment]]] = {}
     for member, segments in enumerate(layout.segments):
         for s in segments:
@@ -65,7 +67,7 @@ Links = dict[Segment, list[tuple[int, Segment]]]
 
 
 def _own_by_peer(member: int, links: Links) -> dict[int, tuple[Segment, ...]]:
-    """Own segments that are linked to a peer, sorted, each once."""
+    """Returns own segments that are linked to a peer, sorted, each once."""
     found: dict[int, set[Segment]] = {}
     for own, others in links.items():
         for peer, _ in others:
@@ -75,7 +77,7 @@ def _own_by_peer(member: int, links: Links) -> dict[int, tuple[Segment, ...]]:
 
 
 def _others_by_peer(member: int, links: Links) -> dict[int, tuple[Segment, ...]]:
-    """A peer's segments that are linked to own ones, sorted, each once."""
+    """Returns a peer's segments that are linked to own ones, sorted, each once."""
     found: dict[int, set[Segment]] = {}
     for others in links.values():
         for peer, other in others:

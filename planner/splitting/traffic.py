@@ -39,7 +39,7 @@ def traffic(
     speeds: Sequence[float] = (),
     causal: bool = True,
 ) -> tuple[Traffic, ...]:
-    """What each rank of the pass sends in one call of attention. shards[i][j]: tokens of sequence j on rank i.
+    """Returns what each rank of the pass sends in one call of attention. shards[i][j]: tokens of sequence j on rank i.
 
     speeds[i]: of the i-th rank (they decide who works on how many heads; default: all equal). Raises UserError for an
     unknown method, ValueError for more ranks than heads where the method deals heads.
@@ -71,7 +71,8 @@ def pass_bytes(
     speeds: Sequence[float],
     attention: ModelAttention,
 ) -> tuple[int, ...]:
-    """What each rank of the pass sends in one forward and backward of the model, its agreement with its peers included.
+    """Returns what each rank of the pass sends in one forward and backward of the model, its agreement with its peers
+    included.
 
     Raises as `traffic`.
     """
@@ -95,7 +96,7 @@ def _circulate(
 
 
 def _trade(tokens: Sequence[int], shape: AttentionShape, speeds: Sequence[float]) -> tuple[Traffic, ...]:
-    """Tokens for heads and back, among members with so many tokens."""
+    """Trades tokens for heads and back, among members with so many tokens."""
     shares = head_shares(shape.heads, shape.kv_heads, speeds)
     element = shape.head_dim * shape.itemsize
     sent = []

@@ -66,14 +66,14 @@ class Composition:
         return max(self.replica_speeds) / min(self.replica_speeds)
 
     def layer_seconds(self, speed: float) -> float:
-        """Of a replica of this speed."""
+        """Returns the seconds of a layer in a replica of this speed."""
         t = self.tensor_parallel
         # an all-reduce after attention and one after the MLP, forward and backward
         moved = 4 * 2 * (t - 1) / t * self.work.boundary_bytes / min(host.link for host in self.hosts)
         return self.work.layer_seconds / speed / t + moved
 
     def transfer_seconds(self, ethernet: bool) -> float:
-        """One micro-batch of every replica in or out of the stage, all at once."""
+        """Returns the seconds of one micro-batch of every replica in or out of the stage, all at once."""
         return max(
             len(h.speeds) // self.tensor_parallel * self.work.boundary_bytes / (h.ethernet if ethernet else h.rdma)
             for h in self.hosts
@@ -98,13 +98,15 @@ class Composition:
         return (REPLICATED_BYTES + SHARDED_BYTES / len(self.replica_speeds)) / self.tensor_parallel
 
     def memory_bytes(self, layers: int, in_flight: int, *, first: bool, last: bool) -> float:
-        """Of a rank: states, and activations of so many micro-batches."""
+        """Returns the bytes of a rank: states, and activations of so many micro-batches."""
         states = self.work.stage_parameters(layers, first=first, last=last) * self.state_bytes
         held = layers * in_flight * self.work.layer_activation_bytes + last * self.work.head_activation_bytes
         return states + held / self.tensor_parallel
 
     def most_layers(self, in_flight: int, *, first: bool, last: bool) -> int:
-        """Layers that fit the smallest device with so many micro-batches in flight; negative: not even the ends do."""
+        """Returns layers that fit the smallest device with so many micro-batches in flight; negative: not even the ends
+        do.
+        """
         none = self.memory_bytes(0, in_flight, first=first, last=last)
         layer = self.memory_bytes(1, in_flight, first=first, last=last) - none
         return math.floor((min(host.memory for host in self.hosts) - none) / layer + 1e-9)
@@ -119,7 +121,7 @@ def compositions(
     *,
     one_fabric: bool,
 ) -> Iterator[Composition]:
-    """Every composition with so many replicas, over the tensor-parallel degrees that divide its hosts' devices.
+    """Yields every composition with so many replicas, over the tensor-parallel degrees that divide its hosts' devices.
 
     kinds: (host, how many there are); one_fabric: only hosts of the same fabric together.
     """
@@ -133,7 +135,7 @@ def compositions(
 
 
 def _counts(kinds: Sequence[tuple[HostResources, int]], usable: Sequence[int], ranks: int) -> Iterator[tuple[int, ...]]:
-    """Hosts of each kind that have exactly so many ranks together."""
+    """Yields hosts of each kind that have exactly so many ranks together."""
     chosen = [0] * len(kinds)
     sizes = [len(kinds[i][0].speeds) for i in usable]
     rest = [sum(n * kinds[i][1] for n, i in zip(sizes[p:], usable[p:], strict=True)) for p in range(len(usable))]

@@ -28,14 +28,15 @@ class RankGroup:
 
 
 def network_of(cluster: Cluster, ranks: Iterable[int]) -> Network:
-    """RDMA where every rank's host has a NIC for it on the same fabric; a set inside one such host too."""
+    """Returns RDMA where every rank's host has a NIC for it on the same fabric; a set inside one such host too."""
     hosts = {cluster.rank_hosts[r] for r in ranks}
     nics = all(any(nic.kind != "ethernet" for nic in cluster.hosts[h].nics) for h in hosts)
     return "rdma" if nics and one_fabric(cluster.hosts[h].fabric for h in hosts) else "socket"
 
 
 def groups(cluster: Cluster, placement: Placement | None = None) -> tuple[RankGroup, ...]:
-    """World, hosts and fabrics of several ranks; with a placement its pipelines, replicas and gradient sums too.
+    """Returns world, hosts and fabrics of several ranks; with a placement its pipelines, replicas and gradient sums
+    too.
 
     A gradient sum over several fabrics has, besides its own group, one inside each fabric, which sums first, and one
     for every set of ranks that hold the same share of that sum: rank i of each fabric, where all have as many.
@@ -79,7 +80,7 @@ def _sums(cluster: Cluster, name: str, ranks: tuple[int, ...]) -> list[tuple[str
 
 
 def _by_fabric(cluster: Cluster, ranks: Iterable[int]) -> dict[str, tuple[int, ...]]:
-    """Ranks by fabric; those on none by their host."""
+    """Returns ranks by fabric; those on none by their host."""
     found: dict[str, list[int]] = {}
     for rank in ranks:
         host = cluster.host_of(rank)

@@ -22,7 +22,7 @@ class HostClass:
 
 
 def host_classes(resources: ClusterResources, tolerance: float) -> list[HostClass]:
-    """Kinds whose hosts' speeds differ by no more than this (relative); 0: only equal hosts together."""
+    """Returns kinds whose hosts' speeds differ by no more than this (relative); 0: only equal hosts together."""
 
     def place(host: HostResources) -> tuple[float, ...]:
         fabric = resources.domains.index(host.fabric)

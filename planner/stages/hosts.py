@@ -60,7 +60,7 @@ class ClusterResources:
 
 
 def cluster_resources(cluster: Cluster) -> ClusterResources:
-    """The hosts of a cluster with the rates and speeds that everything else is planned with."""
+    """Returns the hosts of a cluster with the rates and speeds that everything else is planned with."""
     links, speeds = cluster_links(cluster), cluster.speeds()
     resources, first = [], 0
     for index, host in enumerate(cluster.hosts):
@@ -84,7 +84,7 @@ def cluster_resources(cluster: Cluster) -> ClusterResources:
 
 
 def sum_seconds_per_byte(hosts: Sequence[HostResources], shards: int, uplink: float) -> float:
-    """Of summing the same tensor of all devices of these hosts, and handing it out again (each way, busiest link).
+    """Returns the seconds a byte of summing a tensor over all devices of these hosts and handing it out (busiest link).
 
     Inside a host first, then over RDMA inside a fabric, and what is left (one share a host) across fabrics over
     Ethernet; or over Ethernet in one go where that is faster. `shards`: ranks that share a tensor's shards in a host
@@ -108,11 +108,11 @@ def sum_seconds_per_byte(hosts: Sequence[HostResources], shards: int, uplink: fl
 
 
 def _shared(fabrics: dict[object, list[HostResources]], uplink: float) -> float:
-    """Each way through the uplink of every fabric."""
+    """Returns the seconds a byte each way through the uplink of every fabric."""
     named = sum(1 for key in fabrics if isinstance(key, str)) + any(not isinstance(key, str) for key in fabrics)
     return 2 * (named - 1) / named / uplink
 
 
 def _least(rates: Sequence[float]) -> float:
-    """The busiest link's seconds per byte under the best owners (planner.reduction)."""
+    """Returns the busiest link's seconds per byte under the best owners (planner.reduction)."""
     return plan_reduction(range(len(rates)), rates, rates).seconds_per_byte

@@ -23,7 +23,9 @@ class Basis:
 
 
 def decision_to_json(decision: Decision, resources: ClusterResources) -> dict[str, Any]:
-    """{family, stages, micro_batches, predicted {...}, candidates [{family, seconds, ...}], basis {hosts, work}}."""
+    """Returns {family, stages, micro_batches, predicted {...}, candidates [{family, seconds, ...}], basis {hosts,
+    work}}.
+    """
     predicted = asdict(decision.prediction) | {"bound_seconds": decision.bound_seconds, "gap": decision.gap}
     work = {f.name: getattr(decision.work, f.name) for f in fields(Workload)}
     uplink = None if math.isinf(resources.uplink) else resources.uplink
@@ -50,7 +52,7 @@ def _candidate(candidate: Candidate, decision: Decision) -> dict[str, Any]:
 
 
 def why(candidate: Candidate, decision: Decision) -> str:
-    """What a candidate takes and moves, beside the chosen one; or what stands in its way."""
+    """Returns what a candidate takes and moves, beside the chosen one; or what stands in its way."""
     own, best = candidate.prediction, decision.prediction
     if own is None or candidate.placement is None:
         return f"infeasible: {candidate.obstacle}"
@@ -66,7 +68,7 @@ def why(candidate: Candidate, decision: Decision) -> str:
 
 
 def basis_from_json(data: Any, where: str) -> Basis:
-    """What `decision_to_json` wrote; raises UserError on missing or unknown keys and values of the wrong kind."""
+    """Returns what `decision_to_json` wrote; raises UserError on missing or unknown keys and wrong values."""
     known = ("family", "stages", "micro_batches", "predicted", "candidates", "basis")
     check_keys(data, known, where)
     check_keys(data["basis"], ("hosts", "uplink", "work"), f"{where}.basis")

@@ -47,7 +47,7 @@ class Timeline:
 
 
 def order(stage: int, stages: int, micro_batches: int) -> list[tuple[Kind, int]]:
-    """(kind, micro-batch) in the order in which the stage runs them."""
+    """Returns (kind, micro-batch) in the order in which the stage runs them."""
     ahead = min(micro_batches, stages - stage) - 1
     listed: list[tuple[Kind, int]] = [("forward", m) for m in range(ahead)]
     for m in range(micro_batches):
@@ -171,7 +171,7 @@ def _interval(s: int, j: int, stages: int, micro_batches: int, upto: int, cut: i
 
 
 def _through_end(s: int, stages: int, micro_batches: int, upto: int) -> Path:
-    """The first micro-batch through all stages and back, then what is left of stage s."""
+    """Returns the path of the first micro-batch through all stages and back, then what is left of stage s."""
     ahead = min(micro_batches, stages - s)
     works, moves = _fill(s, stages, upto)
     for i in range(s, stages):
@@ -183,7 +183,7 @@ def _through_end(s: int, stages: int, micro_batches: int, upto: int) -> Path:
 
 
 def _cut(i: int, stages: int, micro_batches: int, upto: int) -> Path:
-    """All micro-batches over the cut behind stage i, one after the other; the last goes on to the end and back."""
+    """Returns the path of all micro-batches over the cut behind stage i; the last goes on to the end and back."""
     works, moves = _fill(stages - 1, stages, upto)
     works[stages - 1] += 1
     hops = sum(moves)

@@ -85,7 +85,7 @@ def place(
     time_limit: float = 5.0,
     tensor_parallel: Sequence[int] | None = None,
 ) -> Decision:
-    """The fastest placement over all families, numbers of stages and of pipelines, and ways to cut the batch.
+    """Returns the fastest placement over all families, numbers of stages and of pipelines, and ways to cut the batch.
 
     Args:
         works: the batch in micro-batches of several sizes.
@@ -116,7 +116,7 @@ def place(
 
 
 def families(resources: ClusterResources) -> tuple[Family, Family]:
-    """The two ways to compare on these hosts."""
+    """Returns the two families to compare on these hosts."""
     if len(resources.domains) > 1:
         return "pipeline across fabrics", "hierarchical data parallel across fabrics"
     return "pipeline", "data parallel"
@@ -288,7 +288,7 @@ class _Search:
 
 
 def _moves(placement: Placement) -> Iterator[Placement]:
-    """One layer from any stage to any other."""
+    """Yields placements with one layer moved from any stage to any other."""
     stages = placement.stages
     for source, giver in enumerate(stages):
         for target, taker in enumerate(stages):

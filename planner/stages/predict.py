@@ -49,7 +49,7 @@ class Setup:
     """Between stages i and i + 1, one way, with all pipelines at it at once."""
 
     def timelines(self) -> tuple[Timeline, ...]:
-        """Per pipeline; equal ones are one object."""
+        """Returns a timeline a pipeline; equal ones are one object."""
         known: dict[object, Timeline] = {}
         listed = []
         for seconds, count in zip(self.stage_seconds, self.placement.micro_batches, strict=True):
@@ -60,7 +60,8 @@ class Setup:
         return tuple(listed)
 
     def sums(self, timelines: Sequence[Timeline]) -> tuple[tuple[float, float, float], ...]:
-        """Per stage (start of the gradient sum, its end, end of the optimizer), seconds from the start of the step.
+        """Returns by stage (start of the gradient sum, its end, end of the optimizer), seconds from the start of the
+        step.
 
         A layer's gradients are summed while the last micro-batch's backward goes on with the layers before it.
         """
@@ -77,14 +78,14 @@ class Setup:
         return tuple(spans)
 
     def parameters(self, stage: int) -> int:
-        """Of a stage."""
+        """Counts the parameters of a stage."""
         stages = self.placement.stages
         work = self.parts[stage].work
         return work.stage_parameters(stages[stage].layers, first=stage == 0, last=stage == len(stages) - 1)
 
 
 def set_up(placement: Placement, resources: ClusterResources, work: Workload) -> Setup:
-    """The seconds of a placement's parts. Raises UserError where it doesn't fit the hosts or the model."""
+    """Returns the seconds of a placement's parts. Raises UserError where it doesn't fit the hosts or the model."""
     if placement.layers != work.layers:
         raise UserError(f"the stages have {placement.layers} layers and the model {work.layers}: make the plan again")
     if sum(placement.micro_batches) != work.micro_batches:
@@ -112,7 +113,7 @@ def set_up(placement: Placement, resources: ClusterResources, work: Workload) ->
 
 
 def predict(placement: Placement, resources: ClusterResources, work: Workload) -> Prediction:
-    """One step. Raises UserError as `set_up`, and where a stage does not fit its devices."""
+    """Predicts one step. Raises UserError as `set_up`, and where a stage does not fit its devices."""
     setup = set_up(placement, resources, work)
     memory = _memory(setup, resources)
     timelines = setup.timelines()
@@ -136,7 +137,7 @@ def predict(placement: Placement, resources: ClusterResources, work: Workload) -
 
 
 def deal(total: int, seconds: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """Micro-batches of every pipeline, at least one, so that they end together. seconds: [pipeline][stage]."""
+    """Deals micro-batches to every pipeline, at least one, so that they end together. seconds: [pipeline][stage]."""
     counts = [1] * len(seconds)
     cycles, fills = [max(own) for own in seconds], [sum(own) for own in seconds]
     for _ in range(total - len(counts)):
@@ -146,7 +147,7 @@ def deal(total: int, seconds: Sequence[Sequence[float]]) -> tuple[int, ...]:
 
 
 def composition_of(stage: Stage, resources: ClusterResources, work: Workload) -> Composition:
-    """The hosts of a stage. Raises UserError for a stage that has part of a host or a replica that spans hosts."""
+    """Returns the hosts of a stage. Raises UserError for parts of hosts and replicas that span hosts."""
     members = set(stage.ranks)
     hosts = tuple(host for host in resources.hosts if members.intersection(host.ranks))
     if sum(len(host.ranks) for host in hosts) != len(members) or not all(members.issuperset(h.ranks) for h in hosts):
@@ -162,12 +163,12 @@ def composition_of(stage: Stage, resources: ClusterResources, work: Workload) ->
 
 
 def uses_rdma(a: HostResources, b: HostResources) -> bool:
-    """Whether two hosts reach each other by RDMA."""
+    """Returns whether two hosts reach each other by RDMA."""
     return one_fabric((a.fabric, b.fabric))
 
 
 def _transfer(cut: Sequence[tuple[HostResources, HostResources]], work: Workload, uplink: float) -> float:
-    """One micro-batch of every pipeline over a cut, all at once: the busiest NIC decides."""
+    """Hands one micro-batch of every pipeline over a cut, all at once: the busiest NIC decides."""
     out, into = Counter[tuple[HostResources, bool]](), Counter[tuple[HostResources, bool]]()
     for a, b in cut:
         out[a, uses_rdma(a, b)] += 1

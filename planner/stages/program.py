@@ -64,7 +64,7 @@ class Model:
         return self.work.layers * self.work.layer_seconds * self.share / self.stages
 
     def solve(self, seconds: float, below: float) -> Chosen | None:
-        """The best placement under `below` seconds; None where there is none or none was found. Sets `bound`."""
+        """Returns the best placement under `below` seconds; None where none was found. Sets `bound`."""
         if not self._choices():
             self.bound = math.inf
             return None
@@ -101,7 +101,7 @@ class Model:
         return True
 
     def _cut(self, s: int) -> int:
-        """Seconds of handing a micro-batch from stage s to s + 1, one way."""
+        """Returns seconds of handing a micro-batch from stage s to s + 1, one way."""
         program, scale = self.program, self.scale
         cut = program.real(0.0, 1e6)
         for at in (s, s + 1):
@@ -117,7 +117,7 @@ class Model:
         return cut
 
     def _crossing(self, option: Composition) -> float:
-        """To another fabric."""
+        """Returns the variable of a cut to another fabric."""
         replicas = len(option.replica_speeds)
         return max(option.transfer_seconds(True), replicas * self.work.boundary_bytes / self.uplink)
 
@@ -163,7 +163,7 @@ class Model:
         self.program.at_most([*there, (-(1 - FORWARD_SHARE), last), *after], 0)
 
     def _tau(self, s: int, per_layer: Sequence[float], head: float = 1.0) -> int:
-        """Seconds of a micro-batch in stage s; the head's are `head` times the fastest replica's."""
+        """Returns seconds of a micro-batch in stage s; the head's are `head` times the fastest replica's."""
         ends = [o.head_seconds * head * (s == self.stages - 1) for o in self.options]
         return self._sum(s, per_layer, ends)
 
@@ -173,7 +173,7 @@ class Model:
         return self._sum(s, [layer * each for each in seconds], [ends * each for each in seconds])
 
     def _sum(self, s: int, per_layer: Sequence[float], once: Sequence[float]) -> int:
-        """A variable for what stage s takes: per layer, and once."""
+        """Adds a variable for what stage s takes: per layer, and once."""
         result = self.program.real(0.0, 1e6)
         terms: Terms = [(-1.0, result)]
         for (at, q), v in self.z.items():

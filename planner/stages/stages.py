@@ -82,24 +82,26 @@ class Placement:
         return tuple(zip(*(stage.replicas for stage in self.stages), strict=True))
 
     def stage_of(self, rank: int) -> int:
-        """Index of the stage that a rank is in. Raises UserError for a rank in none."""
+        """Returns the index of the stage that a rank is in. Raises UserError for a rank in none."""
         for index, stage in enumerate(self.stages):
             if rank in stage.ranks:
                 return index
         raise UserError(f"rank {rank} is in no stage of the placement: start as many ranks as the plan has")
 
     def in_flight(self, stage: int, pipeline: int) -> int:
-        """Micro-batches whose activations a stage holds at most under 1F1B: one more than the stages behind it."""
+        """Counts micro-batches that a stage holds at most under 1F1B: one more than the stages behind it."""
         return min(self.micro_batches[pipeline], len(self.stages) - stage)
 
 
 def placement_to_json(placement: Placement) -> dict[str, Any]:
-    """{stages [{ranks, layers, tensor_parallel}], micro_batches}."""
+    """Returns {stages [{ranks, layers, tensor_parallel}], micro_batches}."""
     return asdict(placement)
 
 
 def placement_from_json(data: Any, where: str) -> Placement:
-    """What `placement_to_json` wrote; raises UserError on unknown or missing keys and on values of the wrong kind."""
+    """Returns what `placement_to_json` wrote; raises UserError on unknown or missing keys and on values of the wrong
+    kind.
+    """
     raw = check_keys(data, [f.name for f in fields(Placement)], where)
     if not isinstance(raw["stages"], list | tuple):
         raise UserError(f"{where}.stages is {raw['stages']!r}: it must be a list of stages; {REMAKE}")

@@ -57,7 +57,7 @@ class Workload:
         return self.micro_batches * self.micro_batch_tokens
 
     def stage_parameters(self, layers: int, *, first: bool, last: bool) -> int:
-        """Of so many layers, with the embedding on the first stage and the head on the last."""
+        """Counts the parameters of so many layers, with the embedding on the first stage and the head on the last."""
         ends = self.embedding_parameters * first + self.head_parameters * last
         return layers * self.layer_parameters + ends
 
@@ -65,7 +65,7 @@ class Workload:
 def workloads(
     model: ModelSpec, costs: Costs, lengths: Sequence[int], *, checkpointing: bool = False
 ) -> tuple[Workload, ...]:
-    """The batch in micro-batches of about one, two and four times its longest sequence.
+    """Returns the batch in micro-batches of about one, two and four times its longest sequence.
 
     The seconds of a whole batch under `costs` are shared out over layers and head by their operations; a sequence stays
     in one micro-batch, so none is smaller than the longest sequence. Raises UserError for an empty batch.

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_check(name: str, check: Callable[[], str]) -> CheckResult:
-    """One check with its time; any exception of a check is a finding, not an end."""
+    """Runs one check and times it; any exception of a check is a finding, not an end."""
     began = time.perf_counter()
     status: Status = "ok"
     try:
@@ -84,7 +84,7 @@ def run_check(name: str, check: Callable[[], str]) -> CheckResult:
 
 
 def check_python() -> str:
-    """The interpreter and the system."""
+    """Describes the interpreter and the system."""
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     return f"{system}, heteromesh {heteromesh.__version__}"
 
@@ -127,7 +127,7 @@ def check_planner() -> str:
 
 
 def check_torch() -> str:
-    """Torch itself."""
+    """Describes torch itself."""
     import torch
 
     if not torch.distributed.is_available():
@@ -136,7 +136,7 @@ def check_torch() -> str:
 
 
 def check_attention() -> str:
-    """Flash attention of a pass with two packed sequences on the CPU, forward and backward, against the formula."""
+    """Compares flash attention of a pass with two packed sequences, forward and backward, with the formula (CPU)."""
     import torch
 
     from heteromesh.comm.world import World
@@ -162,7 +162,7 @@ def check_attention() -> str:
 
 
 def check_loopback() -> str:
-    """An all-reduce between two processes over gloo, through our own world."""
+    """Runs an all-reduce between two processes over gloo, through our own world."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -205,7 +205,7 @@ def loopback_rank() -> None:
 
 
 def check_nvidia() -> str:
-    """NVIDIA devices by their management library; a matrix product on the first one where torch has CUDA."""
+    """Describes NVIDIA devices by their management library; multiplies matrices on the first where torch has CUDA."""
     import torch
 
     try:

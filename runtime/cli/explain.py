@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def explain_plan(plan: Plan, where: str) -> list[StepReason]:
-    """The reasons of every step; raises UserError where the plan carries no cost model."""
+    """Returns the reasons of every step; raises UserError where the plan carries no cost model."""
     if not plan.steps:
         raise UserError(f"plan {where} has no step: make it again with `heteromesh plan --steps 1`")
     costs = _costs(plan, where)
@@ -67,7 +67,7 @@ def _costs(plan: Plan, where: str) -> Costs:
 
 
 def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason], kinds: Sequence[PassKind]) -> str:
-    """What `heteromesh explain plan.json` prints."""
+    """Returns what `heteromesh explain plan.json` prints."""
     rows = []
     for index, (step, why) in enumerate(zip(plan.steps, reasons, strict=True)):
         parts = (why.seconds, why.compute, why.exchange, why.fixed, why.idle, why.step_fixed)

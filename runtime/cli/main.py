@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _code(code: object) -> int:
-    """What Python itself makes of SystemExit's argument."""
+    """Returns what Python itself makes of SystemExit's argument."""
     if code is None or isinstance(code, int):
         return code or 0
     print(code, file=sys.stderr)

@@ -136,7 +136,7 @@ def _say(source: LengthSource, planned: int, wanted: int) -> None:
 
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[Step], None]]:
-    """A bar on stderr where that is a terminal and there is more than one step."""
+    """Shows a bar on stderr where that is a terminal and there is more than one step."""
     if steps == 1 or not sys.stderr.isatty():
         yield lambda step: None
         return

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(path: Path, content: str) -> None:
-    """All of it or nothing. Raises UserError."""
+    """Writes all of it or nothing. Raises UserError."""
     if path.is_dir():
         raise UserError(f"report {path} is a directory: name a file")
     part = path.with_name(path.name + ".part")
