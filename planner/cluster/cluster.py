@@ -66,7 +66,7 @@ class Measured:
     speeds: tuple[float, ...] = ()
     """Per rank, relative to the reference device; empty: not measured."""
     latency_seconds: float | None = None
-    """Of the smallest message between hosts (of one host: between its ranks), one way."""
+    """The time of the smallest message between hosts (of one host: between its ranks), one way."""
     nic_gbit: tuple[tuple[float, float], ...] = ()
     """Per host, Gbit/s to others and from others by all NICs that exchanges use."""
     link_gbps: tuple[float, ...] = ()

@@ -47,9 +47,9 @@ class Correction:
     slowness: tuple[float, ...] = ()
     """Per rank; empty: as measured."""
     attention: float = 1.0
-    """Of attention relative to all else."""
+    """The factor of attention, relative to all else."""
     work: Mapping[str, float] = field(default_factory=dict)
-    """By method, of split passes."""
+    """The factor of split passes, by method."""
     seconds_per_step: float = 0.0
     """Not a factor: what a step takes beyond its passes."""
 
@@ -80,7 +80,7 @@ class _Pass(NamedTuple):
     method: str
     """Empty: alone."""
     share: float
-    """Of attention in what was predicted."""
+    """The share of attention in what was predicted."""
     seconds: float
     """Without waiting."""
     slower: float

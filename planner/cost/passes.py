@@ -109,7 +109,7 @@ class Costs:
     seconds_per_round: float = 0.0
     """Latency of a round of messages."""
     seconds_per_tile: float = 0.0
-    """Of a further kernel call, where a method cuts attention into tiles."""
+    """The time of a further kernel call, where a method cuts attention into tiles."""
     seconds_per_step: float = 0.0
     """Fixed cost of a step: what of the gradient sum is exposed, and the optimizer."""
     speeds: tuple[float, ...]
@@ -128,7 +128,7 @@ class Costs:
     resident: tuple[int, ...] = ()
     """Per rank, tokens that fit without offloading, where `capacity` is what fits with it (`offloading`)."""
     offload_share: float = 0.0
-    """Of a token's activations, what can be moved: the first and the last layer's are wanted back at once."""
+    """The part of a token's activations that can be moved: the first and the last layer's are wanted back at once."""
 
     @property
     def ranks(self) -> int:

@@ -45,7 +45,7 @@ class RankSetCost:
     even: int
     """Tokens up to which shards proportional to speed fit every rank."""
     resident: int
-    """As `even`, without moving activations to host memory."""
+    """What `even` is without moving activations to host memory."""
     most: int
     """Tokens that fit at all."""
     power: float

@@ -31,7 +31,7 @@ class Constants:
     tokens_per_device: int
     """Memory, in tokens of activations."""
     bytes_per_second: dict[int, float] = field(default_factory=dict)
-    """By degree of the pass, per device, each way."""
+    """The rate of a device each way, by degree of the pass."""
     method: str = "ulysses"
 
 

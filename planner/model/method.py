@@ -46,7 +46,7 @@ class Method:
     home_bytes_per_token: float = 0.0
     """Partial results for a hop's block."""
     share: float = 1.0
-    """Of the blocks, what causal attention makes the average rank move; the slowest moves them whole."""
+    """The part of the blocks that causal attention makes the average rank move; the slowest moves them whole."""
     both_ways: bool = False
     """Half of the blocks go round each way: half the rounds."""
     overlap: Overlap = "nothing"

@@ -30,13 +30,13 @@ class Ownership:
     """
 
     fractions: tuple[float, ...] = ()
-    """By member, what it owns; only their ratios count."""
+    """What each member owns; only their ratios count."""
     members: tuple[int, ...] = ()
     """Ids in rank order; in a fixed world 0 to size - 1."""
     copies: int = 1
     """How many members hold each range, where there are as many."""
     names: tuple[str, ...] = ()
-    """By member, for people; empty: ids are told."""
+    """What people call each member; empty: ids are told."""
 
     def __post_init__(self) -> None:
         if len(self.fractions) != len(self.members) or len(self.names) not in (0, len(self.members)):

@@ -35,7 +35,7 @@ class Spread:
     fractions: tuple[tuple[tuple[float, ...], ...], ...]
     """[flow][NIC of the source][NIC of the target]."""
     seconds: float
-    """Of the busiest NIC, each way."""
+    """The time of the busiest NIC, each way."""
 
 
 def spread(flows: Sequence[Flow], nics: Sequence[Sequence[float]]) -> Spread:

@@ -39,11 +39,11 @@ class Reduction:
     fractions: tuple[float, ...]
     """Per rank; sums to 1."""
     seconds_per_byte: float
-    """Of an all-reduce with these owners: the busiest link, each way."""
+    """An all-reduce with these owners: the busiest link, each way."""
     bound_seconds_per_byte: float
     """No all-reduce is faster: every host must send its contribution and receive the result."""
     ring_seconds_per_byte: float
-    """Of a ring in rank order."""
+    """A ring in rank order."""
     waves: tuple[int, ...] = ()
     """Per rank, when its part has its turn: parts of a wave at the same time, waves in order; empty: all at once."""
 

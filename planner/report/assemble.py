@@ -159,7 +159,7 @@ class LayoutComparison:
     seconds: float | None
     """Mean of a step; None where it is infeasible."""
     why: str
-    """In words: its seconds beside the plan's, or what does not fit."""
+    """Words: its seconds beside the plan's, or what does not fit."""
 
 
 def compare(steps: Sequence[Step], costs: Costs) -> tuple[LayoutComparison, ...]:

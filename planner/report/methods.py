@@ -23,7 +23,7 @@ class MethodOption:
     latency: float = 0.0
     """Rounds of messages that nothing hides."""
     sent_bytes: int | None = None
-    """By the rank that sends most; None where the model's attention is not known."""
+    """Bytes of the rank that sends most; None where the model's attention is not known."""
     obstacle: str | None = None
 
 
@@ -35,7 +35,7 @@ class PassKind:
     method: str
     passes: int
     longest: int
-    """Of the pass that stands for all: the one that takes longest."""
+    """The seconds of the pass that stands for all: the one that takes longest."""
     tokens: int
     options: tuple[MethodOption, ...]
     """Fastest first."""

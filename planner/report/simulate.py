@@ -37,7 +37,7 @@ class Disturbance:
     """What goes otherwise than planned."""
 
     slow: Mapping[int, float] = field(default_factory=dict)
-    """By rank: its compute takes this many times as long."""
+    """How many times as long a rank's compute takes."""
     fail: tuple[int, int] | None = None
     """(rank, step): gone when that step starts."""
 

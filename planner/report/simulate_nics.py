@@ -39,7 +39,7 @@ def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> f
 
 
 def _demands(p: Pass, step: Step, costs: Costs, seconds: float) -> dict[int, float]:
-    """By host, the share of the pass's seconds in which it keeps the host's NICs busy."""
+    """Returns by host the share of the pass's seconds in which it keeps the host's NICs busy."""
     hosts = {costs.hosts[rank] for rank in p.ranks}
     if len(hosts) < 2:
         return {}
@@ -48,7 +48,7 @@ def _demands(p: Pass, step: Step, costs: Costs, seconds: float) -> dict[int, flo
 
 
 def _paces(running: Sequence[int], demands: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """By pass, its progress per second."""
+    """Returns by pass its progress per second."""
     asked: dict[int, float] = {}
     for i in running:
         for host, share in demands[i].items():

@@ -25,7 +25,7 @@ class Request:
 
     lengths: tuple[int, ...]
     correction: Correction
-    """Of the costs, as far as steps have shown."""
+    """What steps have shown of the costs."""
     time_limit: float
     costs: Costs | None = None
     """None: those of the request before."""

@@ -39,7 +39,7 @@ class GreedyChoice:
     full: bool = False
     """Passes may hold more than shards proportional to speed allow, where memory is not proportional to speed."""
     late: bool = False
-    """Of equally good sets of ranks the one that is free last."""
+    """Takes the last free one of equally good sets of ranks."""
     local_share: float = 0.0
     """A sequence is split unless ranks with this share of the cluster's speed can take it alone; above 1: always."""
 
@@ -72,7 +72,7 @@ class _Filling:
         self._rank_set, self._limit = rank_set, seconds
         self.tokens, self.squares = length, length**2
         self._left = [seconds - line.at(length, length**2) for line in rank_set.lines]
-        """By line of the seconds, the time that it leaves."""
+        """The time that each line of the seconds leaves."""
         if length > rank_set.even:
             self._left = [seconds - rank_set.seconds(length, length**2)] * len(rank_set.lines)
 
@@ -252,7 +252,7 @@ def _alone(rank_set: RankSetCost, length: int) -> float:
 def _window(
     free: list[float], power: list[float], busy: list[float], degree: int, latest: float, late: bool
 ) -> int | None:
-    """Of `degree` neighbours among ranks by free time, those that wait least and can start by `latest`."""
+    """Returns where those `degree` neighbours by free time begin that wait least and can start by `latest`."""
     last = bisect_right(free, latest + 1e-12, degree - 1) - degree
     best, least = None, math.inf
     for i in range(last, -1, -1) if late else range(last + 1):

@@ -29,7 +29,7 @@ class RingMessage:
     target: int
     segments: tuple[Segment, ...]
     used: tuple[Segment, ...]
-    """Of `segments`, in the same order. The partial results that go back to the origin are for these."""
+    """What it uses of `segments`, in their order. Partial results that go back to the origin are for these."""
 
 
 @dataclass(frozen=True)

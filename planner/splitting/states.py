@@ -12,17 +12,17 @@ class StateRoute:
     """One member's part: states go to later segments, their gradients come back."""
 
     needs: dict[Segment, tuple[Segment, ...]]
-    """By own segment: the other segments whose states its tokens see, in the order of the sequence."""
+    """The other segments whose states an own segment's tokens see, in the order of the sequence."""
     feeds: dict[Segment, tuple[Segment, ...]]
-    """By own segment: the other segments that see its state."""
+    """The other segments that see an own segment's state."""
     sends: dict[int, tuple[Segment, ...]]
-    """By peer: own segments whose states it needs."""
+    """Own segments whose states a peer needs."""
     receives: dict[int, tuple[Segment, ...]]
-    """By peer: its segments whose states are needed here."""
+    """A peer's segments whose states are needed here."""
     gradient_receives: dict[int, tuple[Segment, ...]]
-    """By peer: its segments that see a state of this member, and so have a gradient for it."""
+    """A peer's segments that see a state of this member, and so have a gradient for it."""
     gradient_sends: dict[int, tuple[Segment, ...]]
-    """By peer: own segments that have a gradient for a state of the peer's."""
+    """Own segments that have a gradient for a state of a peer's."""
 
     @property
     def shared(self) -> frozenset[Segment]:

@@ -30,7 +30,7 @@ class Composition:
 
     @cached_property
     def replica_speeds(self) -> tuple[float, ...]:
-        """Of every replica: its slowest rank's."""
+        """The speed of every replica: its slowest rank's."""
         t = self.tensor_parallel
         return tuple(h.speeds[i + t - 1] for h in self.hosts for i in range(0, len(h.speeds), t))
 
@@ -47,7 +47,7 @@ class Composition:
 
     @cached_property
     def seconds_per_layer(self) -> float:
-        """Of the fastest replica."""
+        """The fastest replica's."""
         return self.layer_seconds(max(self.replica_speeds))
 
     @cached_property
@@ -57,7 +57,7 @@ class Composition:
 
     @property
     def head_seconds(self) -> float:
-        """Of the fastest replica."""
+        """The fastest replica's."""
         return self.work.head_seconds / max(self.replica_speeds) / self.tensor_parallel
 
     @property
@@ -81,14 +81,14 @@ class Composition:
 
     @cached_property
     def sum_seconds(self) -> float:
-        """Of the gradient sum over the replicas, per parameter."""
+        """The gradient sum over the replicas, per parameter."""
         if len(self.replica_speeds) == 1:
             return 0.0
         return self.work.gradient_bytes * sum_seconds_per_byte(self.hosts, self.tensor_parallel, self.uplink)
 
     @cached_property
     def update_seconds(self) -> float:
-        """Of the optimizer, per parameter: its states are sharded over the replicas."""
+        """The optimizer's update, per parameter: its states are sharded over the replicas."""
         shards = len(self.replica_speeds) * self.tensor_parallel
         return ADAM_BYTES / shards / min(host.memory_rate for host in self.hosts)
 

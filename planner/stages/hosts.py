@@ -25,7 +25,7 @@ class HostResources:
     ranks: tuple[int, ...]
     """World ranks, the fastest first."""
     speeds: tuple[float, ...]
-    """Of these ranks, relative to the reference device."""
+    """The speeds of these ranks, relative to the reference device."""
     memory: float
     """Bytes of one device that can be used."""
     memory_rate: float

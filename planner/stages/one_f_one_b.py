@@ -36,7 +36,7 @@ class Timeline:
     """What happened: compute in each stage's order, transfers by their start."""
 
     compute: tuple[tuple[StageWork, ...], ...]
-    """By stage."""
+    """What every stage computed."""
     transfers: tuple[StageWork, ...]
     """`stage` is the sender; forward goes to the next stage, backward to the one before."""
 

@@ -137,7 +137,7 @@ class _Case:
     classes: list[HostClass]
     options: tuple[Composition, ...]
     bound: float
-    """By a formula."""
+    """A bound by a formula."""
 
 
 @dataclass(slots=True)

@@ -23,9 +23,9 @@ class Prediction:
 
     seconds: float
     pipeline_seconds: float
-    """To the end of the last backward anywhere; the rest of `seconds` is exposed gradient sum and optimizer."""
+    """The end of the last backward anywhere; the rest of `seconds` is exposed gradient sum and optimizer."""
     busy_share: float
-    """Of the ranks' time, what they compute; the rest is bubble, transfers, gradient sum and optimizer."""
+    """The share of the ranks' time in which they compute; the rest is bubble, transfers, gradient sum and optimizer."""
     sum_seconds: tuple[float, ...]
     """Per stage, of its gradient sum, hidden or not."""
     activation_bytes: float

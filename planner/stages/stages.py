@@ -68,7 +68,7 @@ class Placement:
 
     @property
     def layers(self) -> int:
-        """Of the model."""
+        """The layers of the model."""
         return sum(stage.layers for stage in self.stages)
 
     @property

@@ -29,7 +29,7 @@ class Workload:
 
     layers: int
     micro_batches: int
-    """Of a step, over all pipelines."""
+    """The number in a step, over all pipelines."""
     micro_batch_tokens: float
     layer_seconds: float
     """Forward and backward of a micro-batch through one layer, on one device of speed 1."""
@@ -39,9 +39,9 @@ class Workload:
     """What a micro-batch hands from one stage to the next, one way (its gradient comes back)."""
     layer_parameters: int
     embedding_parameters: int
-    """On the first stage."""
+    """The first stage's."""
     head_parameters: int
-    """On the last stage (a tied head is held there too and its gradient summed with the first stage's)."""
+    """The last stage's (a tied head is held there too and its gradient summed with the first stage's)."""
     layer_activation_bytes: float
     """Kept for backward of a micro-batch, of one layer."""
     head_activation_bytes: float
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def tokens(self) -> float:
-        """Of a step."""
+        """The tokens of a step."""
         return self.micro_batches * self.micro_batch_tokens
 
     def stage_parameters(self, layers: int, *, first: bool, last: bool) -> int:
