@@ -13,7 +13,7 @@ import torch
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.diagnosis.monitor import Monitor
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced
@@ -44,7 +44,7 @@ def _coordinate(folder: Path, host: str, evicts: bool) -> None:
     """With 2 s instead of 5 for a main thread that does nothing, so that rounds are short."""
     timing = Timing(stuck=2.0)
     monitor = Monitor(directory=folder / "run", evicts=evicts)
-    Coordinator(_SECRET, host=host, port=PORT, bounds=Bounds(least=2), timing=timing, monitor=monitor).start()
+    Coordinator(_SECRET, host=host, port=PORT, bounds=Bounds(min=2), timing=timing, monitor=monitor).start()
     (folder / BEGIN).touch()
     while True:
         time.sleep(60)
@@ -88,7 +88,9 @@ def main() -> None:
     while True:
         try:
             member = Member(
-                Terms(coordinators=[(server[0], PORT)], secret=_SECRET, name=name, hosts=(host,), connect_seconds=2.0)
+                JoinOptions(
+                    coordinators=[(server[0], PORT)], secret=_SECRET, name=name, hosts=(host,), connect_seconds=2.0
+                )
             )
         except OSError:
             time.sleep(0.2)

@@ -27,11 +27,11 @@ import torch.distributed as dist
 
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.testing import inject
-from heteromesh.faults.testing.lab import Lab, Work, Worker
+from heteromesh.faults.testing.lab import Lab, LabWork, Worker
 
 _GLOO_LIMIT = 5.0
 _SECRET = b"benchmark"
@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
 
 
 def _kills(options: argparse.Namespace, megabytes: float, count: int, ballast: int) -> list[str]:
-    work = Work(bytes=int(megabytes * (1 << 20)), collectives=options.collectives)
+    work = LabWork(bytes=int(megabytes * (1 << 20)), collectives=options.collectives)
     size = options.processes
     with Lab(work, size=size, timing=Timing(silence=2.0)) as lab:
         lab.pump(1.0)
@@ -126,7 +126,7 @@ def _spread(values: list[float]) -> str:
 
 def _stops(options: argparse.Namespace) -> list[str]:
     took, fenced = [], 0
-    with Lab(Work(), size=options.processes, timing=Timing(silence=options.silence)) as lab:
+    with Lab(LabWork(), size=options.processes, timing=Timing(silence=options.silence)) as lab:
         for fault in inject.schedule(options.seed, 5, kinds=("stop",), slots=options.processes):
             lab.pump(0.5 + fault.delay)
             victim = lab.workers[fault.slot]
@@ -150,7 +150,7 @@ def _coordinators(options: argparse.Namespace) -> list[str]:
     for what, act in (("SIGKILL", inject.kill), ("SIGSTOP", inject.stop)):
         took = []
         for index in range(options.rounds):
-            with Lab(Work(), size=options.processes, elective=True) as lab:
+            with Lab(LabWork(), size=options.processes, elective=True) as lab:
                 lab.pump(0.5 + 0.01 * index)
                 seconds = lab.interruption(act(lab.coordinator))
                 if seconds is None:
@@ -183,7 +183,7 @@ def _torchft(options: argparse.Namespace) -> None:
 
 def _healthy(options: argparse.Namespace) -> None:
     print("All-reduce of 16 MB without faults, alternating in the same processes:\n")
-    server = Coordinator(_SECRET, bounds=Bounds(least=options.processes)).start()
+    server = Coordinator(_SECRET, bounds=Bounds(min=options.processes)).start()
     ours, committed, gloo = _ranks(options.processes, _healthy_rank, server.address)[0]
     server.stop()
     print(
@@ -194,7 +194,7 @@ def _healthy(options: argparse.Namespace) -> None:
 
 
 def _healthy_rank(rank: int, size: int, address: tuple[str, int]) -> tuple[float, float, float]:
-    member = Member(Terms(coordinators=[address], secret=_SECRET, name=str(rank)))
+    member = Member(JoinOptions(coordinators=[address], secret=_SECRET, name=str(rank)))
     group = member.group()
     steps = Steps(group)
     steps.start()

@@ -23,7 +23,7 @@ import torch
 
 from heteromesh.faults.coordinator.main import SECRET
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.view import Fenced
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
@@ -110,7 +110,7 @@ def _work(options: argparse.Namespace) -> int:
     hosts = options.hosts.split(",")
     mine = hosts[_NAMES.index(options.name)]
     member = Member(
-        Terms(
+        JoinOptions(
             coordinators=[(host, _PORT) for host in hosts],
             secret=os.environ[SECRET].encode(),
             name=options.name,

@@ -20,12 +20,12 @@ from functools import partial
 
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.testing import inject
-from heteromesh.faults.testing.lab import Lab, Work, Worker
+from heteromesh.faults.testing.lab import Lab, LabWork, Worker
 
 
 def main() -> int:
     options = _options()
-    work = Work(bytes=int(options.megabytes * (1 << 20)), collectives=options.collectives)
+    work = LabWork(bytes=int(options.megabytes * (1 << 20)), collectives=options.collectives)
     with Lab(work, size=options.processes, timing=Timing(silence=options.silence)) as lab:
         what = _churn(lab, options) if options.churn else _faults(lab, options)
         faults, stall, commits = lab.history().faults(), lab.history().longest_stall(), len(lab.history().events)

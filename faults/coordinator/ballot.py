@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 
 from heteromesh.faults.coordinator.election import Election
 from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.membership import Applicant
-from heteromesh.faults.wire.messages import Message
 
 _CANDIDACY = 0.8
 """Seconds after which a candidate without a quorum gives up, so that its voters may find another one."""
@@ -42,10 +40,6 @@ class Ballot:
         self._over = True
         for task in self._probing.values():
             task.cancel()
-
-    def add(self, message: Message) -> tuple[int, Applicant] | str:
-        """A member's rejoin message; the reason when it is refused."""
-        return self.election.add(message)
 
     def lose(self, member: int) -> None:
         """Its connection has ended."""

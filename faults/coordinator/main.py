@@ -77,7 +77,7 @@ def read_bounds(text: str) -> Bounds:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     try:
         if match is not None:
-            return Bounds(least=int(match[1]), most=int(match[2] or match[1]))
+            return Bounds(min=int(match[1]), max=int(match[2] or match[1]))
     except ValueError:
         pass
     raise UserError(f"--members {text} is not MIN:MAX with 1 <= MIN <= MAX <= 256: write for example 4:8")

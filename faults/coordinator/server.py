@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 
 from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor
 from heteromesh.comm.tcp.info import tcp_info
@@ -21,9 +21,31 @@ from heteromesh.faults.coordinator.ballot import Ballot
 from heteromesh.faults.coordinator.election import Election
 from heteromesh.faults.diagnosis.monitor import Monitor
 from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.liveness import Pulse, silent, stalled, stuck
-from heteromesh.faults.membership.membership import WORLD, Applicant, Bounds, Membership, Order, Why
-from heteromesh.faults.wire.messages import Message, Wire
+from heteromesh.faults.membership.liveness import MemberLiveness, silent, stalled, stuck
+from heteromesh.faults.membership.membership import Bounds, LossReason, Membership, Order
+from heteromesh.faults.wire.codec import Wire, encode
+from heteromesh.faults.wire.messages import (
+    Alive,
+    ControlMessage,
+    EndJob,
+    Evicted,
+    FromCoordinator,
+    Healed,
+    Heartbeat,
+    JobStopped,
+    Join,
+    JoinInfo,
+    Leave,
+    LinkFailed,
+    Malformed,
+    MemberDied,
+    NewEpoch,
+    OperationReport,
+    Refused,
+    Rejoin,
+    Vote,
+    Welcome,
+)
 
 _READ = 1 << 16
 
@@ -31,15 +53,18 @@ _READ = 1 << 16
 class _Line:
     """One member's control connection."""
 
-    def __init__(self, wire: Wire, writer: asyncio.StreamWriter, pulse: Pulse) -> None:
-        self.wire, self.writer, self.pulse = wire, writer, pulse
+    def __init__(self, wire: Wire, writer: asyncio.StreamWriter, liveness: MemberLiveness) -> None:
+        self.wire, self.writer, self.liveness = wire, writer, liveness
         self.member: int | None = None
         self.spoke = 0.0
 
-    def send(self, message: Message) -> None:
+    def send(self, message: FromCoordinator) -> None:
+        self.write(encode(message))
+
+    def write(self, body: bytes) -> None:
         self.spoke = time.monotonic()
         if not self.writer.is_closing():
-            self.writer.write(self.wire.pack(message))
+            self.writer.write(self.wire.seal(body))
 
     def deaf(self) -> bool:
         """Whether the member's kernel does not acknowledge what was sent."""
@@ -160,72 +185,82 @@ class Coordinator:
         head = await reader.readexactly(ANSWER_HEAD)
         _, proof = acceptor.check(head, await reader.readexactly(acceptor.rest(head)))
         writer.write(proof)
-        return _Line(Wire(acceptor.session, "coordinator"), writer, Pulse(self.timing, time.monotonic()))
+        return _Line(Wire(acceptor.session, "coordinator"), writer, MemberLiveness(self.timing, time.monotonic()))
 
-    def _heard(self, line: _Line, message: Message) -> None:
-        kind, now = message["kind"], time.monotonic()
-        if kind == "join" and line.member is None:
-            self._join(line, message)
-        elif kind == "rejoin" and line.member is None:
-            self._rejoin(line, message)
-        elif line.member is None or line.member not in self._lines:
+    def _heard(self, line: _Line, message: ControlMessage) -> None:
+        member = line.member
+        if member is None:
+            self._introduced(line, message)
+        elif member not in self._lines:
             self.membership.counts["fenced"] += 1  # what a member says after its eviction
-        elif kind == "hb":
-            line.pulse.beat(message, now)
-            self.membership.knows(line.member, message.get("epoch"))
-            if self._patience is not None:
-                self._act(())
-        elif kind == "fin":
-            self._act(self.membership.finish(line.member, message))
-        elif kind == "healed":
-            self._act(self.membership.healed(line.member, message))
-        elif kind == "fail":
-            self._loop.call_later(self.timing.verdict, self._failed, line.member, message)
-        elif kind == "group":
-            self._act(self.membership.declare(line.member, message))
-        elif kind == "dead" and isinstance(message.get("member"), int):
-            self._gone(message["member"], "died")
-        elif kind == "leave":
-            self._gone(line.member, "left")
-        elif kind == "over":
-            self._end(str(message.get("reason")))
-        elif kind == "records" and self.monitor.heard(line.member, message, now):
-            pass
         else:
-            self.membership.counts["malformed"] += 1
+            self._told(line, member, message, time.monotonic())
 
-    def _join(self, line: _Line, message: Message) -> None:
+    def _introduced(self, line: _Line, message: ControlMessage) -> None:
+        match message:
+            case Join(info):
+                self._join(line, info)
+            case Rejoin():
+                self._rejoin(line, message)
+            case Malformed("join" | "rejoin" as kind):
+                line.send(Refused(f"a {kind} message that is malformed"))
+            case _:
+                self.membership.counts["fenced"] += 1
+
+    def _told(self, line: _Line, member: int, message: ControlMessage, now: float) -> None:
+        match message:
+            case Heartbeat():
+                line.liveness.beat(message, now)
+                self.membership.knows(member, message.epoch)
+                if self._patience is not None:
+                    self._act(())
+            case Malformed("hb"):
+                line.liveness.beat(None, now)
+            case Vote():
+                self._act(self.membership.vote(member, message))
+            case Healed():
+                self._act(self.membership.healed(member, message))
+            case LinkFailed():
+                self._loop.call_later(self.timing.verdict, self._failed, member, message)
+            case MemberDied(dead):
+                self._gone(dead, "died")
+            case Leave():
+                self._gone(member, "left")
+            case EndJob(reason):
+                self._end(reason)
+            case OperationReport():
+                self.monitor.heard(member, message, now)
+            case _:
+                self.membership.counts["malformed"] += 1
+
+    def _join(self, line: _Line, info: JoinInfo) -> None:
         if self.membership.electing:
             line.writer.close()  # it comes again when there is a job to join
             return
-        applicant = Applicant.read(message)
-        answer = "a join message that is malformed" if applicant is None else self.membership.join(applicant)
+        answer = self.membership.join(info)
         if isinstance(answer, str):
-            line.send({"kind": "refused", "reason": answer})
+            line.send(Refused(answer))
             return
         line.member = answer
         self._lines[answer] = line
         line.send(self._welcome(answer))
-        full = len(self.membership.people) >= self.membership.bounds.most
+        full = len(self.membership.people) >= self.membership.bounds.max
         if not self.membership.started and self.timing.gather and not full:
             self._loop.call_later(self.timing.gather, lambda: self._act(self.membership.admit()))
         else:
             self._act(self.membership.admit())
 
-    def _rejoin(self, line: _Line, message: Message) -> None:
+    def _rejoin(self, line: _Line, message: Rejoin) -> None:
         if self._ballot is None or not self.membership.electing:
             if self._patience is not None:
                 line.writer.close()  # it comes again when this is decided
             else:
-                line.send({"kind": "refused", "reason": f"member {message.get('member')} was put out of the job"})
+                line.send(Refused(f"member {message.member} was put out of the job"))
             return
-        answer = self._ballot.add(message)
-        if isinstance(answer, str):
-            line.send({"kind": "refused", "reason": answer})
-            return
-        line.member, person = answer
-        self.membership.facts = self.membership.facts or dict(person.facts)
-        self.membership.people[line.member] = person
+        self._ballot.election.add(message)
+        line.member = message.member
+        self.membership.facts = self.membership.facts or dict(message.info.facts)
+        self.membership.people[line.member] = message.info
         self._lines[line.member] = line
         line.send(self._welcome(line.member))
         self._ballot.look()
@@ -247,21 +282,16 @@ class Coordinator:
         self.ended = self.ended or reason  # members that leave afterwards would change the reason
         self._stopping.set()
 
-    def _welcome(self, member: int) -> Message:
-        return {
-            "kind": "welcome",
-            "member": member,
-            "bounds": asdict(self.membership.bounds),
-            "timing": asdict(self.timing),
-        }
+    def _welcome(self, member: int) -> Welcome:
+        return Welcome(member=member, bounds=self.membership.bounds, timing=self.timing)
 
-    def _failed(self, member: int, message: Message) -> None:
+    def _failed(self, member: int, message: LinkFailed) -> None:
         self._act(self.membership.failed(member, message))
 
-    def _gone(self, member: int, why: Why) -> None:
+    def _gone(self, member: int, why: LossReason) -> None:
         self._lost([member], why)
 
-    def _lost(self, members: Sequence[int], why: Why) -> None:
+    def _lost(self, members: Sequence[int], why: LossReason) -> None:
         lost = [m for m in members if m in self.membership.people]
         if lost:
             self._act(self.membership.lose_all(lost, why))
@@ -271,25 +301,29 @@ class Coordinator:
 
     def _act(self, orders: Iterable[Order]) -> None:
         self._held += orders
-        outvoted = self.membership.outvoted()
-        if outvoted is not None:
-            self._hold(outvoted)
+        lost_quorum = self.membership.lost_quorum()
+        if lost_quorum is not None:
+            self._hold(lost_quorum)
             return
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
         orders, self._held = self._held, []
-        for _, message in orders:
-            if message["kind"] == "config" and message["group"] == WORLD:
-                message["bases"] = self.membership.bases
+        sets = self.membership.say()
         gone: list[int] = []
+        bodies: dict[int, bytes] = {}  # most messages go to many members: each is encoded once
         self.monitor.observe(self.membership, orders)
         for member, message in orders:
             line = self._lines.get(member)
-            if line is not None:
-                line.send(message)
-                if message["kind"] == "fenced":
-                    gone.append(member)
+            if line is None:
+                continue
+            if id(message) not in bodies:
+                # what was held back says who has a say now
+                now = replace(message, quorum_sets=sets) if isinstance(message, NewEpoch) else message
+                bodies[id(message)] = encode(now)
+            line.write(bodies[id(message)])
+            if isinstance(message, Evicted):
+                gone.append(member)
         for member in [*gone, *(m for m in self._lines if m not in self.membership.people)]:
             line = self._lines.pop(member, None)
             if line is not None:
@@ -298,17 +332,17 @@ class Coordinator:
         if reason is not None:
             self._end(reason)
 
-    def _hold(self, outvoted: str) -> None:
+    def _hold(self, reason: str) -> None:
         """Says nothing more: ends, unless those who are left may still turn out to be a quorum of a newer epoch."""
-        if not self.membership.hopeful():
-            self._step_down(outvoted)
+        if not self.membership.may_regain_quorum():
+            self._step_down(reason)
         elif self._patience is None:
-            self._patience = self._loop.call_later(self.timing.silence, self._step_down, outvoted)
+            self._patience = self._loop.call_later(self.timing.silence, self._step_down, reason)
 
     def _end(self, reason: str) -> None:
         self.monitor.ended(reason)
         for member, line in list(self._lines.items()):
-            line.send({"kind": "stop", "reason": reason})
+            line.send(JobStopped(reason))
             del self.membership.people[member]
             line.writer.close()
         self._lines.clear()
@@ -324,48 +358,47 @@ class Coordinator:
             if late > period:
                 # this process did not run: what the others sent meanwhile is still unread
                 for line in self._lines.values():
-                    line.pulse.forgive(late)
+                    line.liveness.compensate(late)
             due = now + period
             with suppress(ConnectionError):
                 self._inspect(now)
                 for line in self._lines.values():
                     # one that has become quiet is spoken to: its kernel answers, or it does not
-                    quiet = now - line.pulse.seen > self.timing.silence / 4
+                    quiet = now - line.liveness.seen > self.timing.silence / 4
                     if quiet or now - line.spoke > self.timing.hang / 8:
-                        line.send({"kind": "alive"})
+                        line.send(Alive())
 
     def _inspect(self, now: float) -> None:
-        pulses = {m: line.pulse for m, line in self._lines.items()}
-        quiet = [m for m in silent(pulses, now) if not self.monitor.moves(m, now)]
+        liveness = {m: line.liveness for m, line in self._lines.items()}
+        quiet = [m for m in silent(liveness, now) if not self.monitor.moves(m, now)]
         for member in quiet:
             self.monitor.hung(self.membership, "silent", [member], deaf=self._lines[member].deaf())
         self._lost(quiet, "silent")
-        for member in stuck(pulses, self.membership.groups, now):
+        for member in stuck(liveness, self.membership.world, now):
             self.monitor.hung(self.membership, "stuck", [member])
             self._gone(member, "stuck")
-        for group in list(self.membership.groups.values()):
-            pairs = stalled({m: line.pulse for m, line in self._lines.items()}, group, now)
-            pairs = pairs or self.monitor.dead_links(group, now, 2 * self.timing.silence)
-            if pairs:
-                self.monitor.hung(self.membership, "stalled", pairs[0])
-                self.membership.counts["stalled links"] += len(pairs)
-                self._act(self.membership.suspect_links(group, pairs))
-                for member in group.members:
-                    if member in self._lines:
-                        self._lines[member].pulse.ticked = now
+        pairs = stalled({m: line.liveness for m, line in self._lines.items()}, self.membership.world, now)
+        pairs = pairs or self.monitor.dead_links(self.membership.world, now, 2 * self.timing.silence)
+        if pairs:
+            self.monitor.hung(self.membership, "stalled", pairs[0])
+            self.membership.counts["stalled links"] += len(pairs)
+            self._act(self.membership.suspect_links(pairs))
+            for member in self.membership.world.members:
+                if member in self._lines:
+                    self._lines[member].liveness.ticked = now
         for member in self.monitor.slow(self.membership, now):
             self._gone(member, "slow")
         self._count_down(now)
 
     def _count_down(self, now: float) -> None:
         world = self.membership.world
-        if not world.members or len(world.members) >= self.membership.bounds.least:
+        if not world.members or len(world.members) >= self.membership.bounds.min:
             self._short = 0.0
             return
         self._short = self._short or now
         if now - self._short > self.timing.patience:
             self._end(
-                f"{len(world.members)} members are left and the job needs {self.membership.bounds.least}: "
+                f"{len(world.members)} members are left and the job needs {self.membership.bounds.min}: "
                 f"nobody joined within {self.timing.patience:g} s"
             )
 

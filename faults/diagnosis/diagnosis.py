@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from heteromesh.faults.diagnosis.reports import Link, Report
+from heteromesh.faults.wire.messages import LinkUse, OperationReport
 
 Syndrome = Literal["communication hang", "non-communication hang", "communication slow", "non-communication slow"]
 Place = Literal["member", "link", "sender", "receiver", "card"]
@@ -30,14 +30,13 @@ LEAST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class Diagnosis:
     """One syndrome and its culprit."""
 
     syndrome: Syndrome
     place: Place
     members: tuple[int, ...]
     """The culprit's id; of a link (sender, receiver)."""
-    group: str
     operation: str
     """The collective that waits, or waited last."""
     sequence: int
@@ -57,8 +56,8 @@ class Finding:
 class Window:
     """What a member did between two reports of one epoch."""
 
-    before: Report
-    after: Report
+    before: OperationReport
+    after: OperationReport
 
     @property
     def seconds(self) -> float:
@@ -91,8 +90,8 @@ class Window:
             return float("inf")
         return after.busy - after.receiver_limited - before.busy + before.receiver_limited
 
-    def _links(self, other: int) -> tuple[Link, Link]:
-        return self.before.links.get(other, Link()), self.after.links.get(other, Link())
+    def _links(self, other: int) -> tuple[LinkUse, LinkUse]:
+        return self.before.links.get(other, LinkUse()), self.after.links.get(other, LinkUse())
 
 
 def delays(windows: Mapping[int, Window]) -> dict[Cell, float]:
@@ -107,13 +106,13 @@ def delays(windows: Mapping[int, Window]) -> dict[Cell, float]:
     return found
 
 
-def slow(windows: Mapping[int, Window]) -> Finding | None:
+def slow(windows: Mapping[int, Window]) -> Diagnosis | None:
     """What slows the job down most, when that is worth saying."""
     found = [finding for finding in (slow_network(windows), slow_member(windows)) if finding is not None]
     return max(found, key=lambda finding: finding.lost, default=None)
 
 
-def slow_network(windows: Mapping[int, Window]) -> Finding | None:
+def slow_network(windows: Mapping[int, Window]) -> Diagnosis | None:
     """Communication slow: the hot cells of the delay matrix, and whether they are a row, a column or both."""
     matrix = delays(windows)
     if len(matrix) < 2:
@@ -126,11 +125,10 @@ def slow_network(windows: Mapping[int, Window]) -> Finding | None:
         return None
     place, members = _place(matrix, hot, worst)
     last = windows[worst[1]].after
-    return Finding(
+    return Diagnosis(
         syndrome="communication slow",
         place=place,
         members=members,
-        group=last.group,
         operation=last.name,
         sequence=last.entered,
         why=f"{1e-6 / matrix[worst]:.3g} MB/s, 1/{hot[worst]:.0f} of what a usual link carries",
@@ -163,7 +161,7 @@ def _place(matrix: Collection[Cell], hot: Mapping[Cell, float], worst: Cell) -> 
     return ("sender", "receiver")[end], (member,)
 
 
-def slow_member(windows: Mapping[int, Window]) -> Finding | None:
+def slow_member(windows: Mapping[int, Window]) -> Diagnosis | None:
     """Non-communication slow: the others wait for a member that itself waits least."""
     if len(windows) < 2:
         return None
@@ -177,11 +175,10 @@ def slow_member(windows: Mapping[int, Window]) -> Finding | None:
     if awaited[worst] - own < SHARE * seconds or own > others / 2:
         return None
     last = windows[worst].after
-    return Finding(
+    return Diagnosis(
         syndrome="non-communication slow",
         place="member",
         members=(worst,),
-        group=last.group,
         operation=last.name,
         sequence=last.entered,
         why=f"the others wait for it {awaited[worst] / seconds:.0%} of the time, it waits {own / seconds:.0%}",
@@ -189,7 +186,9 @@ def slow_member(windows: Mapping[int, Window]) -> Finding | None:
     )
 
 
-def hang(reports: Mapping[int, Report], quiet: Collection[int] = (), *, deaf: bool = False) -> Finding | None:
+def hang(
+    reports: Mapping[int, OperationReport], quiet: Collection[int] = (), *, deaf: bool = False
+) -> Diagnosis | None:
     """What a group that does not go on waits for.
 
     `reports`: the newest; `quiet`: members that send none any more; `deaf`: the coordinator is not answered either.
@@ -203,7 +202,7 @@ def hang(reports: Mapping[int, Report], quiet: Collection[int] = (), *, deaf: bo
     return _absent(talking) or _dead_link(talking) or _deaf(talking)
 
 
-def dead_links(reports: Mapping[int, Report]) -> list[Cell]:
+def dead_links(reports: Mapping[int, OperationReport]) -> list[Cell]:
     """Pairs of members whose bytes somebody waits for, and do not reach the other's kernel: (lower, higher).
 
     The one that waits may be the only one: the other has handed its bytes to its own kernel and is done.
@@ -212,29 +211,28 @@ def dead_links(reports: Mapping[int, Report]) -> list[Cell]:
     return sorted((a, b) for a, b in awaited if _dead(reports, a, b) or _dead(reports, b, a))
 
 
-def _dead(reports: Mapping[int, Report], a: int, b: int) -> bool:
+def _dead(reports: Mapping[int, OperationReport], a: int, b: int) -> bool:
     """Whether b's kernel does not acknowledge what a sends."""
     link = reports[a].links.get(b)
     return link is not None and link.tcp.retrying > 0
 
 
 def _finding(
-    reports: Mapping[int, Report], syndrome: Syndrome, place: Place, members: Cell | tuple[int], why: str
-) -> Finding:
+    reports: Mapping[int, OperationReport], syndrome: Syndrome, place: Place, members: Cell | tuple[int], why: str
+) -> Diagnosis:
     """In the collective that the first in it is in."""
     last = max(reports.values(), key=lambda r: (r.entered, r.within))
-    return Finding(
+    return Diagnosis(
         syndrome=syndrome,
         place=place,
         members=members,
-        group=last.group,
         operation=last.name,
         sequence=last.entered,
         why=why,
     )
 
 
-def _quiet(reports: Mapping[int, Report], member: int, deaf: bool) -> Finding:
+def _quiet(reports: Mapping[int, OperationReport], member: int, deaf: bool) -> Diagnosis:
     """A process that is stopped still has a kernel that acknowledges; a lost host or cable has not."""
     unheard = [m for m in reports if m != member and _dead(reports, m, member)]
     if unheard or deaf:
@@ -246,7 +244,7 @@ def _quiet(reports: Mapping[int, Report], member: int, deaf: bool) -> Finding:
     )
 
 
-def _absent(reports: Mapping[int, Report]) -> Finding | None:
+def _absent(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
     """The member that has not entered the collective in which others wait."""
     last = max(r.entered for r in reports.values())
     behind = [m for m, r in reports.items() if r.entered < last and not r.within]
@@ -258,7 +256,7 @@ def _absent(reports: Mapping[int, Report]) -> Finding | None:
     return _finding(reports, "non-communication hang", "member", (culprit,), why)
 
 
-def _dead_link(reports: Mapping[int, Report]) -> Finding | None:
+def _dead_link(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
     """All are in the collective: the connection on which nothing is acknowledged, or on which both ends wait."""
     pairs = [(a, b) for a in reports for b in reports if a < b]
     dead = [(a, b) for a, b in pairs if _dead(reports, a, b) or _dead(reports, b, a)]
@@ -274,7 +272,7 @@ def _dead_link(reports: Mapping[int, Report]) -> Finding | None:
     return _finding(reports, "communication hang", "link", dead[0], why)
 
 
-def _deaf(reports: Mapping[int, Report]) -> Finding | None:
+def _deaf(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
     """A member that is in the collective, waits for nobody, and is waited for: it computes, or does nothing."""
     idle = [m for m, r in reports.items() if not r.waiting and any(m in o.waiting for o in reports.values())]
     if not idle:

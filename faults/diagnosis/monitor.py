@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from heteromesh.faults.diagnosis.diagnosis import Finding, Window, dead_links, delays, hang, slow
+from heteromesh.faults.diagnosis.diagnosis import Diagnosis, Window, dead_links, delays, hang, slow
 from heteromesh.faults.diagnosis.events import Events
-from heteromesh.faults.diagnosis.policy import Action, Choice, Situation, choose
-from heteromesh.faults.diagnosis.reports import PERIOD, Report, read
+from heteromesh.faults.diagnosis.policy import Eviction, Situation, price_eviction
+from heteromesh.faults.diagnosis.reports import PERIOD
 from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.membership import Membership, Order
-from heteromesh.faults.wire.messages import Message
+from heteromesh.faults.wire.messages import Evicted, OperationReport
 
 SPAN = 2.0
 """Seconds of reports that a diagnosis of slowness compares."""
@@ -25,6 +25,8 @@ _TIMES = 3
 _RECORD = 10.0
 """Seconds between two delay matrices among the events."""
 _FRESH = 1.0
+WORLD = "world"
+"""What lines and events call all members of the job."""
 _log = logging.getLogger("heteromesh.faults")
 
 
@@ -32,20 +34,20 @@ _log = logging.getLogger("heteromesh.faults")
 class _Trouble:
     """A slowness that lasts."""
 
-    finding: Finding
+    finding: Diagnosis
     looks: int = 1
     missed: int = 0
     steps: int = 0
     """Steps when it was first seen."""
-    said: Action | None = None
+    said: str | None = None
     """What the last line about it says was done."""
 
 
 @dataclass(slots=True)
-class _Ward:
-    """What is known of one group."""
+class _GroupStatus:
+    """What is known of the job's members together."""
 
-    reports: dict[int, deque[tuple[float, Report]]] = field(default_factory=dict)
+    reports: dict[int, deque[tuple[float, OperationReport]]] = field(default_factory=dict)
     commits: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
     trouble: _Trouble | None = None
     epoch: int = 0
@@ -54,7 +56,7 @@ class _Ward:
     dead: dict[tuple[int, int], float] = field(default_factory=dict)
     """Links on which nothing is acknowledged, and since when."""
 
-    def newest(self, members: Collection[int]) -> dict[int, Report]:
+    def newest(self, members: Collection[int]) -> dict[int, OperationReport]:
         """Of the newest epoch that anybody has reported of."""
         last = {m: held[-1][1] for m, held in self.reports.items() if held and m in members}
         epoch = max((r.epoch for r in last.values()), default=0)
@@ -93,47 +95,39 @@ class Monitor:
         Raises UserError when the directory cannot be written.
         """
         self.events = Events(directory)
-        self._say, self._steps = say, steps
-        self._able: frozenset[Action] = frozenset({"evict"}) if evicts else frozenset()
-        self._wards: dict[str, _Ward] = {}
+        self._say, self._steps, self._evicts = say, steps, evicts
+        self._status = _GroupStatus()
         self._names: dict[int, str] = {}
 
-    def heard(self, member: int, message: Message, now: float) -> bool:
-        """A report; False when it is malformed."""
-        report = read(message)
-        if report is None:
-            return False
-        held = self._ward(report.group).reports.setdefault(member, deque(maxlen=32))
+    def heard(self, member: int, report: OperationReport, now: float) -> None:
+        """Keeps a member's report."""
+        held = self._status.reports.setdefault(member, deque(maxlen=32))
         if held and held[-1][1].epoch != report.epoch:
             held.clear()
         held.append((now, report))
-        return True
 
     def observe(self, membership: Membership, orders: Iterable[Order]) -> None:
         """What has changed: who came, who went and why, which epochs began."""
-        reasons = {member: str(message.get("reason")) for member, message in orders if message["kind"] == "fenced"}
+        reasons = {member: message.reason for member, message in orders if isinstance(message, Evicted)}
         for member in [m for m in self._names if m not in membership.people]:
             self._lost(member, reasons.get(member, "left"))
         for member, person in membership.people.items():
             if member not in self._names:
                 self._names[member] = f"{person.name} at {person.addresses[0][0]}"
                 self.events.add("joined", member=member, name=person.name, address=person.addresses[0][0])
-        for name, group in membership.groups.items():
-            ward = self._ward(name)
-            if ward.epoch != group.epoch:
-                ward.epoch, ward.trouble = group.epoch, None
-                ward.dead.clear()
-                names = [membership.people[m].name for m in group.members if m in membership.people]
-                self.events.add(
-                    "epoch",
-                    group=name,
-                    epoch=group.epoch,
-                    members=list(group.members),
-                    names=names,
-                    committed=group.committed,
-                )
-        for name in [n for n in self._wards if n not in membership.groups]:
-            del self._wards[name]
+        world, status = membership.world, self._status
+        if status.epoch != world.epoch:
+            status.epoch, status.trouble = world.epoch, None
+            status.dead.clear()
+            names = [membership.people[m].name for m in world.members if m in membership.people]
+            self.events.add(
+                "epoch",
+                group=WORLD,
+                epoch=world.epoch,
+                members=list(world.members),
+                names=names,
+                committed=world.committed,
+            )
 
     def ended(self, reason: str) -> None:
         """The job, or this coordinator's part in it, is over."""
@@ -145,61 +139,57 @@ class Monitor:
         `why`: "silent" or "stuck", the member is put out; "stalled", the two members' group connects again. `deaf`:
         the silent member's kernel does not acknowledge what it is sent.
         """
-        for group in membership.groups.values():
-            if not set(members) <= set(group.members):
-                continue
-            reports = self._ward(group.name).newest(group.members)
-            found = hang(reports, members if why == "silent" else (), deaf=deaf)
-            if why == "stalled":
-                done, fits = "connections are made again", found is not None and found.syndrome == "communication hang"
-            else:
-                done, fits = "evicted", found is not None and found.members == tuple(members)
-            if found is None or not fits:
-                found = _seen(group, reports, why, members)
-            self._tell(group, found, done, done)
+        world = membership.world
+        if not set(members) <= set(world.members):
+            return
+        reports = self._status.newest(world.members)
+        found = hang(reports, members if why == "silent" else (), deaf=deaf)
+        if why == "stalled":
+            done, fits = "connections are made again", found is not None and found.syndrome == "communication hang"
+        else:
+            done, fits = "evicted", found is not None and found.members == tuple(members)
+        if found is None or not fits:
+            found = _seen(reports, why, members)
+        self._tell(world, found, done, done)
 
     def moves(self, member: int, now: float) -> bool:
         """Whether others have just got bytes of a member, who cannot be dead then: its heartbeats are held up."""
-        for ward in self._wards.values():
-            for other, held in ward.reports.items():
-                if other == member or len(held) < 2 or now - held[-1][0] > 2 * PERIOD:
-                    continue
-                window = Window(held[-2][1], held[-1][1])
-                if window.received(member):
-                    return True
+        for other, held in self._status.reports.items():
+            if other == member or len(held) < 2 or now - held[-1][0] > 2 * PERIOD:
+                continue
+            if Window(held[-2][1], held[-1][1]).received(member):
+                return True
         return False
 
-    def dead_links(self, group: Epochs, now: float, seconds: float) -> list[tuple[int, int]]:
+    def dead_links(self, world: Epochs, now: float, seconds: float) -> list[tuple[int, int]]:
         """Pairs of members for whose bytes somebody has waited so long while none were acknowledged."""
-        ward = self._ward(group.name)
-        reports = ward.newest(group.members)
-        found = dead_links(reports) if any(r.epoch == group.epoch for r in reports.values()) else []
-        ward.dead = {pair: ward.dead.get(pair, now) for pair in found}
-        return [pair for pair, since in ward.dead.items() if now - since > seconds]
+        status = self._status
+        reports = status.newest(world.members)
+        found = dead_links(reports) if any(r.epoch == world.epoch for r in reports.values()) else []
+        status.dead = {pair: status.dead.get(pair, now) for pair in found}
+        return [pair for pair, since in status.dead.items() if now - since > seconds]
 
     def slow(self, membership: Membership, now: float) -> list[int]:
-        """Looks for slowness; the members that must be put out for it."""
-        out: list[int] = []
-        for group in membership.groups.values():
-            ward = self._ward(group.name)
-            if now - ward.looked < _EVERY:
-                continue
-            ward.looked = now
-            ward.commits.append((now, group.committed))
-            windows = ward.windows(group.members, now)
-            if len(windows) < 2:
-                continue
-            if now - ward.recorded >= _RECORD:
-                ward.recorded = now
-                self._record(group, windows)
-            self._follow(ward, slow(windows), group)
-            if ward.trouble is not None and ward.trouble.looks >= _TIMES:
-                out += self._advise(membership, group, ward, windows)
-        return out
+        """Looks for slowness; returns the members that must be put out for it."""
+        status, world = self._status, membership.world
+        if now - status.looked < _EVERY:
+            return []
+        status.looked = now
+        status.commits.append((now, world.committed))
+        windows = status.windows(world.members, now)
+        if len(windows) < 2:
+            return []
+        if now - status.recorded >= _RECORD:
+            status.recorded = now
+            self._record(world, windows)
+        self._follow(status, slow(windows), world)
+        if status.trouble is not None and status.trouble.looks >= _TIMES:
+            return self._advise(membership, world, status, windows)
+        return []
 
-    def _follow(self, ward: _Ward, found: Finding | None, group: Epochs) -> None:
+    def _follow(self, status: _GroupStatus, found: Diagnosis | None, world: Epochs) -> None:
         """The same finding again, another one, or none any more."""
-        trouble = ward.trouble
+        trouble = status.trouble
         if trouble is not None and found is not None and found.key == trouble.finding.key:
             trouble.finding, trouble.looks, trouble.missed = found, trouble.looks + 1, 0
             return
@@ -208,91 +198,89 @@ class Monitor:
             return
         if trouble is not None and trouble.said is not None:
             self.events.add("cleared", syndrome=trouble.finding.syndrome, members=list(trouble.finding.members))
-        ward.trouble = None if found is None else _Trouble(found, steps=group.committed)
+        status.trouble = None if found is None else _Trouble(found, steps=world.committed)
 
-    def _advise(self, membership: Membership, group: Epochs, ward: _Ward, windows: dict[int, Window]) -> list[int]:
-        trouble = ward.trouble
+    def _advise(
+        self, membership: Membership, world: Epochs, status: _GroupStatus, windows: dict[int, Window]
+    ) -> list[int]:
+        trouble = status.trouble
         assert trouble is not None
+        since = world.committed - trouble.steps
         situation = Situation(
-            members=len(group.members),
-            least=membership.bounds.least,
-            step_seconds=_step_seconds(ward, windows),
-            steps_left=group.committed - trouble.steps
-            if self._steps is None
-            else max(0, self._steps - group.committed),
+            members=len(world.members),
+            min_members=membership.bounds.min,
+            step_seconds=_step_seconds(status, windows),
+            steps_left=since if self._steps is None else max(0, self._steps - world.committed),
         )
-        done, best = choose(trouble.finding, situation, self._able)
-        if done.action != trouble.said:
-            trouble.said = done.action
-            self._record(group, windows)
-            self._tell(group, trouble.finding, done.action, _done(done, best, situation))
-        return list(trouble.finding.members) if done.action == "evict" else []
+        eviction = price_eviction(trouble.finding, situation)
+        evicts = self._evicts and eviction is not None and eviction.saves > 0
+        action = "evict" if evicts else "ignore"
+        if action != trouble.said:
+            trouble.said = action
+            self._record(world, windows)
+            self._tell(world, trouble.finding, action, "evicted" if evicts else _not_done(eviction, situation))
+        return list(trouble.finding.members) if evicts else []
 
-    def _tell(self, group: Epochs, found: Finding, action: str, done: str) -> None:
+    def _tell(self, world: Epochs, found: Diagnosis, action: str, done: str) -> None:
         self.events.add(
             "diagnosis",
             syndrome=found.syndrome,
             place=found.place,
             members=list(found.members),
             names=[self._names.get(m, "").partition(" at ")[0] for m in found.members],
-            ranks=[group.members.index(m) for m in found.members if m in group.members],
-            group=group.name,
-            epoch=group.epoch,
+            ranks=[world.members.index(m) for m in found.members if m in world.members],
+            group=WORLD,
+            epoch=world.epoch,
             operation=found.operation,
             sequence=found.sequence,
             why=found.why,
             lost=round(found.lost, 3),
             action=action,
         )
-        where = f"{found.operation or 'no collective yet'} {found.sequence} of group {group.name}"
-        self._say(f"{found.syndrome}: {self._who(group, found)} in {where}: {found.why}; done: {done}")
+        where = f"{found.operation or 'no collective yet'} {found.sequence} of group {WORLD}"
+        self._say(f"{found.syndrome}: {self._who(world, found)} in {where}: {found.why}; done: {done}")
 
-    def _who(self, group: Epochs, found: Finding) -> str:
-        each = [self._person(group, m) for m in found.members]
+    def _who(self, world: Epochs, found: Diagnosis) -> str:
+        each = [self._person(world, m) for m in found.members]
         if found.place == "link":
             return f"link {each[0]} to {each[1]}"
         return {"sender": "sending of ", "receiver": "receiving of ", "card": "network card of "}.get(
             found.place, ""
         ) + each[0]
 
-    def _person(self, group: Epochs, member: int) -> str:
-        rank = f"rank {group.members.index(member)}" if member in group.members else f"member {member}"
+    def _person(self, world: Epochs, member: int) -> str:
+        rank = f"rank {world.members.index(member)}" if member in world.members else f"member {member}"
         return f"{rank} ({self._names.get(member, 'unknown')})"
 
     def _lost(self, member: int, reason: str) -> None:
         name = self._names.pop(member)
         self.events.add("lost", member=member, name=name.partition(" at ")[0], reason=reason)
-        for ward in self._wards.values():
-            ward.reports.pop(member, None)
+        self._status.reports.pop(member, None)
         if reason not in ("left", "silent", "stuck", "slow"):  # said already, or nothing to say
             self._say(f"member {member} ({name}) is lost: {reason}; done: the others go on without it")
 
-    def _record(self, group: Epochs, windows: dict[int, Window]) -> None:
+    def _record(self, world: Epochs, windows: dict[int, Window]) -> None:
         if not self.events.kept:
             return
         matrix = delays(windows)
         self.events.add(
             "records",
-            group=group.name,
-            epoch=group.epoch,
-            names=[self._names.get(m, "").partition(" at ")[0] for m in group.members],
-            delays=[[matrix.get((s, r)) for r in group.members] for s in group.members],
-            seconds=[round(windows[m].seconds, 3) for m in group.members],
-            blocked=[round(windows[m].blocked, 3) for m in group.members],
+            group=WORLD,
+            epoch=world.epoch,
+            names=[self._names.get(m, "").partition(" at ")[0] for m in world.members],
+            delays=[[matrix.get((s, r)) for r in world.members] for s in world.members],
+            seconds=[round(windows[m].seconds, 3) for m in world.members],
+            blocked=[round(windows[m].blocked, 3) for m in world.members],
         )
 
-    def _ward(self, group: str) -> _Ward:
-        return self._wards.setdefault(group, _Ward())
 
-
-def _seen(group: Epochs, reports: dict[int, Report], why: str, members: Sequence[int]) -> Finding:
+def _seen(reports: dict[int, OperationReport], why: str, members: Sequence[int]) -> Diagnosis:
     """What the heartbeats alone tell."""
     last = max(reports.values(), key=lambda r: r.entered, default=None)
-    return Finding(
+    return Diagnosis(
         syndrome="communication hang" if why == "stalled" else "non-communication hang",
         place="link" if why == "stalled" else "member",
         members=tuple(members),
-        group=group.name,
         operation=last.name if last is not None else "",
         sequence=last.entered if last is not None else 0,
         why={"silent": "no sign of life", "stuck": "it does nothing while others wait"}.get(
@@ -301,9 +289,9 @@ def _seen(group: Epochs, reports: dict[int, Report], why: str, members: Sequence
     )
 
 
-def _step_seconds(ward: _Ward, windows: dict[int, Window]) -> float:
+def _step_seconds(status: _GroupStatus, windows: dict[int, Window]) -> float:
     """Of the last commits, or of the collectives where nothing is committed."""
-    recent = [(t, n) for t, n in ward.commits if ward.commits[-1][0] - t <= 10 * SPAN]
+    recent = [(t, n) for t, n in status.commits if status.commits[-1][0] - t <= 10 * SPAN]
     steps = recent[-1][1] - recent[0][1]
     if steps > 0:
         return (recent[-1][0] - recent[0][0]) / steps
@@ -311,9 +299,7 @@ def _step_seconds(ward: _Ward, windows: dict[int, Window]) -> float:
     return window.seconds / max(1, window.after.finished - window.before.finished)
 
 
-def _done(done: Choice, best: Choice, situation: Situation) -> str:
-    if done.action != "ignore":
-        return {"evict": "evicted"}.get(done.action, done.action)
-    if best.action == "ignore":
+def _not_done(eviction: Eviction | None, situation: Situation) -> str:
+    if eviction is None or eviction.each <= 0:
         return "nothing, no action would help"
-    return f"nothing yet (to {best.action} would save {best.each:.3g} s of a step's {situation.step_seconds:.3g} s)"
+    return f"nothing yet (to evict would save {eviction.each:.3g} s of a step's {situation.step_seconds:.3g} s)"

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from heteromesh.comm.tcp.abort import GroupAborted
-from heteromesh.faults.member.group import Group
+from heteromesh.faults.member.group import EpochGroup
 from heteromesh.faults.member.state_transfer import heal
 from heteromesh.faults.membership.view import View
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Decided(Generic[T]):
+class AtomicStep(Generic[T]):
     """A committed step and what its body returned in the attempt that was committed."""
 
     step: int
@@ -71,7 +71,7 @@ class Steps:
 
     def __init__(
         self,
-        group: Group,
+        group: EpochGroup,
         state: Callable[[], Any] = _nothing,
         adopt: Callable[[Any], None] | None = None,
         *,
@@ -94,12 +94,12 @@ class Steps:
                 continue
 
     def atomic(
-        self, body: Callable[[Group], tuple[T, str]], meanwhile: Callable[[T], None] | None = None
-    ) -> Decided[T]:
+        self, body: Callable[[EpochGroup], tuple[T, str]], overlap: Callable[[T], None] | None = None
+    ) -> AtomicStep[T]:
         """Runs `body(group)` in one epoch and commits it; runs all of it again when the epoch ends first.
 
         `body` may call any collectives of the group, must not change its inputs, and returns a result and a digest
-        that must be equal on all members. `meanwhile(result)` hides the round trip of the commit: work on the result
+        that must be equal on all members. `overlap(result)` hides the round trip of the commit: work on the result
         that can be done again, should it not be committed. Raises Fenced and Stopped.
         """
         attempts = 0
@@ -108,15 +108,15 @@ class Steps:
             try:
                 view = self._enter()
                 result, digest = body(self._group)
-                self._group.tell({"kind": "fin", "step": self.step, "digest": digest})
-                if meanwhile is not None:
-                    meanwhile(result)
-                if not self._group.verdict(self.step):
+                self._group.vote(self.step, digest)
+                if overlap is not None:
+                    overlap(result)
+                if not self._group.decision(self.step):
                     continue
             except GroupAborted:
                 continue
             self.step += 1
-            return Decided(step=self.step - 1, view=view, result=result, digest=digest, attempts=attempts)
+            return AtomicStep(step=self.step - 1, view=view, result=result, digest=digest, attempts=attempts)
 
     def reduce(self, tensors: Sequence[torch.Tensor], *, contributes: bool = True) -> Commit:
         """Sums each tensor over the members; returns when that is committed, however many epochs it takes.
@@ -126,7 +126,7 @@ class Steps:
         """
         sources = self._pack(tensors)
 
-        def body(group: Group) -> tuple[Summation, str]:
+        def body(group: EpochGroup) -> tuple[Summation, str]:
             summed = self._sum(group, sources, tensors, contributes)
             return summed, summed.digest
 
@@ -142,7 +142,7 @@ class Steps:
             attempts=done.attempts,
         )
 
-    def sum(self, group: Group, tensors: Sequence[torch.Tensor]) -> Summation:
+    def sum(self, group: EpochGroup, tensors: Sequence[torch.Tensor]) -> Summation:
         """For a body of `atomic`: each tensor summed over the members. The sums are valid until the next ones."""
         return self._sum(group, self._pack(tensors), tensors, True)
 
@@ -155,7 +155,7 @@ class Steps:
             self._healed = view.epoch
             if mine:
                 self.step = view.committed
-                self._group.tell({"kind": "healed", "step": self.step})
+                self._group.healed(self.step)
         return view
 
     def _overwrite(self, received: Sequence[torch.Tensor]) -> None:
@@ -167,7 +167,7 @@ class Steps:
 
     def _sum(
         self,
-        group: Group,
+        group: EpochGroup,
         sources: dict[torch.dtype, torch.Tensor],
         tensors: Sequence[torch.Tensor],
         contributes: bool,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from heteromesh.faults.member.death_notice import Lease, Watcher, host_id
+from heteromesh.faults.wire.messages import JoinInfo
 
 
-class Kin:
+class HostPeers:
     """This process's lease and its watch over the next member of the same host."""
 
     def __init__(self, dead: Callable[[int], None]) -> None:
@@ -28,11 +28,11 @@ class Kin:
                 self.host = ""  # no notice then; a death shows when the connection ends
         self.path = self._lease.path if self._lease is not None else ""
 
-    def watch(self, me: int, members: Sequence[int], people: Sequence[dict[str, Any]]) -> None:
+    def watch(self, me: int, members: Sequence[int], people: Sequence[JoinInfo]) -> None:
         """A new epoch: watches the next member on this host instead of the one before."""
         if not self.host:
             return
-        here = [(m, p["notice"]) for m, p in zip(members, people, strict=True) if p["host"] == self.host]
+        here = [(m, p.death_notice) for m, p in zip(members, people, strict=True) if p.host == self.host]
         index = next((i for i, (m, _) in enumerate(here) if m == me), None)
         member, path = (me, "") if index is None or len(here) == 1 else here[(index + 1) % len(here)]
         with self._lock:

@@ -13,24 +13,42 @@ from heteromesh.comm.tcp.abort import Abort, GroupAborted
 from heteromesh.comm.tcp.listen import Listener
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.member.group import Group
-from heteromesh.faults.member.host_watch import Kin
-from heteromesh.faults.member.rejoin import candidate, rejoin
-from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.liveness import Answers
-from heteromesh.faults.membership.membership import WORLD, Bounds
+from heteromesh.faults.member.group import EpochGroup
+from heteromesh.faults.member.host_watch import HostPeers
+from heteromesh.faults.member.rejoin import candidate, refusal, rejoin
+from heteromesh.faults.membership.liveness import CoordinatorLiveness
 from heteromesh.faults.membership.view import Fenced, Stopped, View, view_of
+from heteromesh.faults.wire.codec import WireError
 from heteromesh.faults.wire.control import Address, enrol
-from heteromesh.faults.wire.messages import Message
+from heteromesh.faults.wire.messages import (
+    ControlMessage,
+    EpochReport,
+    Evicted,
+    FromMember,
+    Healed,
+    Heartbeat,
+    JobStopped,
+    Join,
+    JoinInfo,
+    Leave,
+    Malformed,
+    MemberDied,
+    NewEpoch,
+    Rejoin,
+    CommitNotice,
+    TooFew,
+    Vote,
+    Welcome,
+)
 
 
 @dataclass(slots=True)
-class Seat:
-    """A member's place in one group, as the control thread keeps it."""
+class GroupState:
+    """What a member knows of its job's epochs, as the control thread keeps it."""
 
     view: View | None = None
     told: View | None = None
-    """The newest one that the coordinator was told to be known here; of the world group only."""
+    """The newest one that the coordinator was told to be known here."""
     committed: int = 0
     chain: str = ""
     agreed: int = -1
@@ -39,11 +57,10 @@ class Seat:
     """Whether this member still lacks the state of that view."""
     abort: Abort | None = None
     """The state of the epoch that the group's owner works in."""
-    group: Group | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
+class JoinOptions:
     """How to join a job."""
 
     coordinators: Sequence[Address]
@@ -67,7 +84,7 @@ class Terms:
 
 
 class Member:
-    """Made by `Member(terms)`, which blocks until the job has answered; `close` when done.
+    """Made by `Member(options)`, which blocks until the job has answered; `close` when done.
 
     `id` is this member's for good once it has been in an epoch; one that waits to join gets another when the
     coordinator is lost meanwhile.
@@ -75,141 +92,130 @@ class Member:
     Raises UserError when the job refuses this process, and ConnectionError when there is no coordinator.
     """
 
-    def __init__(self, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, options: JoinOptions) -> None:
+        self.options = options
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._seats: dict[str, Seat] = {WORLD: Seat()}
+        self._state = GroupState()
+        self._group = EpochGroup(self)
         self._over: Exception | None = None
         self._lost_at = 0.0
         """Since when there is no coordinator that has a quorum; 0 while there is one."""
         self._ticks = 0
-        self.listener = Listener(terms.secret, terms.hosts)
-        self._kin = Kin(self._report_death)
+        self.listener = Listener(options.secret, options.hosts)
+        self._peers = HostPeers(self._report_death)
         self._closing = Abort()
         try:
             self._candidate: Coordinator | None = None
             self.id = self._introduce()
         except BaseException:
-            self._kin.close()
+            self._peers.close()
             self.listener.close()
             self._closing.close()
             raise
         self._thread = threading.Thread(target=self._run, name="heteromesh-control", daemon=True)
         self._thread.start()
 
-    def _card(self) -> Message:
-        terms = self.terms
-        return {
-            "name": terms.name,
-            "addresses": self.listener.addresses,
-            "facts": terms.facts,
-            "step": terms.step,
-            "state": terms.state,
-            "notice": self._kin.path,
-            "host": self._kin.host,
-            "elects": len(terms.coordinators) > 1,
-        }
+    def _info(self) -> JoinInfo:
+        options = self.options
+        return JoinInfo(
+            name=options.name,
+            addresses=tuple(self.listener.addresses),
+            facts=options.facts,
+            step=options.step,
+            state=options.state,
+            death_notice=self._peers.path,
+            host=self._peers.host,
+            elects=len(options.coordinators) > 1,
+        )
 
     def _introduce(self) -> int:
-        terms = self.terms
+        options = self.options
         self._control, answers = enrol(
-            terms.coordinators, terms.secret, {"kind": "join", **self._card()}, seconds=terms.connect_seconds
+            options.coordinators, options.secret, Join(self._info()), seconds=options.connect_seconds
         )
         answer, self._early = answers[0], answers[1:]
-        if answer["kind"] != "welcome":
+        if not isinstance(answer, Welcome):
             self._control.close()
-            raise UserError(str(answer.get("reason", "the coordinator did not welcome this process")))
-        self._bounds, self._timing = Bounds(**answer["bounds"]), Timing(**answer["timing"])
+            raise UserError(refusal(answer))
+        self._bounds, self._timing = answer.bounds, answer.timing
         self._limit()
-        return int(answer["member"])
+        return answer.member
 
     def _limit(self) -> None:
-        self._control.limit(self._timing.silence if self.terms.silence is None else self.terms.silence)
+        self._control.limit(self._timing.silence if self.options.silence is None else self.options.silence)
 
-    def group(self, name: str = WORLD, members: Sequence[int] = ()) -> Group:
-        """The group of these members (ids), or the world group, which is everyone. All members of a named group must
-        ask for it with the same list; it has no epoch before they have."""
-        with self._lock:
-            seat = self._seats.setdefault(name, Seat())
-            if seat.group is not None:
-                return seat.group
-            seat.group = Group(self, name)
-        if name != WORLD:
-            self.send({"kind": "group", "group": name, "members": list(members)})
-        return seat.group
+    def group(self) -> EpochGroup:
+        """Returns the group of all members, always the same object."""
+        return self._group
 
     def tick(self) -> None:
-        """The main thread is alive: call it now and then in long computations."""
+        """Says that the main thread is alive: call it now and then in long computations."""
         self._ticks += 1
 
-    def send(self, message: Message) -> None:
-        """To the coordinator; a lost connection shows in the next wait, not here."""
-        kind = message["kind"]
-        if kind in ("healed", "fin"):
+    def send(self, message: FromMember) -> None:
+        """Sends to the coordinator; a lost connection shows in the next wait, not here."""
+        if isinstance(message, Healed | Vote):
             with self._lock:
-                seat = self._seats[message["group"]]
-                if kind == "healed":
-                    seat.stale = False
-                elif message["group"] == WORLD and seat.view is not None and seat.view.epoch == message["epoch"]:
-                    seat.told = seat.view  # whoever has a result of an epoch knows of it
+                state = self._state
+                if isinstance(message, Healed):
+                    state.stale = False
+                elif state.view is not None and state.view.epoch == message.epoch:
+                    state.told = state.view  # whoever has a result of an epoch knows of it
         with suppress(OSError):
             self._control.send(message)
 
-    def await_view(self, name: str, after: int) -> tuple[View, Abort]:
-        """The newest epoch of a group, when it is newer than `after`, and a fresh abort state for it. Blocks.
+    def await_view(self, after: int) -> tuple[View, Abort]:
+        """Returns the newest epoch, when it is newer than `after`, and a fresh abort state for it. Blocks.
 
         Raises Fenced and Stopped.
         """
         with self._lock:
-            seat = self._seats[name]
-            while seat.view is None or seat.view.epoch <= after:
+            state = self._state
+            while state.view is None or state.view.epoch <= after:
                 self._check()
                 self._changed.wait()
             self._check()
-            seat.abort = Abort()
-            return seat.view, seat.abort
+            state.abort = Abort()
+            return state.view, state.abort
 
-    def is_newest(self, name: str, epoch: int) -> bool:
-        """Whether nothing newer than this epoch is known. Raises Fenced and Stopped."""
+    def is_newest(self, epoch: int) -> bool:
+        """Tells whether nothing newer than this epoch is known. Raises Fenced and Stopped."""
         with self._lock:
             self._check()
-            view = self._seats[name].view
+            view = self._state.view
             return view is not None and view.epoch == epoch
 
-    def await_verdict(self, name: str, epoch: int, step: int) -> bool:
-        """True when the step is committed; False when the epoch has ended without that. Blocks.
+    def await_decision(self, epoch: int, step: int) -> bool:
+        """Returns True when the step is committed; False when the epoch has ended without that. Blocks.
 
         Raises Fenced and Stopped.
         """
         with self._lock:
-            seat = self._seats[name]
-            while seat.committed <= step:
+            state = self._state
+            while state.committed <= step:
                 self._check()
-                if seat.view is None or seat.view.epoch != epoch:
+                if state.view is None or state.view.epoch != epoch:
                     return False
                 self._changed.wait()
             return True
 
-    def committed(self, name: str) -> tuple[int, str]:
-        """(steps committed, hash chain) as far as this member knows."""
+    def committed(self) -> tuple[int, str]:
+        """Returns (steps committed, hash chain) as far as this member knows."""
         with self._lock:
-            seat = self._seats[name]
-            return seat.committed, seat.chain
+            return self._state.committed, self._state.chain
 
     def close(self) -> None:
-        """Leaves the job in order and closes its groups; no thread may use them any more. Again does nothing."""
+        """Leaves the job in order and closes its group; no thread may use it any more. Again does nothing."""
         if self._closing.error is not None:
             return
-        self.send({"kind": "leave"})
+        self.send(Leave())
         self._closing.set(GroupAborted("the member left"))
         self._thread.join()
-        for seat in self._seats.values():
-            if seat.group is not None:
-                seat.group.close()
+        self._group.close()
         if self._candidate is not None:
             self._candidate.stop()
-        self._kin.close()
+        self._peers.close()
         self.listener.close()
         self._closing.close()
 
@@ -218,7 +224,7 @@ class Member:
             raise type(self._over)(*self._over.args)
 
     def _report_death(self, member: int) -> None:
-        self.send({"kind": "dead", "member": member})
+        self.send(MemberDied(member))
 
     def _run(self) -> None:
         lost = ""
@@ -237,19 +243,17 @@ class Member:
 
     def _reelect(self, lost: str) -> str:
         """Empty when there is a coordinator again, else the reason why not."""
-        terms, view = self.terms, self._seats[WORLD].view
-        if len(terms.coordinators) < 2:
+        options, view = self.options, self._state.view
+        if len(options.coordinators) < 2:
             return lost
         self._lost_at = self._lost_at or time.monotonic()
         if self._candidate is not None:
             self._candidate.stop()
             self._candidate = None
         answer = rejoin(
-            terms.coordinators,
-            terms.secret,
-            {"kind": "join", **self._card()}
-            if view is None
-            else {"kind": "rejoin", "member": self.id, "groups": self._reports(), **self._card()},
+            options.coordinators,
+            options.secret,
+            Join(self._info()) if view is None else Rejoin(self.id, self._report(view), self._info()),
             began=self._lost_at,
             rank=None if view is None else view.rank,
             stand=self._stand,
@@ -259,30 +263,29 @@ class Member:
             return answer
         self._control, self._early = answer[0], answer[1][1:]
         self._limit()
-        if view is None:
-            self.id, self._lost_at = int(answer[1][0]["member"]), 0.0
+        welcome = answer[1][0]
+        if view is None and isinstance(welcome, Welcome):
+            self.id, self._lost_at = welcome.member, 0.0
         return ""
 
     def _stand(self) -> Coordinator | None:
-        self._candidate = candidate(self.terms.coordinators, self.terms.secret, self._bounds, self._timing)
+        self._candidate = candidate(self.options.coordinators, self.options.secret, self._bounds, self._timing)
         return self._candidate
 
-    def _reports(self) -> dict[str, Message]:
+    def _report(self, view: View) -> EpochReport:
         with self._lock:
-            return {name: self._report(seat, seat.view) for name, seat in self._seats.items() if seat.view is not None}
-
-    def _report(self, seat: Seat, view: View) -> Message:
-        told = seat.told or view
-        return {
-            "epoch": told.epoch,
-            "known": view.epoch,
-            "committed": seat.committed,
-            "chain": seat.chain,
-            "stale": seat.stale,
-            "members": told.members,
-            "bases": [] if seat.agreed == told.epoch else told.bases,
-            "addresses": told.addresses,
-        }
+            state = self._state
+            told = state.told or view
+            return EpochReport(
+                epoch=told.epoch,
+                known=view.epoch,
+                committed=state.committed,
+                chain=state.chain,
+                stale=state.stale,
+                members=told.members,
+                quorum_sets=() if state.agreed == told.epoch else told.quorum_sets,
+                addresses=told.addresses,
+            )
 
     def _listen(self) -> None:
         poll = select.epoll()
@@ -297,79 +300,71 @@ class Member:
 
     def _attend(self, poll: select.epoll) -> None:
         due = time.monotonic()
-        answers = Answers(self._timing, due)
+        coordinator = CoordinatorLiveness(self._timing, due)
         while self._closing.error is None and self._over is None:
             now = time.monotonic()
-            answers.forgive(now - due)
+            coordinator.compensate(now - due)
             if now >= due or self._untold():
                 self._beat()
-                if now >= due:
-                    for report in self._reports_due(now):
-                        self._control.send(report)
+                report = self._group.report(now) if now >= due else None
+                if report is not None:
+                    self._control.send(report)
                 due = now + self._timing.heartbeat
             for fd, _ in poll.poll(max(0.0, due - now)):
                 if fd == self._control.fileno():
                     for message in self._control.receive():
                         self._heard(message)
-                    answers.came(time.monotonic())
-            answers.check(time.monotonic())
+                    coordinator.heard(time.monotonic())
+            coordinator.check(time.monotonic())
 
     def _untold(self) -> bool:
         """An epoch counts once all of it have said that they know of it: the sooner, the fewer losses end the job."""
-        seat = self._seats[WORLD]
-        return seat.view is not seat.told and not self._lost_at
+        return self._state.view is not self._state.told and not self._lost_at
 
     def _beat(self) -> None:
-        seat = self._seats[WORLD]
         # a candidate is not told of epochs that are not its own
-        view = None if self._lost_at else seat.view
-        self._control.send({"kind": "hb", **self._pulse(), "epoch": None if view is None else view.epoch})
-        seat.told = view or seat.told
+        view = None if self._lost_at else self._state.view
+        epoch, waiting = self._group.waiting()
+        self._control.send(
+            Heartbeat(
+                tick=self._ticks + self._group.moved,
+                epoch=None if view is None else view.epoch,
+                waiting=waiting,
+                waiting_in=epoch,
+            )
+        )
+        self._state.told = view or self._state.told
 
-    def _pulse(self) -> Message:
-        blocked, moved = {}, 0
-        for name, seat in list(self._seats.items()):
-            if seat.group is not None:
-                moved += seat.group.moved
-                waits = seat.group.blocked()
-                if waits is not None:
-                    blocked[name] = waits
-        return {"tick": self._ticks + moved, "blocked": blocked}
-
-    def _reports_due(self, now: float) -> list[Message]:
-        groups = [seat.group for seat in list(self._seats.values()) if seat.group is not None]
-        return [report for group in groups if (report := group.report(now)) is not None]
-
-    def _heard(self, message: Message) -> None:
-        kind = message["kind"]
-        if kind == "config":
-            self._configure(view_of(message, self.id))
-            if message["group"] == WORLD:
-                self._kin.watch(self.id, message["members"], message["people"])
-        elif kind == "commit":
-            with self._lock:
-                seat = self._seats[message["group"]]
-                seat.committed, seat.chain, seat.agreed = message["committed"], message["chain"], message["epoch"]
-                self._changed.notify_all()
-        elif kind == "short":
-            self._abort(message["group"], f"only {message['have']} of at least {message['need']} members are left")
-        elif kind == "fenced":
-            self._end(Fenced(f"member {self.id} was put out of the job: {message['reason']}"))
-        elif kind == "stop":
-            self._end(Stopped(message["reason"]))
+    def _heard(self, message: ControlMessage) -> None:
+        match message:
+            case NewEpoch():
+                self._configure(view_of(message, self.id))
+                self._peers.watch(self.id, message.members, message.people)
+            case CommitNotice():
+                with self._lock:
+                    state = self._state
+                    state.committed, state.chain, state.agreed = message.committed, message.chain, message.epoch
+                    self._changed.notify_all()
+            case TooFew(have, need):
+                self._abort(f"only {have} of at least {need} members are left")
+            case Evicted(reason):
+                self._end(Fenced(f"member {self.id} was put out of the job: {reason}"))
+            case JobStopped(reason):
+                self._end(Stopped(reason))
+            case Malformed("epoch" | "commit" | "short" | "fenced" | "stop" as kind):
+                raise WireError(f"a message of the kind {kind} that is malformed")
 
     def _configure(self, view: View) -> None:
         with self._lock:
-            seat = self._seats.setdefault(view.group, Seat())
-            seat.view, seat.committed, seat.chain = view, view.committed, view.chain
-            seat.stale = self.id in view.stale
-            if view.group == WORLD:
-                self._lost_at = 0.0
-        self._abort(view.group, f"epoch {view.epoch} of {view.group} begins")
+            state = self._state
+            state.view, state.committed, state.chain = view, view.committed, view.chain
+            state.stale = self.id in view.stale
+            self._lost_at = 0.0
+        self._abort(f"epoch {view.epoch} begins")
 
-    def _abort(self, name: str, reason: str) -> None:
+    def _abort(self, reason: str) -> None:
         with self._lock:
-            abort, self._seats[name].abort = self._seats[name].abort, None
+            abort, self._state.abort = self._state.abort, None
             self._changed.notify_all()
         if abort is not None:
             abort.set(GroupAborted(reason))
@@ -378,7 +373,7 @@ class Member:
         with self._lock:
             if self._over is None:
                 self._over = error
-            aborts = [seat.abort for seat in self._seats.values() if seat.abort is not None]
+            abort = self._state.abort
             self._changed.notify_all()
-        for abort in aborts:
+        if abort is not None:
             abort.set(GroupAborted(str(error)))

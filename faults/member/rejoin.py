@@ -13,7 +13,7 @@ from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.control import Control
 from heteromesh.faults.wire.discovery import Address, Search
-from heteromesh.faults.wire.messages import Message
+from heteromesh.faults.wire.messages import ControlMessage, FromMember, Refused, Welcome
 
 STAGGER = 0.05
 """Seconds that the member of the next rank waits longer before it becomes a candidate."""
@@ -27,13 +27,13 @@ _ANSWER = 2.0
 def rejoin(
     addresses: Sequence[Address],
     secret: bytes,
-    report: Message,
+    report: FromMember,
     *,
     began: float,
     rank: int | None,
     stand: Callable[[], Coordinator | None],
     wanted: Callable[[], bool],
-) -> tuple[Control, list[Message]] | str:
+) -> tuple[Control, list[ControlMessage]] | str:
     """A control connection to the elected coordinator and what it has said so far, or the reason why there is none.
 
     `report`: the rejoin message, or a join message of one that has no rank yet. Blocks until LIMIT seconds after
@@ -48,13 +48,18 @@ def rejoin(
                 control = Control(*found)
                 with suppress(OSError):  # it has given up meanwhile
                     answers = control.ask(report, seconds=_ANSWER)
-                    if answers[0]["kind"] == "welcome":
+                    if isinstance(answers[0], Welcome):
                         return control, answers
                     control.close()
-                    return str(answers[0].get("reason"))
+                    return refusal(answers[0])
             elif rank is not None and not standing and time.monotonic() - began >= rank * STAGGER:
                 standing = stand() is not None
     return reason
+
+
+def refusal(answer: ControlMessage) -> str:
+    """Returns the reason in an answer that is no welcome."""
+    return answer.reason if isinstance(answer, Refused) else "the coordinator did not welcome this process"
 
 
 def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:

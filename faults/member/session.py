@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any, TypeVar
 
+from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.session import Attempt, Committed
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.group import Group
+from heteromesh.faults.member.group import EpochGroup
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Stopped
@@ -36,7 +37,7 @@ class Elastic:
         adopt: Callable[[Any], None],
         *,
         step: int = 0,
-        collectives: Callable[[EpochWorld], Any] | None = None,
+        collectives: Callable[[EpochWorld], Collectives] | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         """`capture()` gives all that a joining member must have, `adopt(state)` makes it this member's.
@@ -60,7 +61,7 @@ class Elastic:
     ) -> Committed[T]:
         """Runs `attempt` in one epoch after the other until all members of one have the same digest of it."""
 
-        def body(group: Group) -> tuple[tuple[T, EpochWorld], str]:
+        def body(group: EpochGroup) -> tuple[tuple[T, EpochWorld], str]:
             world = self._world_of(group)
             try:
                 # transports tell nobody of their failures, the group does
@@ -70,7 +71,7 @@ class Elastic:
                 raise
             except LostState as error:
                 # all are to hear of the first cause, not of who then gives up
-                group.tell({"kind": "over", "reason": str(error)})
+                group.end_job(str(error))
                 raise Stopped(str(error)) from None
             return (made.result, world), made.digest
 
@@ -104,7 +105,7 @@ class Elastic:
         self._end_epoch()
         self.member.close()
 
-    def _world_of(self, group: Group) -> EpochWorld:
+    def _world_of(self, group: EpochGroup) -> EpochWorld:
         """Returns the epoch's world: the same one as long as the epoch lasts."""
         if self._world is None or self._world.epoch != group.view.epoch:
             self._end_epoch()

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
-from heteromesh.faults.member.group import Group
+from heteromesh.faults.member.group import EpochGroup
 
 
 class EpochWorld(World):
@@ -25,16 +26,16 @@ class EpochWorld(World):
 
     def __init__(
         self,
-        group: Group,
+        group: EpochGroup,
         recorder: Recorder,
         *,
         fresh: bool = False,
-        collectives: Callable[[EpochWorld], Any] | None = None,
+        collectives: Callable[[EpochWorld], Collectives] | None = None,
     ) -> None:
         """`fresh`: see comm/world.py. `collectives` makes what gradients are summed with, at its first use."""
         self._group, self._open, self._over = group, collectives, False
         view = group.view
-        self._collectives: Any = None
+        self._collectives: Collectives | None = None
         super().__init__(
             rank=view.rank,
             size=view.size,
@@ -47,7 +48,7 @@ class EpochWorld(World):
         self.epoch = view.epoch
 
     @property
-    def collectives(self) -> Any:
+    def collectives(self) -> Collectives | None:
         """Opened when first asked for, closed with the epoch. Raises GroupAborted when the epoch is over."""
         if self._collectives is None and self._open is not None:
             if self._over:
@@ -56,7 +57,7 @@ class EpochWorld(World):
         return self._collectives
 
     @collectives.setter
-    def collectives(self, value: Any) -> None:
+    def collectives(self, value: Collectives | None) -> None:
         self._collectives = value
 
     def close(self) -> None:

@@ -1,10 +1,11 @@
-"""What a member knows of a group in one epoch."""
+"""What a member knows of the job in one epoch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from heteromesh.faults.wire.messages import Message, WireError
+from heteromesh.faults.wire.codec import WireError
+from heteromesh.faults.wire.messages import NewEpoch
 
 
 class Fenced(RuntimeError):
@@ -17,9 +18,8 @@ class Stopped(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """One epoch of one group. The i-th member has rank i."""
+    """One epoch. The i-th member has rank i."""
 
-    group: str
     epoch: int
     members: tuple[int, ...]
     names: tuple[str, ...]
@@ -29,7 +29,7 @@ class View:
     committed: int
     chain: str
     rank: int
-    bases: tuple[tuple[int, ...], ...] = ()
+    quorum_sets: tuple[tuple[int, ...], ...] = ()
     """Members of older epochs who have a say in an election (faults/membership/quorum.py)."""
 
     @property
@@ -42,25 +42,22 @@ class View:
         return next((rank for rank, member in enumerate(self.members) if member not in self.stale), None)
 
     def contributors(self, mask: int) -> tuple[int, ...]:
-        """The members whose bits are set."""
+        """Returns the members whose bits are set."""
         return tuple(member for rank, member in enumerate(self.members) if mask >> rank & 1)
 
 
-def view_of(message: Message, member: int) -> View:
-    """From a config message. Raises WireError when it is malformed."""
-    try:
-        members = tuple(message["members"])
-        return View(
-            group=message["group"],
-            epoch=message["epoch"],
-            members=members,
-            names=tuple(person["name"] for person in message["people"]),
-            addresses=tuple(tuple((h, p) for h, p in person["addresses"]) for person in message["people"]),
-            stale=tuple(message["stale"]),
-            committed=message["committed"],
-            chain=message["chain"],
-            rank=members.index(member),
-            bases=tuple(tuple(base) for base in message["bases"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"a config message that is malformed: {error}") from None
+def view_of(message: NewEpoch, member: int) -> View:
+    """Returns the epoch as this member sees it. Raises WireError when it is not in it."""
+    if member not in message.members or len(message.people) != len(message.members):
+        raise WireError(f"epoch {message.epoch} is announced to member {member}, who is not in it")
+    return View(
+        epoch=message.epoch,
+        members=message.members,
+        names=tuple(person.name for person in message.people),
+        addresses=tuple(person.addresses for person in message.people),
+        stale=message.stale,
+        committed=message.committed,
+        chain=message.chain,
+        rank=message.members.index(member),
+        quorum_sets=message.quorum_sets,
+    )

@@ -15,15 +15,15 @@ from typing import Literal, get_args
 
 from heteromesh.comm.tcp.transport import TcpTransport
 
-Kind = Literal["kill", "stop", "cut", "hold"]
+FaultKind = Literal["kill", "stop", "cut", "hold"]
 """SIGKILL; SIGSTOP; one data connection shut; the interpreter lock held (a live process that does nothing)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fault:
+class InjectedFault:
     """What happens to whom, and when."""
 
-    kind: Kind
+    kind: FaultKind
     slot: int
     """Index of the victim among the processes that live then."""
     delay: float
@@ -31,15 +31,15 @@ class Fault:
 
 
 def schedule(
-    seed: int, count: int, *, kinds: Sequence[Kind] = ("kill",), slots: int = 4, longest: float = 0.1
-) -> list[Fault]:
+    seed: int, count: int, *, kinds: Sequence[FaultKind] = ("kill",), slots: int = 4, longest: float = 0.1
+) -> list[InjectedFault]:
     """The same faults for the same arguments. Raises ValueError for kinds that don't exist."""
-    unknown = [kind for kind in kinds if kind not in get_args(Kind)]
+    unknown = [kind for kind in kinds if kind not in get_args(FaultKind)]
     if unknown or not kinds:
-        raise ValueError(f"faults are of the kinds {', '.join(get_args(Kind))}, got {list(kinds)}")
+        raise ValueError(f"faults are of the kinds {', '.join(get_args(FaultKind))}, got {list(kinds)}")
     dice = random.Random(seed)
     return [
-        Fault(kind=dice.choice(list(kinds)), slot=dice.randrange(slots), delay=dice.uniform(0, longest))
+        InjectedFault(kind=dice.choice(list(kinds)), slot=dice.randrange(slots), delay=dice.uniform(0, longest))
         for _ in range(count)
     ]
 

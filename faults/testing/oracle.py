@@ -36,7 +36,7 @@ def _pattern(step: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class CommitEvent:
     """One commit on one member."""
 
     member: int
@@ -58,7 +58,7 @@ class Event:
 class History:
     """Everything that was committed, by member; `faults()` says what was wrong with it."""
 
-    events: list[Event] = field(default_factory=list)
+    events: list[CommitEvent] = field(default_factory=list)
 
     def faults(self) -> list[str]:
         """Wrong values, two members that disagree on a step, steps out of order or left out. Empty: all is well."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from heteromesh.comm.tcp.auth import AuthError
+from heteromesh.faults.wire.codec import Wire, WireError
 from heteromesh.faults.wire.discovery import Address as Address
 from heteromesh.faults.wire.discovery import Search
-from heteromesh.faults.wire.messages import Message, Wire, WireError
+from heteromesh.faults.wire.messages import ControlMessage, FromMember
 
 TCP_USER_TIMEOUT = getattr(socket, "TCP_USER_TIMEOUT", 18)
 _LOOK = 0.05
@@ -36,12 +37,12 @@ class Control:
         counted = max(silence - 0.2, silence * 0.6)
         self._sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(counted * 1000))
 
-    def ask(self, message: Message, *, seconds: float) -> list[Message]:
+    def ask(self, message: FromMember, *, seconds: float) -> list[ControlMessage]:
         """Sends the first message; what comes, the answer to it first. Raises OSError and is closed then."""
         try:
             self._sock.settimeout(seconds)
             self.send(message)
-            answers: list[Message] = []
+            answers: list[ControlMessage] = []
             while not answers:
                 answers = self.receive()
             self._sock.settimeout(None)
@@ -50,12 +51,12 @@ class Control:
             self.close()
             raise
 
-    def send(self, message: Message) -> None:
+    def send(self, message: FromMember) -> None:
         """Raises OSError when the connection is gone."""
         with self._lock:
             self._sock.sendall(self._wire.pack(message))
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> list[ControlMessage]:
         """What has come; call when readable. Raises OSError at the end of the connection."""
         data = self._sock.recv(1 << 16)
         if not data:
@@ -91,8 +92,8 @@ def connect(addresses: Sequence[Address], secret: bytes, *, seconds: float, sile
 
 
 def enrol(
-    addresses: Sequence[Address], secret: bytes, card: Message, *, seconds: float
-) -> tuple[Control, list[Message]]:
+    addresses: Sequence[Address], secret: bytes, join: FromMember, *, seconds: float
+) -> tuple[Control, list[ControlMessage]]:
     """Joins: the connection, and what the coordinator has said, its answer first.
 
     Tries for `seconds`: the coordinator may be about to start, or to be elected. Raises ConnectionError.
@@ -102,7 +103,7 @@ def enrol(
     while True:
         try:
             control = connect(addresses, secret, seconds=max(_LOOK, until - time.monotonic()))
-            return control, control.ask(card, seconds=max(_LOOK, until - time.monotonic()))
+            return control, control.ask(join, seconds=max(_LOOK, until - time.monotonic()))
         except OSError as error:
             # a candidate that gives up ends handshakes too, but not again and again
             refusals = refusals + 1 if isinstance(error, AuthError) else 0

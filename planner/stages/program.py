@@ -26,7 +26,7 @@ from heteromesh.planner.stages.workload import FORWARD_SHARE, Workload
 
 SOLVER_GAP = 1e-3
 """Relative: the solver may stop there."""
-Terms = list[tuple[float, int]]
+JoinOptions = list[tuple[float, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,17 +143,17 @@ class Model:
             for s in places:
                 self._shared(total, s, taus, cuts, [(1.0, sums[s]), (1.0, updates[s])])
 
-    def _row(self, total: int, path: Path, taus: Sequence[int], cuts: Sequence[int], after: Terms) -> None:
-        terms: Terms = [(-1.0, total), *after]
+    def _row(self, total: int, path: Path, taus: Sequence[int], cuts: Sequence[int], after: JoinOptions) -> None:
+        terms: JoinOptions = [(-1.0, total), *after]
         terms += zip(path.stages, taus, strict=True)
         terms += zip(path.transfers, cuts, strict=True)
         self.program.at_most(terms, -path.hops * LATENCY_SECONDS / self.scale)
 
-    def _shared(self, total: int, s: int, taus: Sequence[int], cuts: Sequence[int], after: Terms) -> None:
+    def _shared(self, total: int, s: int, taus: Sequence[int], cuts: Sequence[int], after: JoinOptions) -> None:
         """The way to stage s and back, and all micro-batches through it at the replicas' common pace."""
         pace = self._tau(s, [o.shared_seconds_per_layer for o in self.options])
-        there: Terms = [(-1.0, total), (self.share, pace)]
-        back: Terms = [(1 - FORWARD_SHARE, tau) for tau in taus[:s]] + [(1.0, cut) for cut in cuts[:s]]
+        there: JoinOptions = [(-1.0, total), (self.share, pace)]
+        back: JoinOptions = [(1 - FORWARD_SHARE, tau) for tau in taus[:s]] + [(1.0, cut) for cut in cuts[:s]]
         there += [(FORWARD_SHARE, tau) for tau in taus[:s]] + [(1.0, cut) for cut in cuts[:s]]
         self.program.at_most([*there, *back], 0)
         self.program.at_most([*there, after[-1]], 0)
@@ -175,7 +175,7 @@ class Model:
     def _sum(self, s: int, per_layer: Sequence[float], once: Sequence[float]) -> int:
         """Adds a variable for what stage s takes: per layer, and once."""
         result = self.program.real(0.0, 1e6)
-        terms: Terms = [(-1.0, result)]
+        terms: JoinOptions = [(-1.0, result)]
         for (at, q), v in self.z.items():
             if at == s:
                 terms += [(per_layer[q] / self.scale, v), (once[q] / self.scale, self.x[s, q])]

@@ -49,9 +49,9 @@ class Countdown:
         """The reason why the job can't start, or nothing. `coming`: names of members that this host runs."""
         membership = self._coordinator.membership
         here = [person.name for person in list(membership.people.values())]
-        least, running = membership.bounds.least, len(membership.world.members)
+        least, running = membership.bounds.min, len(membership.world.members)
         have = running or len(here)
-        self._tell_spares(len(here) - membership.bounds.most)
+        self._tell_spares(len(here) - membership.bounds.max)
         # a worker that still loads its data is no missing one
         if have >= least or not here or not (running or set(coming) <= set(here)):
             self._wait.reset()
@@ -67,7 +67,7 @@ class Countdown:
 
     def _tell_spares(self, spares: int) -> None:
         if spares > self._spares:
-            most = self._coordinator.membership.bounds.most
+            most = self._coordinator.membership.bounds.max
             self._say(f"the job takes {most} ranks, and {spares} more wait until one of them is lost")
         self._spares = max(0, spares)
 

@@ -149,9 +149,9 @@ def _bounds(options: argparse.Namespace, processes: int) -> Bounds:
             f"--min-ranks {least} can't be met: --nnodes {options.nnodes} with {processes} processes a host has "
             f"1 to {most} ranks"
         )
-    if most > Bounds().most:
-        raise UserError(f"{most} ranks are more than the {Bounds().most} that --fault-tolerance takes: start fewer")
-    return Bounds(least=least, most=most)
+    if most > Bounds().max:
+        raise UserError(f"{most} ranks are more than the {Bounds().max} that --fault-tolerance takes: start fewer")
+    return Bounds(min=least, max=most)
 
 
 def _patience(options: argparse.Namespace) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.main import SECRET, read_bounds, read_secret
-from heteromesh.faults.member.member import Terms
+from heteromesh.faults.member.member import JoinOptions
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.control import Address
 
@@ -31,12 +31,12 @@ _WAY_OUT = "start the script with `heteromesh run --fault-tolerance`"
 
 def terms_from_environment(
     *, facts: Mapping[str, str], step: int = 0, state: str = "", links: int = 1, connect_seconds: float = 10.0
-) -> Terms:
-    """How this worker joins its job; `facts`, `step`, `state`, `links`, `connect_seconds` as in `Terms`.
+) -> JoinOptions:
+    """How this worker joins its job; `facts`, `step`, `state`, `links`, `connect_seconds` as in `JoinOptions`.
 
     Raises UserError when a variable is missing or malformed.
     """
-    return Terms(
+    return JoinOptions(
         coordinators=parse_addresses(_variable(COORDINATORS), COORDINATORS),
         secret=_secret(),
         name=_variable(NAME),
@@ -67,7 +67,7 @@ def environment_of(
         SECRET: secret,
         NAME: name,
         HOSTS: ",".join(hosts),
-        MEMBERS: f"{bounds.least}:{bounds.most}",
+        MEMBERS: f"{bounds.min}:{bounds.max}",
     }
 
 

@@ -16,7 +16,7 @@ from heteromesh.comm.tcp.records import Records
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.diagnosis.monitor import Monitor
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 
@@ -117,8 +117,8 @@ def test_tcp_info_of_a_connection():
 def test_members_report_and_the_coordinator_names_the_one_that_does_nothing():
     lines = []
     timing = Timing(silence=10, stuck=0.6, gather=0.3)
-    server = Coordinator(b"s", bounds=Bounds(least=2), timing=timing, monitor=Monitor(say=lines.append)).start()
-    members = [Member(Terms(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(3)]
+    server = Coordinator(b"s", bounds=Bounds(min=2), timing=timing, monitor=Monitor(say=lines.append)).start()
+    members = [Member(JoinOptions(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(3)]
 
     def act(index):
         steps = Steps(members[index].group())

@@ -36,7 +36,7 @@ class Job:
     def __init__(self, folder: Path, *, least: int = 1, gather: float = 0.0, patience: float = 20.0) -> None:
         self.folder = folder
         timing = Timing(stuck=150.0, gather=gather, patience=patience, silence=3.0)
-        self.coordinator = Coordinator(SECRET.encode(), bounds=Bounds(least=least), timing=timing).start()
+        self.coordinator = Coordinator(SECRET.encode(), bounds=Bounds(min=least), timing=timing).start()
         self.pipes: dict[int, Any] = {}
         self.processes: dict[int, Any] = {}
 

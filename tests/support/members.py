@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 
@@ -12,8 +12,8 @@ from heteromesh.faults.membership.membership import Bounds
 @contextmanager
 def job(size, timing=None, bounds=None):
     """`size` members in this process, and a pool with a thread for each."""
-    server = Coordinator(b"s", bounds=bounds or Bounds(least=size), timing=timing or Timing(silence=10)).start()
-    members = [Member(Terms(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(size)]
+    server = Coordinator(b"s", bounds=bounds or Bounds(min=size), timing=timing or Timing(silence=10)).start()
+    members = [Member(JoinOptions(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(size)]
     with ThreadPoolExecutor(size) as pool:
         try:
             yield server, members, pool

@@ -21,9 +21,9 @@ from heteromesh.faults.coordinator.main import SECRET, main, read_bounds, read_s
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member import rejoin as rejoining
 from heteromesh.faults.member.commit import Steps
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
-from heteromesh.faults.membership.membership import WORLD, Bounds
+from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced
 from heteromesh.faults.wire.control import connect
 
@@ -39,17 +39,17 @@ def jobs():
     """Makes members of a job with three addresses for its coordinator; ends them all."""
     with ExitStack() as stack:
         addresses, members = free_ports(3), []
-        terms = Terms(coordinators=addresses, secret=b"s", name="")
+        terms = JoinOptions(coordinators=addresses, secret=b"s", name="")
 
-        def make(size, least, **timing):
+        def make(size, fewest, **timing):
             host, port = addresses[0]
             server = Coordinator(
                 b"s",
                 host=host,
                 port=port,
-                bounds=Bounds(least=least),
+                bounds=Bounds(min=fewest),
                 timing=Timing(
-                    **{"silence": 10.0, "heartbeat": 0.02, "gather": 0.0 if least == size else 1.0, **timing}
+                    **{"silence": 10.0, "heartbeat": 0.02, "gather": 0.0 if fewest == size else 1.0, **timing}
                 ),
             )
             stack.callback(server.start().stop)
@@ -93,7 +93,7 @@ def wait_until(true, seconds=20.0):
 
 
 def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
-    server, members = jobs(3, least=3)
+    server, members = jobs(3, fewest=3)
     values, longest, chains = [torch.full((20_000,), 10.0**i) for i in range(3)], [0.0] * 3, []
 
     def act(index):
@@ -106,7 +106,7 @@ def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
             assert bool((commit.sums[0] == 111).all())
             if index == 0 and commit.step == 100:
                 threading.Thread(target=server.stop).start()
-        chains.append(members[index].committed("world"))
+        chains.append(members[index].committed())
 
     with ThreadPoolExecutor(3) as pool:
         for wait in [pool.submit(act, index) for index in range(3)]:
@@ -117,12 +117,12 @@ def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
 
 
 def test_who_waits_to_join_joins_the_next_coordinator(jobs):
-    server, members = jobs(2, least=2)
+    server, members = jobs(2, fewest=2)
     for member in members:
-        member.await_view(WORLD, -1)
-    waiting = Member(replace(members[0].terms, name="late"))
+        member.await_view(-1)
+    waiting = Member(replace(members[0].options, name="late"))
     with waiting._lock:
-        assert waiting._seats[WORLD].view is None  # nobody makes steps, so nobody commits
+        assert waiting._state.view is None  # nobody makes steps, so nobody commits
     server.stop()
     everyone = [*members, waiting]
 
@@ -143,13 +143,13 @@ def test_who_waits_to_join_joins_the_next_coordinator(jobs):
 def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs, monkeypatch):
     """Three of five lose it before it can say anything of the first loss, and cannot reach the other two any more."""
     monkeypatch.setattr(rejoining, "LIMIT", 3.0)
-    server, members = jobs(5, least=2)
+    server, members = jobs(5, fewest=2)
     with ThreadPoolExecutor(5) as pool:
         steps = begin(pool, members)
         apart = free_ports(1)
         for index, member in enumerate(members):
             reachable = [server.address] if index < 2 else apart
-            member.terms = replace(member.terms, coordinators=[*reachable, ("127.0.0.1", 1)])
+            member.options = replace(member.options, coordinators=[*reachable, ("127.0.0.1", 1)])
         with hanging(server):
             for member in members[2:]:
                 cut(member)
@@ -167,25 +167,25 @@ def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs,
 def test_members_lost_one_after_another_are_fenced_and_the_others_go_on(jobs, monkeypatch):
     """Each loss is known to all who are left before the next: what is left is a quorum each time."""
     monkeypatch.setattr(rejoining, "LIMIT", 0.5)
-    server, members = jobs(5, least=1)
+    server, members = jobs(5, fewest=1)
     with ThreadPoolExecutor(5) as pool:
         steps = begin(pool, members)
         members, lost = sorted(members, key=lambda m: m.id), []
         while len(members) > 1:
             lost.append(members.pop())
-            lost[-1].terms = replace(lost[-1].terms, coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)])
+            lost[-1].options = replace(lost[-1].options, coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)])
             cut(lost[-1])
             there = [member.id for member in members]
-            wait_until(lambda there=there: server.membership.bases == [there])
+            wait_until(lambda there=there: server.membership.quorum_sets == [there])
         last = next(s for s in steps if s._group._member is members[0])
         assert last.reduce([torch.ones(10)]).contributors == (members[0].id,)
         for member in lost:
             with pytest.raises(Fenced):
-                member.await_view(WORLD, 1 << 20)
+                member.await_view(1 << 20)
 
 
 def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs):
-    server, members = jobs(3, least=3, hang=0.4)
+    server, members = jobs(3, fewest=3, hang=0.4)
     with ThreadPoolExecutor(3) as pool:
         steps = begin(pool, members)
         with hanging(server):
@@ -201,7 +201,7 @@ def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
     address = free_ports(1)[0]
     candidate = Coordinator(b"s", host=address[0], port=address[1], election=Election()).start()
     with ThreadPoolExecutor(1) as pool:
-        terms = Terms(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=20.0)
+        terms = JoinOptions(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=20.0)
         wait = pool.submit(Member, terms)
         wait_until(lambda: not candidate.running)  # it has refused it for so long
         assert not wait.done()
@@ -215,7 +215,9 @@ def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
 def test_nobody_answers_for_as_long_as_was_asked_for():
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"reaches no coordinator at 127\.0\.0\.1:1 \(.*refused.*127\.0\.0\.1:2"):
-        Member(Terms(coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)], secret=b"s", name="", connect_seconds=0.3))
+        Member(
+            JoinOptions(coordinators=[("127.0.0.1", 1), ("127.0.0.1", 2)], secret=b"s", name="", connect_seconds=0.3)
+        )
     assert time.monotonic() - start >= 0.3
 
 
@@ -234,7 +236,7 @@ def test_jumps_of_the_systems_clock_change_nothing(jobs, monkeypatch):
     """Hours back and forth while members step, one dies, the coordinator is replaced and leases are watched."""
     dice, real = random.Random(0), time.time
     monkeypatch.setattr(time, "time", lambda: real() + dice.choice([-86400.0, 86400.0, 3600.0]))
-    server, members = jobs(3, least=2)
+    server, members = jobs(3, fewest=2)
     with ThreadPoolExecutor(3) as pool:
         steps = begin(pool, members)
         server.stop()
@@ -264,7 +266,7 @@ def test_stand_alone_coordinator_serves_and_ends_when_told(tmp_path, number):
     process = command("--host", "127.0.0.1", "--port", "0", "--secret-file", str(file), "--members", "1:2")
     try:
         host, port = process.stdout.readline().split()[-1].split(":")
-        member = Member(Terms(coordinators=[(host, int(port))], secret=secret, name="a"))
+        member = Member(JoinOptions(coordinators=[(host, int(port))], secret=secret, name="a"))
         steps = Steps(member.group())
         steps.start()
         assert steps.reduce([torch.ones(3)]).step == 0
@@ -312,4 +314,4 @@ def test_secrets_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
         read_secret(None)
     (tmp_path / "s").write_bytes(b"y" * 16 + b"\r\n")
     assert read_secret(tmp_path / "s") == b"y" * 16
-    assert (read_bounds("4:8"), read_bounds("3")) == (Bounds(least=4, most=8), Bounds(least=3, most=3))
+    assert (read_bounds("4:8"), read_bounds("3")) == (Bounds(min=4, max=8), Bounds(min=3, max=3))

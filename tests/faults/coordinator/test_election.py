@@ -1,27 +1,37 @@
 """Who goes on after losses: quorums, what an elected coordinator makes of reports, and random histories of both."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from heteromesh.faults.coordinator.election import Election
-from heteromesh.faults.membership.membership import WORLD, Applicant, Bounds, Membership
+from heteromesh.faults.membership.membership import Bounds, Membership
 from heteromesh.faults.membership.quorum import holds
 from heteromesh.faults.membership.view import view_of
+from heteromesh.faults.wire.messages import (
+    EpochReport,
+    Evicted,
+    Healed,
+    Heartbeat,
+    JoinInfo,
+    Leave,
+    NewEpoch,
+    Rejoin,
+    CommitNotice,
+    Vote,
+)
 
-BASE = {"addresses": [["h", 1]], "facts": {}, "name": ""}
 
-
-def applicant(elects=True):
-    return Applicant(name="", addresses=(("h", 1),), facts={}, elects=elects)
+def info(elects=True):
+    return JoinInfo(name="", addresses=(("h", 1),), facts={}, elects=elects)
 
 
 def started(size, elects=True):
     """A job whose members all know the first epoch."""
     membership = Membership(Bounds())
     for _ in range(size):
-        membership.join(applicant(elects))
+        membership.join(info(elects))
     membership.admit()
     know(membership)
     return membership
@@ -32,21 +42,28 @@ def know(membership, *members):
         membership.knows(member, membership.world.epoch)
 
 
-def rejoin(member, config, *, stale=False, **changes):
+def rejoin(member, epoch, *, stale=False, **changes):
     """What a member says that has told its coordinator to know of this epoch."""
-    told = {"epoch": config["epoch"], "known": config["epoch"], "committed": config["committed"], "stale": stale}
-    places = [[["h", 1]] for _ in config["members"]]
-    rest = {"chain": config["chain"], "members": config["members"], "bases": config["bases"], "addresses": places}
-    return {"kind": "rejoin", "member": member, "groups": {WORLD: {**told, **rest, **changes}}, **BASE}
+    values = {
+        "epoch": epoch.epoch,
+        "known": epoch.epoch,
+        "committed": epoch.committed,
+        "chain": epoch.chain,
+        "members": epoch.members,
+        "quorum_sets": epoch.quorum_sets,
+    }
+    places = tuple((("h", 1),) for _ in epoch.members)
+    return Rejoin(member, EpochReport(**{**values, **changes}, stale=stale, addresses=places), info())
 
 
 def report(membership, member, **changes):
     """What a member says that has heard of the coordinator's last epoch."""
-    return rejoin(member, {**membership.world.config(), "bases": membership.bases}, **changes)
+    epoch = replace(membership.world.announcement(), quorum_sets=membership.say())
+    return rejoin(member, epoch, **changes)
 
 
 @pytest.mark.parametrize(
-    ("there", "base", "wanted"),
+    ("there", "members", "wanted"),
     [
         ([1, 2], [1, 2, 3], True),
         ([1], [1, 2, 3], False),
@@ -58,19 +75,19 @@ def report(membership, member, **changes):
         ([1, 2, 9, 8], [1, 2, 3, 4, 5], False),
     ],
 )
-def test_more_than_half_or_half_with_the_lowest(there, base, wanted):
-    assert holds(there, [base]) == wanted
-    assert holds(there, [base, there]) == wanted
+def test_more_than_half_or_half_with_the_lowest(there, members, wanted):
+    assert holds(there, [members]) == wanted
+    assert holds(there, [members, there]) == wanted
 
 
 def test_a_coordinator_goes_on_while_it_has_a_quorum():
     membership = started(4)
     membership.lose(3, "silent")
-    assert membership.outvoted() is None
+    assert membership.lost_quorum() is None
     membership.lose(4, "silent")
-    assert membership.outvoted() is None  # exactly half, with the lowest
+    assert membership.lost_quorum() is None  # exactly half, with the lowest
     membership.lose(1, "silent")
-    assert "members [2] are not the larger part of [1, 2, 3, 4]" in membership.outvoted()
+    assert "members [2] are not the larger part of [1, 2, 3, 4]" in membership.lost_quorum()
 
 
 def test_losses_that_the_others_have_heard_of_are_no_split():
@@ -78,13 +95,13 @@ def test_losses_that_the_others_have_heard_of_are_no_split():
     for member in (1, 2, 3, 4, 5):
         membership.lose(member, "died")
         if len(membership.world.members) > 1:
-            assert membership.outvoted() is None
+            assert membership.lost_quorum() is None
             know(membership)
-    assert membership.outvoted() is not None  # of 5 and 6 the higher is left
+    assert membership.lost_quorum() is not None  # of 5 and 6 the higher is left
     membership = started(6)
     for member in (1, 2, 3, 4, 5):
         membership.lose(member, "left")
-        assert membership.outvoted() is None
+        assert membership.lost_quorum() is None
 
 
 def test_half_of_the_members_without_the_lowest_is_outvoted_only_where_others_could_elect():
@@ -92,7 +109,7 @@ def test_half_of_the_members_without_the_lowest_is_outvoted_only_where_others_co
         membership = started(4, elects)
         membership.lose(1, "silent")
         membership.lose(2, "silent")
-        assert (membership.outvoted() is not None) == elects
+        assert (membership.lost_quorum() is not None) == elects
 
 
 def test_an_epoch_that_some_have_not_heard_of_does_not_count_alone():
@@ -100,11 +117,11 @@ def test_an_epoch_that_some_have_not_heard_of_does_not_count_alone():
     membership.lose(1, "silent")
     know(membership, 2, 3)  # 4 and 5 have not said that they know of it
     membership.lose(2, "silent")
-    assert membership.outvoted() is None
+    assert membership.lost_quorum() is None
     membership.lose(3, "silent")
-    assert membership.outvoted() is not None
+    assert membership.lost_quorum() is not None
     # 4 and 5 may still say it, but are half of 2, 3, 4 and 5 without the lowest
-    assert not membership.hopeful()
+    assert not membership.may_regain_quorum()
 
 
 def test_what_a_member_said_before_its_loss_counts():
@@ -113,79 +130,72 @@ def test_what_a_member_said_before_its_loss_counts():
     membership.lose(3, "silent")
     know(membership, 4, 5)
     membership.lose(4, "silent")
-    assert membership.outvoted() is None
+    assert membership.lost_quorum() is None
     membership.lose(5, "silent")
-    assert membership.outvoted() is not None  # of five, as far as is known
-    assert membership.hopeful()
+    assert membership.lost_quorum() is not None  # of five, as far as is known
+    assert membership.may_regain_quorum()
     membership.knows(1, 2)
-    assert membership.outvoted() is not None
+    assert membership.lost_quorum() is not None
     membership.knows(2, 2)
-    assert membership.outvoted() is None  # 1 and 2 are half of 1, 2, 4, 5, with the lowest
-    assert membership.bases[0] == [1, 2, 4, 5]
+    assert membership.lost_quorum() is None  # 1 and 2 are half of 1, 2, 4, 5, with the lowest
+    assert membership.quorum_sets[0] == [1, 2, 4, 5]
 
 
 def test_commit_tells_that_all_know_of_its_epoch():
     membership = started(5)
     membership.lose(5, "died")
     for member in (1, 2, 3, 4):
-        told = {"group": WORLD, "epoch": membership.world.epoch, "step": 0, "digest": "d"}
-        assert bool(membership.finish(member, told)) == (member == 4)
-    assert membership.bases == [[1, 2, 3, 4]]
+        vote = Vote(epoch=membership.world.epoch, step=0, digest="d")
+        assert bool(membership.vote(member, vote)) == (member == 4)
+    assert membership.quorum_sets == [[1, 2, 3, 4]]
 
 
 def test_silent_members_are_lost_together():
     membership = started(5)
     orders = membership.lose_all([3, 4, 5, 9], "silent")
     assert membership.world.epoch == 2
-    assert [member for member, message in orders if message["kind"] == "config"] == [1, 2]
-    assert membership.outvoted() is not None
+    assert [member for member, message in orders if isinstance(message, NewEpoch)] == [1, 2]
+    assert membership.lost_quorum() is not None
 
 
 def test_commit_that_only_some_have_heard_of_stands():
     election = Election()
     assert not election.quorum()
-    config = {"epoch": 2, "members": [1, 2, 3, 4], "bases": []}
     for member, committed, stale in ((3, 6, False), (4, 5, True), (1, 5, False)):
-        told = rejoin(member, {**config, "committed": committed, "chain": f"c{committed}"}, stale=stale)
-        assert not isinstance(election.add(told), str)
+        epoch = NewEpoch(epoch=2, members=(1, 2, 3, 4), stale=(), committed=committed, chain=f"c{committed}")
+        election.add(rejoin(member, epoch, stale=stale))
         assert election.quorum() == (member == 1)
     assert election.missing() == {2: (("h", 1),)}
-    membership = Membership(Bounds(), people=dict.fromkeys((1, 3, 4), applicant()))
+    membership = Membership(Bounds(), people=dict.fromkeys((1, 3, 4), info()))
     orders = election.conclude(membership)
-    config = orders[0][1]
+    epoch = orders[0][1]
     assert [member for member, _ in orders] == [1, 3, 4]
-    assert (config["committed"], config["chain"], config["stale"]) == (6, "c6", [4])
-    assert config["epoch"] > 1000  # whatever the lost coordinator may have counted on to
-    assert config["bases"] == [[1, 2, 3, 4]]
-    assert view_of(config, 3).bases == ((1, 2, 3, 4),)
-    assert membership.join(applicant()) == 5
+    assert (epoch.committed, epoch.chain, epoch.stale) == (6, "c6", (4,))
+    assert epoch.epoch > 1000  # whatever the lost coordinator may have counted on to
+    assert epoch.quorum_sets == ((1, 2, 3, 4),)
+    assert view_of(epoch, 3).quorum_sets == ((1, 2, 3, 4),)
+    assert membership.join(info()) == 5
     # the old epoch's members have their say until all of the new one's have heard of it
     membership.lose(4, "silent")
     membership.lose(3, "silent")
-    assert membership.outvoted() is not None
+    assert membership.lost_quorum() is not None
 
 
 def test_strangers_do_not_vote():
     election = Election()
-    for message in (
-        {},
-        {"member": 1, "addresses": [["h", 1]], "facts": {}},
-        {"member": 1, "addresses": [["h", 1]], "facts": {}, "groups": {"world": {"epoch": "x"}}},
-    ):
-        assert "malformed" in election.add(message)
     older, newer = started(3), started(3)
     newer.lose(3, "silent")
     know(newer)
     for member in (3, 2):
-        assert not isinstance(election.add(report(newer if member == 2 else older, member)), str)
+        election.add(report(newer if member == 2 else older, member))
     # the newest epoch that anyone knows has members 1 and 2
     assert not election.quorum()
     election.add(report(newer, 1))
     assert not election.missing()
     assert election.quorum()
-    membership = Membership(Bounds(), people=dict.fromkeys((1, 2, 3), applicant()))
+    membership = Membership(Bounds(), people=dict.fromkeys((1, 2, 3), info()))
     orders = election.conclude(membership)
-    assert [(m, o["kind"]) for m, o in orders] == [(3, "fenced"), (1, "config"), (2, "config")]
+    assert [(m, type(o)) for m, o in orders] == [(3, Evicted), (1, NewEpoch), (2, NewEpoch)]
 
 
 def test_an_epoch_that_one_of_it_has_not_told_of_has_no_say():
@@ -195,16 +205,16 @@ def test_an_epoch_that_one_of_it_has_not_told_of_has_no_say():
     membership.lose(3, "silent")
     second = report(membership, 4)
     election = Election()
-    for told in (first, second, {**first, "member": 5}):
+    for told in (first, second, replace(first, member=5)):
         election.add(told)
     assert election.newest.epoch == 1
     assert election.quorum()
-    people = Membership(Bounds(), people=dict.fromkeys((3, 4, 5), applicant()))
+    people = Membership(Bounds(), people=dict.fromkeys((3, 4, 5), info()))
     orders = election.conclude(people)
-    assert sorted((m, o["kind"]) for m, o in orders) == [(3, "config"), (4, "config"), (5, "config")]
+    assert sorted((m, type(o).__name__) for m, o in orders) == [(3, "NewEpoch"), (4, "NewEpoch"), (5, "NewEpoch")]
     assert people.last == 5
     # had 5 told that it knows of the second epoch, the coordinator might go on with 1 and 2 of 1, 2, 4 and 5
-    election.add({**second, "member": 5})
+    election.add(replace(second, member=5))
     assert not election.quorum()
 
 
@@ -217,9 +227,9 @@ def test_rivals_elected_from_the_same_reports_are_told_apart(apart):
         for member in voters:
             election.add(report(membership, member))
         assert election.quorum()
-        orders = election.conclude(Membership(Bounds(), people=dict.fromkeys(voters, applicant())))
-        told.update((member, rejoin(member, config)) for member, config in orders)
-    assert told[1]["groups"][WORLD]["epoch"] != told[3]["groups"][WORLD]["epoch"]
+        orders = election.conclude(Membership(Bounds(), people=dict.fromkeys(voters, info())))
+        told.update((member, rejoin(member, epoch)) for member, epoch in orders)
+    assert told[1].report.epoch != told[3].report.epoch
     last = Election()
     for member in (1, 3):
         last.add(told[member])
@@ -232,8 +242,8 @@ class Node:
 
     name: int
     link: "Link | None" = None
-    view: dict | None = None
-    told: dict | None = None
+    view: NewEpoch | None = None
+    told: NewEpoch | None = None
     agreed: int = -1
     committed: int = 0
     chain: str = ""
@@ -241,24 +251,24 @@ class Node:
     fenced: bool = False
 
     def hear(self, message):
-        if message["kind"] == "config":
-            self.view, self.committed, self.chain = message, message["committed"], message["chain"]
-            self.stale = self.name in message["stale"]
-        elif message["kind"] == "commit":
-            self.committed, self.chain, self.agreed = message["committed"], message["chain"], message["epoch"]
-        elif message["kind"] == "fenced":
+        if isinstance(message, NewEpoch):
+            self.view, self.committed, self.chain = message, message.committed, message.chain
+            self.stale = self.name in message.stale
+        elif isinstance(message, CommitNotice):
+            self.committed, self.chain, self.agreed = message.committed, message.chain, message.epoch
+        elif isinstance(message, Evicted):
             self.fenced, self.link = True, None
 
     def tell(self):
         if self.view is not None:
-            self.link.up.append({"kind": "hb", "epoch": self.view["epoch"]})
+            self.link.up.append(Heartbeat(epoch=self.view.epoch))
             self.told = self.view
 
     def report(self):
         told = self.told or self.view
-        config = {**told, "committed": self.committed, "chain": self.chain}
-        bases = [] if self.agreed == told["epoch"] else told["bases"]
-        return rejoin(self.name, config, stale=self.stale, known=self.view["epoch"], bases=bases)
+        epoch = replace(told, committed=self.committed, chain=self.chain)
+        sets = () if self.agreed == told.epoch else told.quorum_sets
+        return rejoin(self.name, epoch, stale=self.stale, known=self.view.epoch, quorum_sets=sets)
 
 
 @dataclass
@@ -281,26 +291,26 @@ class Server:
 
     def act(self, orders):
         self.held += orders
-        if self.membership.outvoted():
-            self.over = self.over or not self.membership.hopeful()
+        if self.membership.lost_quorum():
+            self.over = self.over or not self.membership.may_regain_quorum()
             return
         orders, self.held = self.held, []
         for member, message in orders:
-            if message["kind"] == "config":
-                message["bases"] = self.membership.bases
+            if isinstance(message, NewEpoch):
+                message = replace(message, quorum_sets=self.membership.say())
             if member in self.links:
-                self.links[member].down.append(dict(message))
+                self.links[member].down.append(message)
 
     def hear(self, link):
         message = link.up.pop(0)
-        if message["kind"] == "hb":
-            self.membership.knows(link.node.name, message["epoch"])
+        if isinstance(message, Heartbeat):
+            self.membership.knows(link.node.name, message.epoch)
             self.act([])
-        elif message["kind"] == "fin":
-            self.act(self.membership.finish(link.node.name, message))
-        elif message["kind"] == "healed":
+        elif isinstance(message, Vote):
+            self.act(self.membership.vote(link.node.name, message))
+        elif isinstance(message, Healed):
             self.act(self.membership.healed(link.node.name, message))
-        elif message["kind"] == "end":
+        elif isinstance(message, Leave):  # here: the end of its connection
             self.lose([link.node.name])
 
     def lose(self, members):
@@ -326,7 +336,7 @@ class History:
             link.node.tell()
 
     def join(self, server):
-        node = Node(server.membership.join(applicant()))
+        node = Node(server.membership.join(info()))
         self.nodes.append(node)
         server.take(node)
 
@@ -340,7 +350,7 @@ class History:
         for server in self.servers:
             if server.over:
                 self.part(server)
-        earnest = [s for s in self.servers if not s.over and holds(s.attached(), s.membership.bases)]
+        earnest = [s for s in self.servers if not s.over and holds(s.attached(), s.membership.quorum_sets)]
         assert len(earnest) <= 1, "two jobs"
 
     def some(self, links):
@@ -363,11 +373,10 @@ class History:
         node = self.some([n for n in self.nodes if n.link is not None and n.view is not None])
         if node is not None:
             node.told = node.view  # by what it sends now
-            told = {"group": WORLD, "epoch": node.view["epoch"], "step": node.committed, "digest": "d"}
             if node.stale:
-                node.link.up.append({**told, "kind": "healed"})
+                node.link.up.append(Healed(epoch=node.view.epoch, step=node.committed))
                 node.stale = False
-            node.link.up.append({**told, "kind": "fin"})
+            node.link.up.append(Vote(epoch=node.view.epoch, step=node.committed, digest="d"))
 
     def leave(self, server):
         """A member takes its coordinator for lost. What it said may be lost too where connections end silently."""
@@ -375,7 +384,7 @@ class History:
         if node is not None:
             if self.silent and self.dice.random() < 0.5:
                 node.link.up.clear()
-            node.link.up.append({"kind": "end"})
+            node.link.up.append(Leave())
             node.link = None
 
     def lose(self, server):
@@ -397,13 +406,13 @@ class History:
     def vote(self, nodes):
         election = Election(apart=self.dice.randrange(1 << 20))
         for node in nodes:
-            assert not isinstance(election.add(node.report()), str)
+            election.add(node.report())
         if not election.quorum():
             return False
         self.elections += 1
         elected = Server(Membership(Bounds(), electing=True))
         for node in nodes:
-            elected.membership.people[node.name] = applicant()
+            elected.membership.people[node.name] = info()
             elected.take(node)
         orders = election.conclude(elected.membership)
         told = [node for node in nodes if node.name in elected.membership.people]
@@ -433,7 +442,7 @@ class History:
                             link.node.tell()
                     elif link.up:
                         server.hear(link)
-            server.over = server.over or server.membership.outvoted() is not None
+            server.over = server.over or server.membership.lost_quorum() is not None
             if server.over:
                 self.part(server)
         if any(not server.over and server.membership.world.members for server in self.servers):

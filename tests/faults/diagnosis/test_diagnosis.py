@@ -8,21 +8,21 @@ import pytest
 
 from heteromesh.comm.tcp.info import TcpInfo
 from heteromesh.errors import UserError
-from heteromesh.faults.diagnosis.diagnosis import Finding, Window, dead_links, delays, hang, slow
+from heteromesh.faults.diagnosis.diagnosis import Diagnosis, Window, dead_links, delays, hang, slow
 from heteromesh.faults.diagnosis.events import Events
 from heteromesh.faults.diagnosis.monitor import Monitor
-from heteromesh.faults.diagnosis.policy import Prices, Situation, choose
-from heteromesh.faults.diagnosis.reports import Link, Report, read
-from heteromesh.faults.membership.membership import Applicant, Bounds, Membership
+from heteromesh.faults.diagnosis.policy import Situation, price_eviction
+from heteromesh.faults.membership.membership import Bounds, Membership
+from heteromesh.faults.wire.codec import decode, encode
+from heteromesh.faults.wire.messages import JoinInfo, LinkUse, Malformed, OperationReport
 
 MEMBERS = (11, 12, 13, 14)
 MB = 1 << 20
 
 
 def report(member, links=None, *, entered=5, finished=5, age=0.0, waiting=(), since=0.1, members=MEMBERS):
-    every = {other: Link() for other in members if other != member}
-    return Report(
-        group="world",
+    every = {other: LinkUse() for other in members if other != member}
+    return OperationReport(
         epoch=1,
         name="all_reduce",
         entered=entered,
@@ -45,7 +45,7 @@ def windows(flow=None, late=None, *, members=MEMBERS, busy=None, seconds=2.0):
             if other != me:
                 arriving, waited = flow.get((other, me), 0.03), late.get((other, me), 0.01)
                 tcp = TcpInfo(busy=busy.get((me, other), flow.get((me, other), 0.03) + 0.001))
-                links[other] = Link(
+                links[other] = LinkUse(
                     waited=waited + arriving, late=waited, flow=arriving, received=10 * MB, sent=10 * MB, tcp=tcp
                 )
         found[me] = Window(report(me, members=members), report(me, links, age=seconds, members=members))
@@ -126,7 +126,7 @@ def test_waits_that_a_slow_link_causes_elsewhere_blame_the_link():
     assert told(slow(windows({(12, 13): 1.0}, late)))[1:] == ("link", (12, 13))
 
 
-DEAD = Link(tcp=TcpInfo(retrying=2, unacked=9))
+DEAD = LinkUse(tcp=TcpInfo(retrying=2, unacked=9))
 
 
 def test_who_has_not_entered_the_collective_hangs_outside_of_it():
@@ -188,83 +188,96 @@ def test_no_hang_where_nobody_waits():
 
 
 def finding(syndrome="non-communication slow", place="member", lost=0.75, ratio=10.0, members=(13,)):
-    return Finding(
-        syndrome=syndrome, place=place, members=members, group="world", operation="", sequence=1, why="", lost=lost,
+    return Diagnosis(
+        syndrome=syndrome, place=place, members=members, operation="", sequence=1, why="", lost=lost,
         ratio=ratio,
     )  # fmt: skip
 
 
 def situation(**changes):
-    return Situation(**({"members": 4, "least": 1, "step_seconds": 1.0, "steps_left": 100} | changes))
+    return Situation(**({"members": 4, "min_members": 1, "step_seconds": 1.0, "steps_left": 100} | changes))
 
 
 @pytest.mark.parametrize(
-    ("found", "steps", "able", "done", "best"),
+    ("found", "steps", "worth"),
     [
-        (finding(), 100, ["evict", "re-balance"], "re-balance", "re-balance"),
-        (finding(), 100, ["evict"], "evict", "re-balance"),
-        (finding(), 100, [], "ignore", "re-balance"),
-        (finding(), 1, ["evict", "re-balance"], "ignore", "re-balance"),
-        (finding(lost=0.2), 10_000, ["evict"], "ignore", "re-balance"),  # 3 that do the work of 4 are slower
-        (finding("communication slow", "link", members=(12, 13)), 100, ["re-route", "evict"], "re-route", "re-route"),
-        (finding("communication slow", "card"), 100, ["evict"], "evict", "evict"),
-        (finding("communication slow", "sender", lost=0.3), 100, ["re-balance"], "re-balance", "re-balance"),
+        (finding(), 100, True),
+        (finding(), 1, False),
+        (finding(lost=0.2), 10_000, False),  # 3 that do the work of 4 are slower
+        (finding("communication slow", "card"), 100, True),
+        (finding("communication slow", "sender", lost=0.3), 100, False),
+        (finding("communication slow", "sender", lost=0.3), 1000, True),
     ],
 )
-def test_the_action_that_costs_least(found, steps, able, done, best):
-    chosen, wished = choose(found, situation(steps_left=steps), able)
-    assert (chosen.action, wished.action) == (done, best)
-    assert chosen.saves >= 0
-    assert (chosen.saves > 0) == (done != "ignore")
+def test_a_member_is_evicted_when_that_costs_less(found, steps, worth):
+    assert (price_eviction(found, situation(steps_left=steps)).saves > 0) == worth
+
+
+def test_nobody_is_evicted_for_a_link():
+    assert price_eviction(finding("communication slow", "link", members=(12, 13)), situation()) is None
 
 
 def test_saving_is_the_loss_of_the_remaining_steps_less_the_cost():
-    chosen, _ = choose(finding(lost=0.75), situation(), ["evict"], Prices(evict=10))
+    eviction = price_eviction(finding(lost=0.75), situation())
     # without it, 3 members do in 4/3 of 0.25 s what took 1 s
-    assert chosen.each == pytest.approx(0.75 - 0.25 / 3)
-    assert chosen.saves == pytest.approx(100 * chosen.each - 11)
+    assert eviction.each == pytest.approx(0.75 - 0.25 / 3)
+    assert eviction.saves == pytest.approx(100 * eviction.each - 11)
 
 
 def test_nobody_is_evicted_below_the_minimum():
-    assert choose(finding(), situation(least=4), ["evict"])[0].action == "ignore"
+    assert price_eviction(finding(), situation(min_members=4)) is None
 
 
 def message(**changes):
-    whole = {
+    return {
         "kind": "records",
-        "group": "world",
         "epoch": 1,
-        "op": ["all_reduce", 6, 5],
-        "seconds": [9.0, 1.0, 0.5],
+        "name": "all_reduce",
+        "entered": 6,
+        "finished": 5,
+        "age": 9.0,
+        "inside": 1,
+        "since": 0.5,
         "waiting": [13],
-        "links": [[12, 1.0, 0.5, 0, 0.25, 1000, 2000, 0.001, 1, 7, 3, 2.0, 0.5, 0.25, 1e6]],
+        "links": {"12": [1.0, 0.5, 0, 0.25, 1000, 2000, [0.001, 1, 7, 3, 2.0, 0.5, 0.25, 1000000]]},
+        **changes,
     }
-    return whole | changes
+
+
+def read(**changes):
+    return decode(json.dumps(message(**changes)).encode())
 
 
 def test_report_from_a_message():
-    got = read(message())
+    got = read()
     assert (got.name, got.entered, got.finished, got.within, got.waiting) == ("all_reduce", 6, 5, True, (13,))
     assert got.links[12].tcp == TcpInfo(
         rtt=0.001, retrying=1, retransmits=7, unacked=3, busy=2.0, receiver_limited=0.5, buffer_limited=0.25, rate=10**6
     )
+    assert decode(encode(got)) == got
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"op": ["x"]},
-        {"op": 3},
-        {"links": [[12, 1]]},
+        {"name": 3},
+        {"entered": 1.5},
+        {"links": {"12": [1]}},
+        {"links": {"x": message()["links"]["12"]}},
         {"links": 5},
-        {"seconds": ["a", 1, 2]},
+        {"age": "a"},
         {"epoch": None},
+        {"epoch": True},
         {"waiting": [None]},
     ],
 )
 def test_malformed_reports_are_dropped(changes):
-    assert read(message(**changes)) is None
-    assert not Monitor(say=print).heard(1, message(**changes), 0.0)
+    assert read(**changes) == Malformed("records")
+
+
+def heard(**changes):
+    values = {"name": "all_reduce", "entered": 6, "finished": 5, "age": 9.0, "links": {}, **changes}
+    return OperationReport(epoch=1, inside=0.0, since=0.5, **values)
 
 
 class Bench:
@@ -273,27 +286,23 @@ class Bench:
     def __init__(self, **settings):
         self.lines = []
         self.monitor = Monitor(say=self.lines.append, **settings)
-        self.membership = Membership(Bounds(least=1))
+        self.membership = Membership(Bounds(min=1))
         for name in "abcd":
-            self.membership.join(Applicant(name=name, addresses=((f"10.0.0.{name}", 1),), facts={}))
+            self.membership.join(JoinInfo(name=name, addresses=((f"10.0.0.{name}", 1),), facts={}))
         self.monitor.observe(self.membership, self.membership.admit())
         self.members = self.membership.world.members
         self.now = 100.0
 
-    def pass_time(self, seconds, late=0.0, culprit=3):
+    def pass_time(self, seconds, share=0.0, culprit=3):
         """All report every 0.2 s; the others are late-waiting for the culprit for this share of the time."""
         out = []
         for _ in range(round(seconds / 0.2)):
             self.now += 0.2
             for me in self.members:
-                waits = late * (self.now - 100) if me != culprit else 0.0
-                links = [
-                    [other, *([waits, waits] if other == culprit else [0, 0]), 0, 0, 0, 0, *[0] * 8]
-                    for other in self.members
-                    if other != me
-                ]
-                age = self.now - 100
-                self.monitor.heard(me, message(op=["all_reduce", 9, 9], seconds=[age, 0, 0], links=links), self.now)
+                waits = share * (self.now - 100) if me != culprit else 0.0
+                late = LinkUse(waited=waits, late=waits)
+                links = {other: late if other == culprit else LinkUse() for other in self.members if other != me}
+                self.monitor.heard(me, heard(entered=9, finished=9, age=self.now - 100, links=links), self.now)
             out += self.monitor.slow(self.membership, self.now)
         return out
 
@@ -305,17 +314,17 @@ def test_a_slow_member_is_said_once_with_rank_host_collective_and_deed():
     bench = Bench()
     assert bench.pass_time(3) == []
     assert bench.lines == []
-    assert bench.pass_time(8, late=0.8) == []
+    assert bench.pass_time(8, share=0.8) == []
     (line,) = bench.lines
     assert line.startswith("non-communication slow: rank 2 (c at 10.0.0.c) in all_reduce 9 of group world: ")
-    assert "done: nothing yet (to re-balance would save" in line
+    assert "done: nothing yet (to evict would save" in line
     event = bench.monitor.events.entries[-1]
     assert (event["kind"], event["names"], event["ranks"], event["action"]) == ("diagnosis", ["c"], [2], "ignore")
 
 
 def test_a_slow_member_is_evicted_when_it_has_cost_more_than_its_eviction():
     bench = Bench(evicts=True, steps=10_000)
-    evicted = bench.pass_time(6, late=0.8)
+    evicted = bench.pass_time(6, share=0.8)
     assert evicted
     assert set(evicted) == {3}
     assert bench.lines[-1].endswith("done: evicted")
@@ -328,7 +337,7 @@ def test_a_slow_member_is_evicted_when_it_has_cost_more_than_its_eviction():
 def test_a_member_that_reports_nothing_is_no_reason_to_guess():
     bench = Bench()
     bench.members = bench.members[:3]  # the fourth is silent
-    bench.pass_time(5, late=0.8)
+    bench.pass_time(5, share=0.8)
     assert bench.lines == []
 
 
@@ -337,9 +346,10 @@ def test_hang_is_said_with_and_without_reports():
     bench.monitor.hung(bench.membership, "stuck", [2])
     bench.monitor.hung(bench.membership, "stalled", (1, 4))
     for me in (1, 3, 4):
-        links = [[o, *[0] * 14] for o in bench.members if o != me]
-        bench.monitor.heard(me, message(op=["broadcast", 3, 2], waiting=[2], links=links), 1.0)
-    bench.monitor.heard(2, message(op=["broadcast", 2, 2], waiting=[], links=[]), 1.0)
+        links = {o: LinkUse() for o in bench.members if o != me}
+        told = heard(name="broadcast", entered=3, finished=2, waiting=(2,), links=links)
+        bench.monitor.heard(me, told, 1.0)
+    bench.monitor.heard(2, heard(name="broadcast", entered=2, finished=2), 1.0)
     bench.monitor.hung(bench.membership, "stuck", [2])
     assert "rank 1 (b at 10.0.0.b) in no collective yet 0 of group world: it does nothing while" in bench.lines[0]
     assert bench.lines[1].startswith("communication hang: link rank 0 (a at 10.0.0.a) to rank 3 (d at 10.0.0.d)")
@@ -367,7 +377,7 @@ def test_events_tell_who_came_went_and_why():
 def test_bytes_of_a_member_that_arrive_elsewhere_are_a_sign_of_its_life():
     bench = Bench()
     for now, size in ((1.0, 0), (1.2, 500)):
-        bench.monitor.heard(1, message(links=[[2, 0, 0, 0, 0, size, 0, *[0] * 8]]), now)
+        bench.monitor.heard(1, heard(links={2: LinkUse(received=size)}), now)
     assert bench.monitor.moves(2, 1.3)
     assert not bench.monitor.moves(3, 1.3)
     assert not bench.monitor.moves(2, 2.0)
@@ -375,16 +385,16 @@ def test_bytes_of_a_member_that_arrive_elsewhere_are_a_sign_of_its_life():
 
 def test_a_dead_link_must_stay_dead_for_some_time():
     bench = Bench()
-    waits = [[2, *[0] * 7, 3, 0, 5, *[0] * 4]]  # three timeouts unanswered, 5 segments in flight
+    waits = {2: LinkUse(tcp=TcpInfo(retrying=3, unacked=5))}
     for now, links, found in (
         (1.0, waits, []),
         (1.9, waits, []),
         (2.1, waits, [(1, 2)]),
-        (2.2, [], []),
+        (2.2, {}, []),
         (3.5, waits, []),
     ):
-        bench.monitor.heard(1, message(links=links, waiting=[2]), now)
-        bench.monitor.heard(2, message(links=[], waiting=[]), now)
+        bench.monitor.heard(1, heard(links=links, waiting=(2,)), now)
+        bench.monitor.heard(2, heard(), now)
         assert bench.monitor.dead_links(bench.membership.world, now, 1.0) == found
 
 

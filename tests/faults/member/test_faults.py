@@ -13,17 +13,18 @@ from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.death_notice import Lease, Watcher
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.faults.testing import inject, oracle
-from heteromesh.faults.testing.lab import Lab, Work
-from heteromesh.faults.testing.oracle import Belongings, Event, History
+from heteromesh.faults.testing.lab import Lab, LabWork
+from heteromesh.faults.testing.oracle import Belongings, CommitEvent, History
+from heteromesh.faults.wire.messages import MemberDied
 
 
 @pytest.mark.parametrize("collectives", [False, True])
 def test_kills_stops_and_joins(collectives):
-    with Lab(Work(bytes=1 << 18, collectives=collectives), size=4, timing=Timing(silence=2.0)) as lab:
+    with Lab(LabWork(bytes=1 << 18, collectives=collectives), size=4, timing=Timing(silence=2.0)) as lab:
         for fault in inject.schedule(3, 5, kinds=("kill", "kill", "stop"), slots=4):
             lab.pump(fault.delay)
             victim = lab.workers[fault.slot % len(lab.workers)]
@@ -42,7 +43,7 @@ def test_kills_stops_and_joins(collectives):
 
 def test_coordinators_process_is_killed():
     """Nobody is lost with it, no step either: the next one is another coordinator's."""
-    with Lab(Work(bytes=1 << 18), size=3, timing=Timing(silence=2.0), elective=True) as lab:
+    with Lab(LabWork(bytes=1 << 18), size=3, timing=Timing(silence=2.0), elective=True) as lab:
         lab.pump(0.2)
         assert lab.interruption(inject.kill(lab.coordinator)) is not None, lab.describe()
         lab.pump(0.2)
@@ -63,12 +64,12 @@ def test_the_commits_round_trip_is_hidden_behind_work_on_the_result():
             def body(group):
                 return steps.sum(group, [torch.ones(3)]), "the same"
 
-            def meanwhile(summed):
+            def overlap(summed):
                 heard.append(summed.sums[0].tolist())
                 # the other has its commit although this one is still at work on the result
                 assert index == 1 or committed.wait(10)
 
-            steps.atomic(body, meanwhile)
+            steps.atomic(body, overlap)
             committed.set()
 
         for wait in [pool.submit(act, index) for index in range(2)]:
@@ -93,9 +94,9 @@ def test_survivors_inputs_are_kept_and_summed_again():
 
         waits = [pool.submit(act, index) for index in range(3)]
         time.sleep(0.1)
-        members[0]._control.send({"kind": "dead", "member": members[1].id})
+        members[0]._control.send(MemberDied(members[1].id))
         # too few for the minimum now: a fourth member makes it three again
-        fourth = Member(replace(members[0].terms, name="3"))
+        fourth = Member(replace(members[0].options, name="3"))
         steps = Steps(fourth.group())
         steps.start()
         assert steps.step == 1
@@ -119,17 +120,16 @@ def raise_away(steps):
 
 
 def test_failure_in_one_group_leaves_the_others_untouched():
-    with job(4) as (_, members, pool):
-        ids = [member.id for member in members]
-        pairs = {"left": ids[:2], "right": ids[2:]}
+    """Two jobs in one process, each a group of its own, with the same member ids and epochs."""
+    with job(2) as (_, left, one), job(2) as (_, right, two):
+        members, pools = [*left, *right], [one, one, two, two]
+        groups = [member.group() for member in members]
 
-        def enter(index):
-            name = "left" if index < 2 else "right"
-            group = members[index].group(name, pairs[name])
-            group.ready()
-            return group
+        def everywhere(act):
+            waits = [pool.submit(act, index) for index, pool in enumerate(pools)]
+            return [wait.result(20) for wait in waits]
 
-        groups = list(pool.map(enter, range(4)))
+        everywhere(lambda index: groups[index].ready())
         epoch = groups[2].view.epoch
         inject.cut(groups[0].transport, 1)
 
@@ -144,7 +144,7 @@ def test_failure_in_one_group_leaves_the_others_untouched():
                 return float(values[0]), True
             return float(values[0]), False
 
-        assert list(pool.map(act, range(4))) == [(1.0, True), (1.0, True), (5.0, False), (5.0, False)]
+        assert everywhere(act) == [(1.0, True), (1.0, True), (5.0, False), (5.0, False)]
         assert groups[2].view.epoch == epoch
         assert groups[0].view.epoch > 1
 
@@ -162,7 +162,7 @@ def test_joiner_gets_the_state_and_a_member_with_other_shapes_does_not():
                 values[1] += 1
 
         wait = pool.submit(train)
-        joiner = Member(replace(members[0].terms, name="new"))
+        joiner = Member(replace(members[0].options, name="new"))
         copy = [torch.zeros(5), torch.tensor([0])]
         steps = Steps(joiner.group(), lambda: copy)
         steps.start()
@@ -189,7 +189,7 @@ def test_stuck_main_thread_is_put_out():
 
 def test_lost_coordinator_ends_every_wait():
     server = Coordinator(b"s").start()
-    member = Member(Terms(coordinators=[server.address], secret=b"s", name="a"))
+    member = Member(JoinOptions(coordinators=[server.address], secret=b"s", name="a"))
     group = member.group()
     group.ready()
     server.stop()
@@ -243,7 +243,7 @@ def test_schedules_are_seeded():
 
 def event(member, step, **changes):
     values = {"slot": 0, "time": float(step), "epoch": 1, "digest": "d", "chain": "c", "right": True, "attempts": 1}
-    return Event(member=member, step=step, slots=(0,), **{**values, **changes})
+    return CommitEvent(member=member, step=step, slots=(0,), **{**values, **changes})
 
 
 def test_history_finds_what_is_wrong():

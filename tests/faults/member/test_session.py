@@ -24,11 +24,12 @@ from heteromesh.planner.ownership.ownership import LostState
 VICTIM = """
 import os, signal, sys
 from heteromesh.comm.session import Attempt
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import Member, JoinOptions
 from heteromesh.faults.member.session import Elastic
 
 host, port = sys.argv[1:]
-session = Elastic(Member(Terms(coordinators=[(host, int(port))], secret=b"s", name="victim")), dict, lambda state: None)
+options = JoinOptions(coordinators=[(host, int(port))], secret=b"s", name="victim")
+session = Elastic(Member(options), dict, lambda state: None)
 session.start()
 
 def attempt(world):
@@ -79,7 +80,7 @@ def test_fixed_world_makes_each_attempt_once():
 def test_member_killed_in_the_middle_of_an_attempt():
     """The survivors make the attempt again without it, in a new world, and no thread of the old one's waits on."""
     before = Belongings.now()
-    with job(2, Timing(silence=20), Bounds(least=2, most=3)) as (server, members, pool):
+    with job(2, Timing(silence=20), Bounds(min=2, max=3)) as (server, members, pool):
         opened = []
 
         def collectives(world):
@@ -126,7 +127,7 @@ def test_member_killed_in_the_middle_of_an_attempt():
 
 
 def test_joiner_has_the_state_before_its_first_attempt():
-    with job(1, bounds=Bounds(least=1, most=2)) as (_, members, pool):
+    with job(1, bounds=Bounds(min=1, max=2)) as (_, members, pool):
         state = {"steps": 0, "values": torch.arange(3.0)}
 
         def train():
@@ -140,7 +141,7 @@ def test_joiner_has_the_state_before_its_first_attempt():
 
         wait = pool.submit(train)
         adopted = {}
-        member = Member(replace(members[0].terms, name="new"))
+        member = Member(replace(members[0].options, name="new"))
         session = Elastic(member, lambda: state, adopted.update, step=0)
         world = session.start()
         assert (world.members, world.names) == ((members[0].id, member.id), ("0", "new"))

@@ -20,7 +20,7 @@ from heteromesh.comm.tcp.state_transfer import pack, unpack
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.member.member import Member, Terms
+from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
@@ -99,7 +99,7 @@ class Toy:
         self.state: Any = None
 
     def run(self, address: Any, begin: threading.Event) -> "Toy":
-        member = Member(Terms(coordinators=[address], secret=b"s", name=self.name))
+        member = Member(JoinOptions(coordinators=[address], secret=b"s", name=self.name))
         session = Elastic(member, self._capture, self._adopt)
         try:
             begin.wait(20)
@@ -199,7 +199,7 @@ class Toys:
             futures.append(self._pool.submit(toy.run, self._address, self._begin))
             self._started += 1
             eventually(lambda: self._membership.counts["joined"] == self._started)
-        self._membership.bounds = Bounds(least=1)
+        self._membership.bounds = Bounds(min=1)
         self._begin.set()
         return futures
 
@@ -207,7 +207,7 @@ class Toys:
 @contextmanager
 def toys(least: int = 4) -> Iterator[Toys]:
     timing = Timing(silence=10, stuck=30)
-    coordinator = Coordinator(b"s", bounds=Bounds(least=least), timing=timing).start()
+    coordinator = Coordinator(b"s", bounds=Bounds(min=least), timing=timing).start()
     with ThreadPoolExecutor(8) as pool:
         try:
             yield Toys(coordinator, pool)

@@ -202,14 +202,15 @@ def test_too_few_members_are_waited_for_and_named(tmp_path, capfd):
         """
         import os, sys, time
         from heteromesh.faults.wire.control import connect
+        from heteromesh.faults.wire.messages import Heartbeat, Join, JoinInfo
         if os.environ["LOCAL_RANK"] == "1":
             sys.exit(1)
         host, port = os.environ["HETEROMESH_COORDINATORS"].split(":")
         control = connect([(host, int(port))], os.environ["HETEROMESH_SECRET"].encode(), seconds=5, silence=5)
         name = os.environ["HETEROMESH_MEMBER_NAME"]
-        control.send({"kind": "join", "name": name, "addresses": [["h", 1]], "facts": {}})
+        control.send(Join(JoinInfo(name=name, addresses=(("h", 1),), facts={})))
         while True:
-            control.send({"kind": "hb"})
+            control.send(Heartbeat())
             time.sleep(0.05)
         """,
     )
@@ -225,7 +226,7 @@ def test_too_few_members_are_waited_for_and_named(tmp_path, capfd):
 def test_a_countdown_is_said_every_ten_seconds():
     names = [SimpleNamespace(name=name) for name in "abc"]
     world = SimpleNamespace(members=[])
-    membership = SimpleNamespace(bounds=Bounds(least=3, most=4), people={}, world=world)
+    membership = SimpleNamespace(bounds=Bounds(min=3, max=4), people={}, world=world)
     coordinator, told = SimpleNamespace(membership=membership, short_seconds=None), []
     countdown = Countdown(coordinator, 60.0, told.append)
     assert countdown.look(0.0, ["a", "b"]) == ""
@@ -434,7 +435,7 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
         secret=SECRET,
         name="h:3",
         hosts=["10.0.0.7", "10.1.0.7"],
-        bounds=Bounds(least=2, most=8),
+        bounds=Bounds(min=2, max=8),
     )
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -442,7 +443,7 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
     read = terms(step=4, state="s")
     assert (read.coordinators, read.secret, read.name) == (coordinators, SECRET.encode(), "h:3")
     assert (read.hosts, read.facts, read.step, read.state) == (["10.0.0.7", "10.1.0.7"], {"model": "m"}, 4, "s")
-    assert bounds_from_environment() == Bounds(least=2, most=8)
+    assert bounds_from_environment() == Bounds(min=2, max=8)
     for name in variables:
         with monkeypatch.context() as patch:
             patch.delenv(name)

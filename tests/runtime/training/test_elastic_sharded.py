@@ -32,7 +32,7 @@ def test_trainer_tells_the_way_out_when_owner_and_mirror_are_lost(tmp_path: Path
         for index in range(3):
             job.start(index, shard_optimizer=True, checkpoint_every=2, waits_in=6)
         eventually(lambda: list((tmp_path / "run/checkpoints").glob("step-*4")))
-        job.coordinator.membership.bounds = Bounds(least=1)
+        job.coordinator.membership.bounds = Bounds(min=1)
         for index in (1, 2):
             os.kill(job.processes[index].pid, signal.SIGKILL)
         (tmp_path / "go").touch()
