@@ -254,6 +254,8 @@ def test_losses_and_joins_leave_the_bits_as_they_are(shapes: Any, where: str) ->
         futures = job.start(first, lost, stays, unlucky)
         with pytest.raises(Dead):
             futures[1].result(20)
+        # who comes before the others wait would be dealt a part at once
+        eventually(lambda: stays.done == stays.waits_in)
         # the second one dies while its part is dealt out to it
         joins, brief = Toy("e", shapes), Toy("f", shapes, dies_in=5, where="after reshard")
         late = job.start(joins, brief)
