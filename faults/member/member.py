@@ -21,6 +21,7 @@ from heteromesh.faults.membership.view import Fenced, Stopped, View, view_of
 from heteromesh.faults.wire.codec import WireError
 from heteromesh.faults.wire.control import Address, enrol
 from heteromesh.faults.wire.messages import (
+    CommitNotice,
     ControlMessage,
     EpochReport,
     Evicted,
@@ -35,7 +36,6 @@ from heteromesh.faults.wire.messages import (
     MemberDied,
     NewEpoch,
     Rejoin,
-    CommitNotice,
     TooFew,
     Vote,
     Welcome,

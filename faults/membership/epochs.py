@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from heteromesh.faults.wire.messages import NewEpoch, CommitNotice, Vote
+from heteromesh.faults.wire.messages import CommitNotice, NewEpoch, Vote
 
 
 def next_link(chain: str, step: int, digest: str) -> str:

@@ -10,6 +10,7 @@ from heteromesh.faults.membership.membership import Bounds, Membership
 from heteromesh.faults.membership.quorum import holds
 from heteromesh.faults.membership.view import view_of
 from heteromesh.faults.wire.messages import (
+    CommitNotice,
     EpochReport,
     Evicted,
     Healed,
@@ -18,7 +19,6 @@ from heteromesh.faults.wire.messages import (
     Leave,
     NewEpoch,
     Rejoin,
-    CommitNotice,
     Vote,
 )
 

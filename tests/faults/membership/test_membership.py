@@ -20,6 +20,7 @@ from heteromesh.faults.wire.codec import MAX_MESSAGE, Wire, WireError, decode, e
 from heteromesh.faults.wire.control import connect
 from heteromesh.faults.wire.messages import (
     Alive,
+    CommitNotice,
     Evicted,
     Healed,
     Heartbeat,
@@ -31,7 +32,6 @@ from heteromesh.faults.wire.messages import (
     MemberDied,
     NewEpoch,
     Refused,
-    CommitNotice,
     TooFew,
     Vote,
     Welcome,
