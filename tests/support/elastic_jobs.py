@@ -64,7 +64,7 @@ class Job:
         sink.close()
         self.pipes[index] = source
 
-    def result(self, index: int, seconds: float = 60.0) -> Any:
+    def result(self, index: int, seconds: float = 150.0) -> Any:
         """(losses, digest of the parameters), or the text of what was raised, or None for a process that was killed."""
         assert self.pipes[index].poll(seconds), f"member {index} is not done"
         try:
@@ -98,7 +98,7 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
         sink.send(traceback.format_exc())
 
 
-def eventually(true: Any, seconds: float = 30.0) -> None:
+def eventually(true: Any, seconds: float = 150.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
