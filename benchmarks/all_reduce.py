@@ -31,7 +31,7 @@ from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectiv
 from heteromesh.comm.nics.connect import open_nics
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.planner.cluster.nics import nic_rates, split
+from heteromesh.planner.reduction.nics import nic_rates, split
 from heteromesh.planner.reduction.reduction import reduction_for
 
 CLUSTERS: dict[str, tuple[tuple[float, ...], ...]] = {

@@ -31,7 +31,7 @@ from diagnosis_member import BEGIN, Order, write_order  # type: ignore[import-no
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.runtime.sandbox import Sandbox
-from heteromesh.runtime.sandbox.network import Interface
+from heteromesh.runtime.sandbox.network import VirtualNic
 
 _NAMES = "abcde"
 _LIMIT = 20.0
@@ -66,7 +66,7 @@ class Job:
         self.events += new
         return new
 
-    def card(self, name: str) -> Interface:
+    def card(self, name: str) -> VirtualNic:
         """For data."""
         return self.sandbox[name].interfaces[1]
 

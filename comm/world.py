@@ -115,6 +115,11 @@ class World:
             dist.all_reduce(vector, group=self.control)
         return vector
 
+    def synchronise(self) -> None:
+        """Returns when this rank's device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         """Returns when every rank is here."""
         if self.size > 1:

@@ -9,8 +9,9 @@ from typing import Any
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 
-from heteromesh.planner.cost.envelope import Floats
+Floats = NDArray[np.float64]
 
 
 def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> float:

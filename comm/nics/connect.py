@@ -16,7 +16,7 @@ from heteromesh.comm.tcp.connect import Address, Place, build
 from heteromesh.comm.tcp.listen import Listener
 from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.errors import UserError
-from heteromesh.planner.cluster.nics import Split
+from heteromesh.planner.reduction.nics import Split
 
 SECONDS = 60.0
 
@@ -39,7 +39,7 @@ def open_nics(
             leave by that NIC (a routing rule for each source address).
         hosts: per rank, its host.
         nics: per host, how many it has.
-        split: planner/cluster/nics.py's.
+        split: planner/reduction/nics.py's.
         seconds: how long a peer may be silent to the kernel.
         connect_seconds: how long connecting may take.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from heteromesh.comm.tcp.link import LinkScheduler, Message, Outbox
-from heteromesh.planner.cluster.nics import Split
+from heteromesh.planner.reduction.nics import Split
 
 _WHOLE = 1 << 31
 """Messages are not cut: collectives send pieces already."""
@@ -44,7 +44,7 @@ def connection_shares(rank: int, peer: int, hosts: Sequence[int], nics: Sequence
     Args:
         hosts: per rank, its host.
         nics: per host, how many it has.
-        split: planner/cluster/nics.py's.
+        split: planner/reduction/nics.py's.
     """
     mine, theirs, most = hosts[rank], hosts[peer], max(nics)
     if mine == theirs:

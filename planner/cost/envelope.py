@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from heteromesh.planner.cost.passes import Costs, Method
+from heteromesh.planner.solver import Floats
 
-Floats = NDArray[np.float64]
 PAIRED_HOSTS = 64
 """With more hosts their pairs are not looked at and exchanges between them count as free."""
 

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heteromesh.planner.cost.envelope import Floats, envelope
+from heteromesh.planner.cost.envelope import envelope
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.solver import maximise_first
+from heteromesh.planner.solver import Floats, maximise_first
 
 BUCKETS = 10
 CLASSES = 6

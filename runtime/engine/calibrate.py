@@ -32,7 +32,7 @@ from heteromesh.planner.cost.shards import make_pass
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention, split_methods
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.executor import StepExecutor
-from heteromesh.runtime.probe.links.network import measure_links
+from heteromesh.runtime.network.measure import measure_links
 from heteromesh.runtime.work.reader import PassInput
 
 REPEATS = 3

@@ -21,10 +21,10 @@ from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
-from heteromesh.planner.cluster.nics import Split, all_nics_pay, nic_rates, over_all_nics, split
+from heteromesh.planner.reduction.nics import Split, all_nics_pay, nic_rates, over_all_nics, split
 from heteromesh.planner.reduction.reduction import Reduction
+from heteromesh.runtime.network.interfaces import Interface, interfaces
 from heteromesh.runtime.network.routes import leaves_by
-from heteromesh.runtime.probe.links.interfaces import Interface, interfaces
 
 NICS_VARIABLE = "HETEROMESH_NICS"
 CONNECT_SECONDS = 20.0

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.runtime.network.measure import Network, measure_network
+from heteromesh.runtime.network.sockets import CardRate, measure_cards
 from heteromesh.runtime.probe.devices.compute import Compute, measure_compute
 from heteromesh.runtime.probe.devices.facts import Facts, collect_facts
-from heteromesh.runtime.probe.links.network import Network, measure_network
-from heteromesh.runtime.probe.links.sockets import CardRate, measure_cards
 from heteromesh.runtime.probe.outliers import Reading, outliers
 
 

@@ -20,7 +20,7 @@ from heteromesh.runtime.sandbox.machine import check_machine
 from heteromesh.runtime.sandbox.network import lay_out
 from heteromesh.runtime.sandbox.sandbox import Sandbox
 from heteromesh.runtime.sandbox.scale import scaled, scaled_file
-from heteromesh.runtime.sandbox.supervise import Job, Sink
+from heteromesh.runtime.sandbox.supervise import SandboxJob, Sink
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         ) as sandbox,
     ):
         sink = None if options.raw or len(cluster.hosts) == 1 else _prefix([host.name for host in cluster.hosts])
-        job = Job(sandbox, command, faults=faults, sink=sink, tell=_tell)
+        job = SandboxJob(sandbox, command, faults=faults, sink=sink, tell=_tell)
         status = job.wait()
         if job.failed:
             _tell(f"host {job.failed} ended with exit status {status}")

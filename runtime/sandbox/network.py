@@ -31,7 +31,7 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Interface:
+class VirtualNic:
     """One card of a host."""
 
     name: str
@@ -43,7 +43,7 @@ class Interface:
     gbit: float
 
 
-def lay_out(cluster: Cluster) -> tuple[tuple[Interface, ...], ...]:
+def lay_out(cluster: Cluster) -> tuple[tuple[VirtualNic, ...], ...]:
     """The interfaces of every host; raises UserError for what can't be emulated."""
     if len(cluster.hosts) > MOST_HOSTS:
         raise UserError(
@@ -59,7 +59,7 @@ def lay_out(cluster: Cluster) -> tuple[tuple[Interface, ...], ...]:
         cards = [nic for nic in host.nics for _ in range(nic.count)]
         if len(cards) > MOST_NICS:
             raise UserError(f"host {host.name!r} has {len(cards)} NICs and a sandbox at most {MOST_NICS} a host")
-        interfaces: list[Interface] = []
+        interfaces: list[VirtualNic] = []
         for c, nic in enumerate(cards):
             check_rate(nic.gbit, f"host {host.name!r}: a NIC")
             shared = (
@@ -72,7 +72,7 @@ def lay_out(cluster: Cluster) -> tuple[tuple[Interface, ...], ...]:
             network = networks.setdefault(shared, len(networks))
             same = sum(i.name.startswith(_PREFIX[nic.kind]) for i in interfaces)
             interfaces.append(
-                Interface(
+                VirtualNic(
                     name=f"{_PREFIX[nic.kind]}{same}",
                     port=f"h{h}n{c}",
                     switch=f"switch{network}",
@@ -93,17 +93,17 @@ def check_rate(gbit: float, where: str) -> None:
         )
 
 
-def control_switch(hosts: tuple[tuple[Interface, ...], ...]) -> str:
+def control_switch(hosts: tuple[tuple[VirtualNic, ...], ...]) -> str:
     """The network that every host is on, Ethernet if there is one; empty for a host without NICs."""
     shared = [s for s in dict.fromkeys(i.switch for i in hosts[0]) if all(any(i.switch == s for i in h) for h in hosts)]
     ethernet = {i.switch for host in hosts for i in host if i.name.startswith(_PREFIX["ethernet"])}
     return next((s for s in shared if s in ethernet), shared[0] if shared else "")
 
 
-class Network:
+class VirtualNetwork:
     """The namespaces and links of `hosts`; `name` is the hub's namespace and begins the others' names."""
 
-    def __init__(self, name: str, hosts: tuple[tuple[Interface, ...], ...], latency_ms: float) -> None:
+    def __init__(self, name: str, hosts: tuple[tuple[VirtualNic, ...], ...], latency_ms: float) -> None:
         self.name, self.hosts = name, hosts
         self.namespaces = tuple(f"{name}-{i}" for i in range(len(hosts)))
         self._latency_ms = latency_ms
@@ -125,7 +125,7 @@ class Network:
             call("ip", "netns", "add", namespace)
             self._join(namespace, interfaces)
 
-    def _join(self, namespace: str, interfaces: tuple[Interface, ...]) -> None:
+    def _join(self, namespace: str, interfaces: tuple[VirtualNic, ...]) -> None:
         # with several cards in one network, only the one that is asked for answers
         settings = {"net/ipv4/conf/all/arp_ignore": 1, "net/ipv4/conf/all/arp_announce": 2}
         if Path("/proc/sys/net/ipv6").exists():
@@ -168,11 +168,11 @@ class Network:
             if namespace in existing:
                 call("ip", "netns", "del", namespace)
 
-    def set_up(self, interface: Interface, up: bool) -> None:
+    def set_up(self, interface: VirtualNic, up: bool) -> None:
         """Plugs the cable in or pulls it: the host sees its carrier go."""
         call("ip", "-n", self.name, "link", "set", interface.port, "up" if up else "down")
 
-    def set_rate(self, host: int, interface: Interface, gbit: float) -> None:
+    def set_rate(self, host: int, interface: VirtualNic, gbit: float) -> None:
         """Another rate, both ways."""
         for namespace, device in ((self.namespaces[host], interface.name), (self.name, interface.port)):
             words = f"qdisc change dev {device} root handle 1: {_bucket(gbit)}"

@@ -11,8 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from heteromesh.runtime.sandbox import init
-
 
 class Process:
     """A command in a host's namespaces and control group."""
@@ -34,7 +32,16 @@ class Process:
         try:
             if group is not None:
                 passed.append(os.open(group / "cgroup.procs", os.O_WRONLY))
-            words = ["ip", "netns", "exec", namespace, sys.executable, "-I", "-S", init.__file__]
+            words = [
+                "ip",
+                "netns",
+                "exec",
+                namespace,
+                sys.executable,
+                "-I",
+                "-S",
+                str(Path(__file__).with_name("init.py")),
+            ]
             words += [str(theirs), str(passed[1] if group else -1), host, hosts_file, *command]
             stream = subprocess.PIPE if piped else None
             self._popen = subprocess.Popen(
@@ -76,7 +83,7 @@ class Process:
         """A signal for the command, or for every process that it started too."""
         if self._control >= 0:
             with suppress(BrokenPipeError):
-                os.write(self._control, bytes([number | (init.EVERYONE if everyone else 0)]))
+                os.write(self._control, bytes([number | (EVERYONE if everyone else 0)]))
 
     def terminate(self) -> None:
         """Asks the command to end (SIGTERM)."""

@@ -13,7 +13,7 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.runtime.sandbox.command import Seat
 from heteromesh.runtime.sandbox.leftovers import free_name, remove_leftovers
 from heteromesh.runtime.sandbox.machine import check_machine
-from heteromesh.runtime.sandbox.network import Interface, Network, check_rate, control_switch, lay_out
+from heteromesh.runtime.sandbox.network import VirtualNetwork, VirtualNic, check_rate, control_switch, lay_out
 from heteromesh.runtime.sandbox.process import Process
 from heteromesh.runtime.sandbox.quota import Quotas, find_controller, shares
 
@@ -21,9 +21,9 @@ from heteromesh.runtime.sandbox.quota import Quotas, find_controller, shares
 class SandboxHost:
     """One host: a network namespace, interfaces of limited rate, and a share of the cores."""
 
-    def __init__(self, network: Network, index: int, seat: Seat, hosts_file: str, group: Path | None) -> None:
+    def __init__(self, network: VirtualNetwork, index: int, seat: Seat, hosts_file: str, group: Path | None) -> None:
         self.name, self.index = seat.names[index], index
-        self.interfaces: tuple[Interface, ...] = network.hosts[index]
+        self.interfaces: tuple[VirtualNic, ...] = network.hosts[index]
         self.namespace = network.namespaces[index]
         self._network, self._seat, self._hosts_file, self._group = network, seat, hosts_file, group
         self._processes: list[Process] = []
@@ -99,7 +99,7 @@ class SandboxHost:
         for process in self._processes:
             process.signal(number, everyone=True)
 
-    def _chosen(self, interface: str) -> tuple[Interface, ...]:
+    def _chosen(self, interface: str) -> tuple[VirtualNic, ...]:
         chosen = tuple(i for i in self.interfaces if interface in ("", i.name))
         if interface and not chosen:
             known = ", ".join(i.name for i in self.interfaces)
@@ -131,7 +131,7 @@ class Sandbox:
         self.hosts: tuple[SandboxHost, ...] = ()
         self._file = str(cluster_file.resolve()) if cluster_file else ""
         self._latency_ms = latency_ms
-        self._network: Network | None = None
+        self._network: VirtualNetwork | None = None
         self._quotas: Quotas | None = None
 
     def __enter__(self) -> Sandbox:
@@ -174,7 +174,7 @@ class Sandbox:
             self._network = None
 
     def _create(self, name: str) -> None:
-        self._network = Network(name, self.interfaces, self._latency_ms)
+        self._network = VirtualNetwork(name, self.interfaces, self._latency_ms)
         self._network.create()
         if self.shares:
             self._quotas = Quotas(name, self.shares, find_controller())

@@ -26,7 +26,7 @@ TERM_SECONDS = 10.0
 """From SIGTERM to SIGKILL."""
 
 
-class Job:
+class SandboxJob:
     """One command on every host. Without faults, the first host that fails ends all; with faults, hosts go on."""
 
     def __init__(

@@ -21,19 +21,19 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
-from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan, load
 from heteromesh.planner.reduction.compression import seconds_saved
 from heteromesh.planner.reduction.memory import largest_fractions
+from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.known import known_costs
 from heteromesh.runtime.network.nics import open_nic_collectives
-from heteromesh.runtime.probe.model.known import known_costs
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.process.peers import SILENCE_SECONDS
 from heteromesh.runtime.work.reader import Reader

@@ -27,8 +27,8 @@ from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
-from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.json import costs_to_json
+from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.member_costs import MemberCosts
@@ -45,7 +45,7 @@ from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import Begin, Evaluate, MeasureLinks, Meet, Reshard, Save, Transaction
 from heteromesh.runtime.work.plan_service import PlanService
@@ -65,7 +65,7 @@ class ElasticJob:
         check_settings(job)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
-        self.progress = Progress(last=config.max_steps, sampled=job.sampler.state_dict())
+        self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
         self.engine = PassMajor(
             job.model,
             seed=config.seed,

@@ -39,7 +39,7 @@ from heteromesh.runtime.training.build import (
 from heteromesh.runtime.training.consistency import check_equal, job_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import Evaluate, Save
 from heteromesh.runtime.work.feed import PlanFeed
@@ -53,7 +53,7 @@ class FixedJob:
     def __init__(self, job: Job, world: World, stack: ExitStack) -> None:
         self.job, self.world, self._stack = job, world, stack
         config = job.config
-        self.progress = Progress(last=config.max_steps, begun=True)
+        self.progress = TrainingProgress(last=config.max_steps, begun=True)
         self.interrupt = stack.enter_context(Interrupt())
         limit = min(SILENCE_SECONDS, config.timeout_seconds)
         stack.enter_context(PeerWatch(world, limit, self._hint))

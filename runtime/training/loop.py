@@ -12,7 +12,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.runtime.hooks.api import Hook, StepCommitted, Stop, TrainingReport
 from heteromesh.runtime.process.interrupt import Interrupt
-from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.transactions import Transaction
 from heteromesh.runtime.work.source import PlanningFailed
 
@@ -26,7 +26,7 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, session: Session, progress: Progress, interrupt: Interrupt, hooks: Sequence[Hook], run_dir: str
+        self, session: Session, progress: TrainingProgress, interrupt: Interrupt, hooks: Sequence[Hook], run_dir: str
     ) -> None:
         """`hooks`: ours, then the user's. The transactions are added when they are made, as they call back."""
         self.session, self.progress, self.hooks = session, progress, list(hooks)

@@ -11,7 +11,7 @@ from heteromesh.runtime.hooks.api import Stop
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """What is committed so far."""
 
     last: int

@@ -16,7 +16,7 @@ from heteromesh.runtime.engine.api import Engine, Measurements
 from heteromesh.runtime.hooks.api import MemberReport, Round, StepCommitted, Stop
 from heteromesh.runtime.records.metrics import StepMetrics
 from heteromesh.runtime.training.job import Job
-from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.transactions import Transaction
 from heteromesh.runtime.work.source import Assignment, WorkSource
 
@@ -60,7 +60,7 @@ class TrainStep(Transaction):
     def __init__(
         self,
         job: Job,
-        progress: Progress,
+        progress: TrainingProgress,
         parts: StepParts,
         *,
         asked: Callable[[], Stop | None],

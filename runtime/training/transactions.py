@@ -20,7 +20,7 @@ from heteromesh.planner.cost.devices import LinkCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.records.writer import CheckpointWriter
-from heteromesh.runtime.training.progress import Progress
+from heteromesh.runtime.training.progress import TrainingProgress
 
 
 class Transaction(ABC):
@@ -46,7 +46,7 @@ class Transaction(ABC):
 class Begin(Transaction):
     """Makes the run directory, once in the life of a job."""
 
-    def __init__(self, progress: Progress, create: Callable[[], None]) -> None:
+    def __init__(self, progress: TrainingProgress, create: Callable[[], None]) -> None:
         self._progress, self._create = progress, create
 
     def due(self, world: World) -> bool:
@@ -63,7 +63,7 @@ class Begin(Transaction):
 class Meet(Transaction):
     """Has members tell each other once what they are; a joining member is told by all."""
 
-    def __init__(self, progress: Progress, members: MemberCosts) -> None:
+    def __init__(self, progress: TrainingProgress, members: MemberCosts) -> None:
         self._progress, self._members = progress, members
 
     def due(self, world: World) -> bool:
@@ -80,7 +80,7 @@ class Meet(Transaction):
 class MeasureLinks(Transaction):
     """Measures once in a job what exchanges cost, where nobody has said so."""
 
-    def __init__(self, progress: Progress, members: MemberCosts) -> None:
+    def __init__(self, progress: TrainingProgress, members: MemberCosts) -> None:
         self._progress, self._members = progress, members
 
     def due(self, world: World) -> bool:
@@ -99,7 +99,7 @@ class Reshard(Transaction):
 
     def __init__(
         self,
-        progress: Progress,
+        progress: TrainingProgress,
         state: StateOwner,
         session: Session,
         speeds: Callable[[tuple[int, ...]], Sequence[float]],
@@ -124,7 +124,7 @@ class Evaluate(Transaction):
 
     def __init__(
         self,
-        progress: Progress,
+        progress: TrainingProgress,
         state: StateOwner,
         session: Session,
         model: nn.Module,
@@ -172,7 +172,12 @@ class Save(Transaction):
     """Writes a checkpoint every so many steps and at the end."""
 
     def __init__(
-        self, progress: Progress, state: StateOwner, session: Session, writer: CheckpointWriter, hooks: Sequence[Hook]
+        self,
+        progress: TrainingProgress,
+        state: StateOwner,
+        session: Session,
+        writer: CheckpointWriter,
+        hooks: Sequence[Hook],
     ) -> None:
         self._progress, self._state, self._session = progress, state, session
         self._writer, self._hooks = writer, hooks

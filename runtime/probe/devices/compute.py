@@ -70,16 +70,10 @@ def sustained(world: World, act: Callable[[], object]) -> tuple[float, float]:
 
 
 def _timed(world: World, act: Callable[[], object], count: int) -> tuple[float, float]:
-    synchronise(world)
+    world.synchronise()
     start, used = time.perf_counter(), time.process_time()
     for _ in range(count):
         act()
-    synchronise(world)
+    world.synchronise()
     seconds = max(1e-9, time.perf_counter() - start)
     return seconds, (time.process_time() - used) / seconds
-
-
-def synchronise(world: World) -> None:
-    """Returns when the device has done what it was given."""
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from heteromesh.comm.world import World, local_rank
+from heteromesh.runtime.network.interfaces import Interface, interfaces
 from heteromesh.runtime.probe.devices.nvidia import NvidiaFacts, nvidia_facts
-from heteromesh.runtime.probe.links.interfaces import Interface, interfaces
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")

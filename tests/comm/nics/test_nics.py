@@ -17,7 +17,7 @@ from heteromesh.comm.tcp.link import Message
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.planner.cluster.nics import nic_rates, split
+from heteromesh.planner.reduction.nics import nic_rates, split
 from heteromesh.planner.reduction.reduction import plan_reduction, reduction_for
 from ranks import World, run_ranks
 

@@ -9,11 +9,11 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import load_cluster, local_cluster
 from heteromesh.planner.cluster.links import LINK_UTILISATION, NIC_UTILISATION, Links, cluster_links
-from heteromesh.planner.cluster.nics import over_one_nic
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.constants import Constants
 from heteromesh.planner.model.spec import ModelSpec
+from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.planner.reduction.reduction import reduction_for
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "clusters"

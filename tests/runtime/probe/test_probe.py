@@ -21,16 +21,16 @@ from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.measured import measured_costs
 from heteromesh.planner.model.spec import ModelSpec
 from heteromesh.planner.sequences.step import plan_step
+from heteromesh.runtime.network.fit import fit_alpha_beta
+from heteromesh.runtime.network.interfaces import Interface, interfaces
+from heteromesh.runtime.network.measure import HostPair, LocalPair, Network
+from heteromesh.runtime.network.tournament import tournament
 from heteromesh.runtime.probe.assemble import assemble
 from heteromesh.runtime.probe.devices import nvidia
 from heteromesh.runtime.probe.devices.compute import Compute
 from heteromesh.runtime.probe.devices.device import catalogue_name
 from heteromesh.runtime.probe.devices.facts import Facts, cpu_model, cpu_quota, host_memory
 from heteromesh.runtime.probe.findings import Findings, find_outliers, group_hosts, host_names
-from heteromesh.runtime.probe.links.fit import fit_alpha_beta
-from heteromesh.runtime.probe.links.interfaces import Interface, interfaces
-from heteromesh.runtime.probe.links.network import HostPair, LocalPair, Network
-from heteromesh.runtime.probe.links.tournament import tournament
 from heteromesh.runtime.probe.model.costs import extrapolate
 from heteromesh.runtime.probe.model.decoder import Decoder
 from heteromesh.runtime.probe.outliers import Reading, outliers

@@ -24,19 +24,20 @@ from heteromesh.runtime.cli.main import main as heteromesh
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.known import known_costs
 from heteromesh.runtime.launch import run
+from heteromesh.runtime.network import measure as network
+from heteromesh.runtime.network import pairs, sockets
+from heteromesh.runtime.network.interfaces import Interface
+from heteromesh.runtime.network.measure import Network, measure_links, measure_network
+from heteromesh.runtime.network.sockets import CardRate, measure_cards
 from heteromesh.runtime.probe import worker
 from heteromesh.runtime.probe.assemble import with_costs
 from heteromesh.runtime.probe.cli import main
 from heteromesh.runtime.probe.devices import compute
-from heteromesh.runtime.probe.links import network, pairs, sockets
-from heteromesh.runtime.probe.links.interfaces import Interface
-from heteromesh.runtime.probe.links.network import Network, measure_links, measure_network
-from heteromesh.runtime.probe.links.sockets import CardRate, measure_cards
 from heteromesh.runtime.probe.model import costs
 from heteromesh.runtime.probe.model.costs import measure_model
 from heteromesh.runtime.probe.model.decoder import Decoder
-from heteromesh.runtime.probe.model.known import known_costs
 from heteromesh.runtime.training.build import build_costs
 from heteromesh.runtime.work.reader import Reader
 from ranks import World, run_ranks

@@ -15,7 +15,7 @@ import pytest
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG, Device
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
-from heteromesh.runtime.sandbox import Job, Sandbox, parse_fault, why_not
+from heteromesh.runtime.sandbox import Sandbox, SandboxJob, parse_fault, why_not
 from heteromesh.runtime.sandbox.leftovers import remove_leftovers
 
 pytestmark = [pytest.mark.alone, pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")]
@@ -231,7 +231,7 @@ def test_a_command_that_is_not_there_says_so(sandbox):
 def test_a_host_that_fails_ends_the_job(sandbox, monkeypatch):
     monkeypatch.setattr("heteromesh.runtime.sandbox.supervise.GRACE_SECONDS", 0.1)
     lines = []
-    job = Job(
+    job = SandboxJob(
         sandbox,
         ["sh", "-c", "echo at $HETEROMESH_HOST; test $HETEROMESH_HOST = b && exit 9; sleep 60"],
         sink=lambda host, error, line: lines.append((host, error, line)),
@@ -247,7 +247,9 @@ def test_scripted_faults_happen_on_time_and_their_hosts_do_not_count(sandbox, mo
     monkeypatch.setattr("heteromesh.runtime.sandbox.supervise.GRACE_SECONDS", 0.1)
     specs = ("kill a@0.2", "slow b/eth1@0.1=0.05:0.2", "stop c@0.3", "kill b@60")
     told = []
-    job = Job(sandbox, ["sleep", "0.6"], faults=[parse_fault(s, sandbox.cluster) for s in specs], tell=told.append)
+    job = SandboxJob(
+        sandbox, ["sleep", "0.6"], faults=[parse_fault(s, sandbox.cluster) for s in specs], tell=told.append
+    )
     assert job.wait(30) == 0
     assert job.lost == {"a", "c"}
     assert (job.statuses["a"], job.statuses["b"]) == (137, 0)
@@ -259,7 +261,7 @@ def test_scripted_faults_happen_on_time_and_their_hosts_do_not_count(sandbox, mo
 
 def test_a_job_that_takes_too_long_is_ended(sandbox):
     with pytest.raises(subprocess.TimeoutExpired):
-        Job(sandbox, ["sleep", NAP]).wait(0.3)
+        SandboxJob(sandbox, ["sleep", NAP]).wait(0.3)
     assert not ran("sleep", NAP)
 
 

@@ -286,7 +286,7 @@ def test_kernels_without_namespaces_or_netem_are_told(monkeypatch):
     monkeypatch.setattr(network, "batch", lambda *words: None)
     monkeypatch.setattr(network, "call", refuse("netns"))
     with pytest.raises(UserError, match=r"makes no network namespaces .*not permitted"):
-        network.Network("hm-1-0", lay_out(cluster(host("a"))), 0.0).create()
+        network.VirtualNetwork("hm-1-0", lay_out(cluster(host("a"))), 0.0).create()
     monkeypatch.setattr(network, "call", refuse("netem"))
     with pytest.raises(UserError, match=r"latency of 2\.5 ms can't be emulated: this kernel has no netem"):
-        network.Network("hm-1-0", lay_out(cluster(host("a"))), 2.5).create()
+        network.VirtualNetwork("hm-1-0", lay_out(cluster(host("a"))), 2.5).create()

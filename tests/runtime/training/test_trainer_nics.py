@@ -21,10 +21,10 @@ from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World as OwnWorld
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
-from heteromesh.planner.cluster.nics import all_nics_pay, over_all_nics, over_one_nic, several_nics
+from heteromesh.planner.reduction.nics import all_nics_pay, over_all_nics, over_one_nic, several_nics
 from heteromesh.runtime.network import nics
+from heteromesh.runtime.network.interfaces import Interface
 from heteromesh.runtime.network.routes import leaves_by
-from heteromesh.runtime.probe.links.interfaces import Interface
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.sandbox import Sandbox, why_not
 from heteromesh.runtime.sandbox.process import Process

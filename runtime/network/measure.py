@@ -12,10 +12,9 @@ import torch
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.planner.cluster.links import Links
-from heteromesh.runtime.probe.devices.compute import synchronise
-from heteromesh.runtime.probe.links.fit import AlphaBeta
-from heteromesh.runtime.probe.links.pairs import WAYS, Pair, PairReading, Way
-from heteromesh.runtime.probe.links.tournament import tournament
+from heteromesh.runtime.network.fit import AlphaBeta
+from heteromesh.runtime.network.pairs import WAYS, Pair, PairReading, Way
+from heteromesh.runtime.network.tournament import tournament
 
 FAN_SECONDS = 0.3
 """Of a host's sends to all others, where its own card is what limits them."""
@@ -232,7 +231,7 @@ def _fan(
         sends = out == (me == hub)
         start = time.perf_counter()
         exchange.start(buffers if sends else [], [] if sends else buffers, "probe").wait()
-        synchronise(world)
+        world.synchronise()
         seconds = time.perf_counter() - start
     # the slowest clock decides: a send is done when the kernel has taken it, and a receiver may have begun late
     times = world.gather(seconds)

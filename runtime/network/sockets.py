@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from heteromesh.comm.world import World
-from heteromesh.runtime.probe.links.interfaces import Interface
-from heteromesh.runtime.probe.links.tournament import tournament
+from heteromesh.runtime.network.interfaces import Interface
+from heteromesh.runtime.network.tournament import tournament
 
 SECONDS = 0.4
 CHUNK = 1 << 18

@@ -15,8 +15,7 @@ import torch
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
-from heteromesh.runtime.probe.devices.compute import synchronise
-from heteromesh.runtime.probe.links.fit import AlphaBeta, fit_alpha_beta
+from heteromesh.runtime.network.fit import AlphaBeta, fit_alpha_beta
 
 Way = Literal["forward", "backward", "both"]
 """Lower rank to higher, the reverse, or both at once."""
@@ -91,7 +90,7 @@ class Pair:
         out, into = (buffer[:size] for buffer in self._buffers)
         sends = way == "both" or (way == "forward") == self._leads
         receives = way == "both" or not sends
-        synchronise(self._world)
+        self._world.synchronise()
         start = time.perf_counter()
         self._move(out if sends else None, into if receives else None)
         arrived = not sends if way != "both" else not self._leads
@@ -111,7 +110,7 @@ class Pair:
         sends = [] if out is None else [(peer, out)]
         receives = [] if into is None else [(peer, into)]
         self._exchange.start(sends, receives, "probe").wait()
-        synchronise(self._world)
+        self._world.synchronise()
 
     def _bytes(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8, device=self._world.device)

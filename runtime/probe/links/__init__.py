@@ -1,1 +1,0 @@
-"""What the links between ranks carry."""
