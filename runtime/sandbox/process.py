@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from heteromesh.runtime.sandbox.init import EVERYONE
+
 
 class Process:
     """A command in a host's namespaces and control group."""
