@@ -15,17 +15,17 @@ _SHAPE, _CUTS, _STEPS = (6, 7), (0, 13, 42), 3
 
 
 def is_elementwise_state(key: str, value: object, parameter: torch.Tensor) -> bool:
-    """Whether an entry of a parameter's optimizer state has one value for each of its elements."""
+    """Says whether an entry of a parameter's optimizer state has one value for each of its elements."""
     return isinstance(value, torch.Tensor) and has_value_per_element(key, value.shape, parameter)
 
 
 def has_value_per_element(key: str, shape: Sequence[int], parameter: torch.Tensor) -> bool:
-    """The same of an entry's key and shape."""
+    """Says the same of an entry's key and shape."""
     return tuple(shape) == tuple(parameter.shape) and key != "step"  # of a parameter without dimensions, one number too
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> float:
-    """Steps copies of the optimizer over a small tensor, whole and in two parts; bytes of state per element.
+    """Steps copies of the optimizer over a small tensor, whole and in two parts; returns bytes of state per element.
 
     Raises UserError when the two differ in a single bit, or when it can't step without more than gradients.
     """
@@ -71,7 +71,7 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: 
 def _copy(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], like: torch.Tensor, parameters: list[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """The same optimizer over other parameters, with the state that `like` has, cut to size."""
+    """Returns the same optimizer over other parameters, with the state that `like` has, cut to size."""
     other = object.__new__(type(optimizer))
     other.__dict__.update(optimizer.__dict__)
     other.__dict__.pop("step", None)  # a schedule's wrapper, bound to the original

@@ -162,18 +162,20 @@ class FragmentedOptimizer:
             }
         return {"state": found, "param_groups": self._named_groups()}
 
-    def checkpoint_room(self, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns room for what a checkpoint has of the fragments: by name and key, `Piece` where there is a value for
-        each element. stored: the same of torch's metadata."""
-        room: dict[str, dict[str, Any]] = {}
+    def checkpoint_buffers(self, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns buffers for what a checkpoint has of the fragments; `Piece` where there is a value for each element.
+
+        stored: by name and key, torch's metadata.
+        """
+        buffers: dict[str, dict[str, Any]] = {}
         for fragment in self.fragments:
             name = self._names[fragment.parameter]
             for key, entry in stored.get(name, {}).items():
-                room.setdefault(name, {})[key] = _room(key, entry, fragment)
-        return {"state": room, "param_groups": self._named_groups()}
+                buffers.setdefault(name, {})[key] = _buffer(key, entry, fragment)
+        return {"state": buffers, "param_groups": self._named_groups()}
 
     def load_entries(self, entries: Mapping[str, Any]) -> None:
-        """Takes what has been loaded into `checkpoint_room`."""
+        """Takes what has been loaded into `checkpoint_buffers`."""
         states = {}
         for i, fragment in enumerate(self.fragments):
             if given := entries["state"].get(self._names[fragment.parameter]):
@@ -218,8 +220,8 @@ class FragmentedOptimizer:
         return [{k: v for k, v in group.items() if k != "params"} for group in self.inner.param_groups]
 
 
-def _room(key: str, entry: Any, fragment: Fragment) -> Any:
-    """entry: torch's metadata; what is no tensor needs no room."""
+def _buffer(key: str, entry: Any, fragment: Fragment) -> Any:
+    """Returns where a stored value of a fragment is loaded to; None for what is no tensor. entry: torch's metadata."""
     if not isinstance(entry, TensorStorageMetadata):
         return None
     if not has_value_per_element(key, entry.size, fragment.parameter):

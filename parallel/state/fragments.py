@@ -32,7 +32,7 @@ class Fragment:
         return self.first + self.tensor.numel()
 
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """(n,): the fragment's elements of a tensor of the parameter's shape."""
+        """Returns the fragment's elements (n,) of a tensor of the parameter's shape."""
         return whole.reshape(-1)[self.start : self.start + self.tensor.numel()]
 
 
@@ -47,26 +47,26 @@ class Piece:
         self.tensor, self.shape, self.start = tensor, torch.Size(shape), start
 
     def size(self) -> torch.Size:
-        """Of the whole tensor."""
+        """Returns the shape of the whole tensor."""
         return self.shape
 
     def copied(self) -> Piece:
-        """With a copy of its elements in host memory."""
+        """Returns one with a copy of its elements in host memory."""
         return Piece(self.tensor.detach().to("cpu", copy=True), self.shape, self.start)
 
     def boxes(self) -> list[Box]:
-        """What the fragment covers; at most 2 * dimensions - 1 of them."""
+        """Returns what the fragment covers; at most 2 * dimensions - 1 boxes."""
         return boxes(self.shape, self.start, self.start + self.tensor.numel())
 
     def box(self, offsets: Sequence[int]) -> torch.Tensor:
-        """The elements of the box that begins there, as a view in the box's shape."""
+        """Returns the elements of the box that begins there, as a view in the box's shape."""
         sizes = next(s for o, s in self.boxes() if o == tuple(offsets))
         first = sum(o * math.prod(self.shape[i + 1 :]) for i, o in enumerate(offsets)) - self.start
         return self.tensor[first : first + math.prod(sizes)].view(sizes)
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
-    """Rectangular boxes, each contiguous in memory, that make up elements [start, stop) of a row-major tensor."""
+    """Returns boxes, each contiguous in memory, that make up elements [start, stop) of a row-major tensor."""
     if stop <= start:
         return []
     if not shape:
@@ -84,7 +84,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
 
 
 def _inside(shape: Sequence[int], row: int, start: int, stop: int) -> list[Box]:
-    """Part of one row of the first dimension."""
+    """Returns the boxes of a part of one row of the first dimension."""
     length = math.prod(shape[1:])
     inner = boxes(shape[1:], start - row * length, stop - row * length)
     return [((row, *offsets), (1, *sizes)) for offsets, sizes in inner]

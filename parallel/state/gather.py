@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -18,12 +18,6 @@ from heteromesh.comm.records import Recorder
 from heteromesh.parallel.state.flats import FlatBuckets
 
 
-class WaitMeter(Protocol):
-    """Where it is added up how long a rank waited for parameters."""
-
-    parameter_seconds: float
-
-
 class ParameterGather:
     """Waits for buckets of parameters where they are used: in hooks before each module, and before any torch function.
 
@@ -32,16 +26,11 @@ class ParameterGather:
     arguments. Modules' own hooks serve calls of parts of the model, and kernels that are no torch functions.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        flats: FlatBuckets,
-        collectives: Collectives,
-        recorder: Recorder,
-        meter: WaitMeter,
-    ) -> None:
+    def __init__(self, model: nn.Module, flats: FlatBuckets, collectives: Collectives, recorder: Recorder) -> None:
         """flats: the parameters, of which the first bucket is used last."""
-        self._flats, self._collectives, self._recorder, self._meter = flats.flats, collectives, recorder, meter
+        self._flats, self._collectives, self._recorder = flats.flats, collectives, recorder
+        self.exposed_seconds = 0.0
+        """Waited for parameters; whoever reads it sets it to zero."""
         self._home = {p: i for i, bucket in enumerate(flats.buckets) for p in bucket.parameters}
         self._pending: dict[int, tuple[Work, int]] = {}
         self._watch = _Watch(self)
@@ -68,7 +57,7 @@ class ParameterGather:
             start, clock, sent = time.time_ns(), time.perf_counter_ns(), collectives.sent_bytes
             handle.wait()
             waited = time.perf_counter_ns() - clock
-            self._meter.parameter_seconds += waited / 1e9
+            self.exposed_seconds += waited / 1e9
             sent, now = collectives.sent_bytes - sent, time.time_ns()
             recorder.add(f"parameter gather {index}", "comm", launched, now - launched, sent)
             recorder.add("parameter gather, exposed", "wait", start, waited)

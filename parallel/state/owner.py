@@ -32,6 +32,7 @@ class StateOwner(Protocol):
 
     def weights_ready(self) -> None:
         """Returns when all parameters are up to date on this rank."""
+        return
 
     def refresh(self, world: World) -> str:
         """Brings all parameters up to date on all ranks; returns a digest of them, "" where they are so anyway.
@@ -60,6 +61,7 @@ class StateOwner(Protocol):
 
     def finish_reshard(self) -> None:
         """Completes what was prepared, when that attempt was committed."""
+        return
 
     def gathered(self, world: World) -> AbstractContextManager[None]:
         """A context in which rank 0 has all parameters and the whole state: checkpoints are written there.
@@ -76,42 +78,37 @@ class StateOwner(Protocol):
     def checkpoint_entries(self) -> dict[str, Any]:
         """Returns "state" (by parameter name) and "param_groups"; `Piece` where a part of a tensor is here."""
 
-    def checkpoint_room(self, stored: StoredState) -> dict[str, Any]:
-        """Returns the same with room for what a checkpoint has."""
+    def checkpoint_buffers(self, stored: StoredState) -> dict[str, Any]:
+        """Returns the same with buffers for what a checkpoint has."""
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """Takes what has been loaded into `checkpoint_room`."""
+        """Takes what has been loaded into `checkpoint_buffers`."""
 
     def take_exposed_seconds(self) -> float:
         """Returns how long this rank has waited for parameters since the last call."""
 
     def close(self) -> None:
         """Leaves the optimizer with the model's whole parameters."""
+        return
 
 
-class Replicated:
+class Replicated(StateOwner):
     """The whole state on every rank: each makes the same update."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, buckets: Sequence[Bucket] = ()) -> None:
         """buckets: of the gradients; not used where these stay on the parameters (one rank alone)."""
         self._optimizer, self._model, self._buckets = optimizer, model, tuple(buckets)
 
-    def weights_ready(self) -> None:
-        """See StateOwner."""
-
     def refresh(self, world: World) -> str:
-        """See StateOwner."""
         return ""
 
     def apply(self, summed: Summed, limit: float) -> float:
-        """See StateOwner."""
         norm = self.take(summed, limit, World())
         if math.isfinite(norm):
             self.update()
         return norm
 
     def take(self, summed: Summed, limit: float, world: World) -> float:
-        """See StateOwner."""
         if summed.tensors:
             scale_in(summed)
             norm = clip_whole(summed, self._buckets, limit)
@@ -122,41 +119,31 @@ class Replicated:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
     def update(self) -> None:
-        """See StateOwner."""
         self._optimizer.step()
         for parameter in self._model.parameters():
             parameter.grad = None
 
     def is_settled(self, world: World) -> bool:
-        """See StateOwner."""
         return True
 
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
-        """See StateOwner."""
         return ""
-
-    def finish_reshard(self) -> None:
-        """See StateOwner."""
 
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:
-        """See StateOwner."""
         yield
 
     def snapshot(self) -> Any:
-        """See StateOwner."""
         return self._optimizer.state_dict()
 
     def adopt(self, state: Any) -> None:
-        """See StateOwner."""
         self._optimizer.load_state_dict(state)
 
     def checkpoint_entries(self) -> dict[str, Any]:
-        """See StateOwner."""
         return dict(get_optimizer_state_dict(self._model, self._optimizer))
 
-    def checkpoint_room(self, stored: StoredState) -> dict[str, Any]:
-        """See StateOwner. Torch makes room only in an optimizer without any state and gradients."""
+    def checkpoint_buffers(self, stored: StoredState) -> dict[str, Any]:
+        """Clears what is not whole: torch makes buffers only in an optimizer without any state and gradients."""
         trained = (p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad)
         if any(p not in self._optimizer.state for p in trained):
             self._optimizer.state.clear()
@@ -164,17 +151,13 @@ class Replicated:
         return self.checkpoint_entries()
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """See StateOwner. A parameter that never had a gradient has no state, hence not strict."""
+        """Loads what is there: a parameter that never had a gradient has no state, hence not strict."""
         state = {name: values for name, values in entries["state"].items() if name in stored}
         options = StateDictOptions(strict=False)
         set_optimizer_state_dict(self._model, self._optimizer, entries | {"state": state}, options=options)
 
     def take_exposed_seconds(self) -> float:
-        """See StateOwner."""
         return 0.0
-
-    def close(self) -> None:
-        """See StateOwner."""
 
 
 def scale_in(summed: Summed, tensors: Sequence[torch.Tensor] | None = None) -> None:

@@ -18,18 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.gradients.buckets import Bucket
-from heteromesh.comm.gradients.exchange import Summed
-from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.gradients.exchange import GradientExchange, Summed
 from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.flats import FlatBuckets, check_parameters
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
-from heteromesh.parallel.state.gather import ParameterGather, WaitMeter
-from heteromesh.parallel.state.owner import StoredState, clip_whole, scale_in
+from heteromesh.parallel.state.gather import ParameterGather
+from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
 from heteromesh.parallel.state.parts import StatePart, exchange_state, plan_moves
 from heteromesh.planner.ownership.ownership import Ownership, Range
 
@@ -37,7 +35,7 @@ COPIES = 2
 """Of each range where members come and go."""
 
 
-class Sharded:
+class Sharded(StateOwner):
     """Runs an optimizer over the ranges of the buckets that this rank holds.
 
     Any element-wise optimizer will do; it is tried out here. From here to `close` the optimizer's groups hold this
@@ -57,17 +55,13 @@ class Sharded:
         model: nn.Module,
         buckets: Sequence[Bucket],
         world: World | None = None,
-        collectives: Collectives | None = None,
-        meter: WaitMeter | None = None,
     ) -> None:
         check_parameters(optimizer, model, buckets)
         self._world = world or World()
-        self._collectives = collectives or self._world.collectives
         # torch.compile's wrapper is no part of a name, as in torch's own checkpoints
         names = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
         self._flats = FlatBuckets(buckets)
-        self.parameter_seconds = 0.0
         self.ownership = Ownership.whole()
         self.params_synced = True
         """Whether all parameters are up to date on all members."""
@@ -81,8 +75,8 @@ class Sharded:
         self._optimizer.hold(self._flats.fragments([[range_] for range_ in own]))
         self._optimizer.load_state_dict(before)
         self._gather: ParameterGather | None = None
-        if self._collectives is not None:
-            self._gather = ParameterGather(model, self._flats, self._collectives, self._world.recorder, meter or self)
+        if self._world.collectives is not None:
+            self._gather = ParameterGather(model, self._flats, self._world.collectives, self._world.recorder)
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -95,12 +89,11 @@ class Sharded:
         return self._optimizer.state_bytes
 
     def weights_ready(self) -> None:
-        """See StateOwner."""
         if self._gather is not None:
             self._gather.wait_all()
 
     def refresh(self, world: World) -> str:
-        """See StateOwner. Raises LostState where owner and mirror of a range are gone."""
+        """Raises LostState where owner and mirror of a range are gone."""
         if self._gather is not None:
             return ""
         transport = _transport_of(world)
@@ -111,14 +104,12 @@ class Sharded:
         return self._flats.digest()
 
     def apply(self, summed: Summed, limit: float) -> float:
-        """See StateOwner."""
         norm = self.take(summed, limit, self._world)
         if math.isfinite(norm):
             self.update()
         return norm
 
     def take(self, summed: Summed, limit: float, world: World) -> float:
-        """See StateOwner."""
         scale_in(summed)
         if self._gather is None:  # all members have the whole sums
             norm = clip_whole(summed, self._flats.buckets, limit)
@@ -136,7 +127,7 @@ class Sharded:
         return norm
 
     def update(self) -> None:
-        """See StateOwner. In a world that stays, parameters are under way from here on."""
+        """Also starts to gather the parameters, in a world that stays."""
         self.weights_ready()
         self._optimizer.step()
         self.params_synced, self._arrived_over = False, None
@@ -144,11 +135,10 @@ class Sharded:
             self._gather.start()
 
     def is_settled(self, world: World) -> bool:
-        """See StateOwner."""
         return self._gather is not None or self.ownership.members == world.members
 
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
-        """See StateOwner. Raises LostState where owner and mirror of a range are gone."""
+        """Raises LostState where owner and mirror of a range are gone."""
         parameters = self.refresh(world)
         ownership = Ownership(
             fractions=tuple(map(float, speeds)), members=world.members, copies=COPIES, names=world.names
@@ -160,7 +150,6 @@ class Sharded:
         return f"{ownership.members}:{ownership.fractions}:{parameters}"
 
     def finish_reshard(self) -> None:
-        """See StateOwner."""
         if self._next is None:
             return
         (self.ownership, ranges, parts), self._next, self.params_synced = self._next, None, True
@@ -168,7 +157,6 @@ class Sharded:
 
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:
-        """See StateOwner."""
         self.weights_ready()
         if self._gather is not None:
             yield
@@ -182,7 +170,7 @@ class Sharded:
             yield
 
     def snapshot(self) -> Any:
-        """See StateOwner. Without what the others hold, unless nothing is dealt out yet."""
+        """Leaves out what the others hold, unless nothing is dealt out yet."""
         everything = [(number, 0, size) for number, size in enumerate(self._flats.sizes)]
         parts = self._optimizer.parts(everything) if self.ownership.is_whole else []
         return {
@@ -193,7 +181,6 @@ class Sharded:
         }
 
     def adopt(self, state: Any) -> None:
-        """See StateOwner."""
         self._optimizer.set_options(state["groups"])
         self.params_synced, self._arrived_over = state["params_synced"], None
         self.ownership, parts = Ownership(**state["ownership"]), [StatePart(*part) for part in state["parts"]]
@@ -201,17 +188,14 @@ class Sharded:
         self._optimizer.hold_parts(self._flats.fragments(ranges), parts)
 
     def checkpoint_entries(self) -> dict[str, Any]:
-        """See StateOwner."""
         self.weights_ready()
         return self._optimizer.checkpoint_entries()
 
-    def checkpoint_room(self, stored: StoredState) -> dict[str, Any]:
-        """See StateOwner."""
+    def checkpoint_buffers(self, stored: StoredState) -> dict[str, Any]:
         self.weights_ready()
-        return self._optimizer.checkpoint_room(stored)
+        return self._optimizer.checkpoint_buffers(stored)
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """See StateOwner."""
         self._optimizer.load_entries(entries)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,8 +210,9 @@ class Sharded:
         self._optimizer.load_state_dict(state)
 
     def take_exposed_seconds(self) -> float:
-        """See StateOwner."""
-        seconds, self.parameter_seconds = self.parameter_seconds, 0.0
+        if self._gather is None:
+            return 0.0
+        seconds, self._gather.exposed_seconds = self._gather.exposed_seconds, 0.0
         return seconds
 
     def close(self) -> None:
@@ -240,9 +225,9 @@ class Sharded:
             self._optimizer.restore()
 
     def _own_range(self, numel: int) -> Range:
-        if self._collectives is None:
+        if self._world.collectives is None:
             return 0, numel
-        low, high = self._collectives.bounds(numel)[self._world.rank :][:2]
+        low, high = self._world.collectives.bounds(numel)[self._world.rank :][:2]
         return low, high
 
     def _hand_out(self, summed: Summed) -> None:
@@ -265,59 +250,49 @@ class Sharded:
 
 
 class ShardedOptimizer(Sharded):
-    """A `Sharded` for a loop of one's own, in place of the optimizer:
+    """A `Sharded` of a world that stays, for a loop of one's own, in place of the optimizer:
 
-        executor = StepExecutor(model, world, collectives=collectives)
-        optimizer = ShardedOptimizer(torch.optim.AdamW(model.parameters()), model, executor.gradients)
-        executor.run(...); optimizer.clip_gradients(1.0); optimizer.step()
+        executor = StepExecutor(model, world, scatter=True)
+        optimizer = ShardedOptimizer(torch.optim.AdamW(model.parameters()), model, executor.exchange, world)
+        summed = executor.run(...).summed
+        optimizer.clip_gradients(summed, 1.0); optimizer.step(summed)
 
     Parameters are up to date when the model's forward uses them; before they are used otherwise, call `wait`. Every
     rank makes the same calls.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module, gradients: GradientSum) -> None:
-        world = gradients.world
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, exchange: GradientExchange, world: World
+    ) -> None:
         if world.size == 1:
             raise UserError("one rank has nothing to shard: use the optimizer as it is, or start more ranks")
-        super().__init__(optimizer, model, gradients.buckets, world, gradients.collectives, gradients)
-        self.inner, self._gradients = optimizer, gradients
-        gradients.scatter = True
+        super().__init__(optimizer, model, exchange.buckets, world)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's own."""
-        return self.inner.param_groups
+        return self._optimizer.inner.param_groups
 
-    def clip_gradients(self, limit: float = math.inf) -> float:
-        """Scales the step's gradients so that their norm over all ranks is at most `limit`; the norm before, equal on
-        every rank."""
-        return self.take(self._sums(), limit, self._world)
+    def clip_gradients(self, summed: Summed, limit: float = math.inf) -> float:
+        """Scales the step's gradients so that their norm over all ranks is at most `limit`.
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+        Returns the norm before, equal on every rank.
+        """
+        return self.take(summed, limit, self._world)
+
+    def step(self, summed: Summed) -> None:
         """Updates what this rank owns and starts to gather the parameters."""
-        if closure is not None:
-            raise UserError("step was given a closure, which a sharded optimizer can't call again: call step() alone")
-        self._hand_out(self._sums())
+        if not isinstance(summed, Summed):
+            raise UserError(
+                f"step was given a {type(summed).__name__}: give it the step's summed gradients; a closure can't be "
+                "called again by a sharded optimizer"
+            )
+        self._hand_out(summed)
         self.update()
-        for bucket in self._gradients.buckets:
-            bucket.shard = None
 
     def wait(self) -> None:
         """Returns when all parameters are up to date on this rank: before they are saved or used outside a forward."""
         self.weights_ready()
-
-    def close(self) -> None:
-        """As of `Sharded`; the gradients are whole again."""
-        super().close()
-        self._gradients.scatter = False
-
-    def _sums(self) -> Summed:
-        empty, buckets = torch.empty(0), self._gradients.buckets
-        present = {
-            p: bucket.shard is not None and self._gradients.present[p] for bucket in buckets for p in bucket.parameters
-        }
-        shards = tuple(empty if b.shard is None else b.shard for b in buckets)
-        return Summed(loss=0.0, valid=0, present=present, tensors=shards, digest="", exposed_seconds=0.0)
 
 
 def _transport_of(world: World) -> TcpTransport:

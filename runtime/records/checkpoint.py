@@ -25,11 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.fragments import Piece
-from heteromesh.parallel.state.owner import Replicated, StateOwner
+from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.runtime.records.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, Stored, stored_state
 
-Owner = StateOwner | torch.optim.Optimizer
-"""An optimizer itself: everybody holds all of its state."""
 META = "meta.json"
 # one process without a process group is what this module asks for when it says no_dist
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -52,16 +50,14 @@ class Checkpoints:
                 shutil.rmtree(part)
         world.barrier()
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | StateOwner, trainer: Mapping[str, Any]
-    ) -> None:
+    def save(self, step: int, model: nn.Module, owner: StateOwner, trainer: Mapping[str, Any]) -> None:
         """Starts writing the state after `step` updates; returns when it has been copied.
 
         Waits for an earlier checkpoint first, and raises UserError if that could not be written.
         """
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
-            state = _copied(_state(model, owner_of(model, optimizer)))
+            state = _copied(_state(model, owner))
         meta = {"schema": 1, "step": step, "parameters": _shapes(model), "trainer": dict(trainer)}
         self._pending = self._thread.submit(self._write, step, state, meta)
 
@@ -82,20 +78,20 @@ class Checkpoints:
         """The newest whole checkpoint."""
         return max(self._whole(), default=None)
 
-    def load(self, path: Path, model: nn.Module, optimizer: Owner) -> dict[str, Any]:
+    def load(self, path: Path, model: nn.Module, owner: StateOwner) -> dict[str, Any]:
         """Restores model and optimizer; returns what `save` was given as `trainer`.
 
         Any number of ranks will do, whatever the number that saved it, and whether or not the optimizer was sharded.
 
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
-        meta, owner = _read_meta(path), owner_of(model, optimizer)
+        meta = _read_meta(path)
         _compare(meta["parameters"], _shapes(model), path)
         try:
             stored = stored_state(path)
-            room = owner.checkpoint_room({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
-            pieces = _take_pieces(room, stored)
-            state = {"model": get_model_state_dict(model), "optimizer": room}
+            buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
+            pieces = _take_pieces(buffers, stored)
+            state = {"model": get_model_state_dict(model), "optimizer": buffers}
             load(
                 state,
                 checkpoint_id=path,
@@ -150,31 +146,28 @@ class Checkpoints:
             ) from error
 
 
-def owner_of(model: nn.Module, optimizer: Owner) -> StateOwner:
-    """Returns who owns the optimizer's state: everybody, where it is the optimizer itself."""
-    return Replicated(optimizer, model) if isinstance(optimizer, torch.optim.Optimizer) else optimizer
-
-
 def _state(model: nn.Module, owner: StateOwner) -> dict[str, Any]:
     owner.weights_ready()
     return {"model": get_model_state_dict(model), "optimizer": owner.checkpoint_entries()}
 
 
-def _take_pieces(room: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]]) -> dict[str, Piece]:
-    """Takes the pieces, which torch can't load, out of the optimizer's room; returns them by their flat keys."""
+def _take_pieces(buffers: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]]) -> dict[str, Piece]:
+    """Takes the pieces, which torch can't load, out of the optimizer's buffers; returns them by their flat keys."""
     found = {}
-    for name, entries in room["state"].items():
+    for name, entries in buffers["state"].items():
         for key in [key for key, value in entries.items() if isinstance(value, Piece)]:
             found[stored[name][key].flat] = entries.pop(key)
     return found
 
 
-def _put_pieces(room: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]], pieces: Mapping[str, Piece]) -> None:
+def _put_pieces(
+    buffers: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]], pieces: Mapping[str, Piece]
+) -> None:
     """Puts them back."""
     for name, entries in stored.items():
         own = {key: pieces[entry.flat] for key, entry in entries.items() if entry.flat in pieces}
         if own:
-            room["state"].setdefault(name, {}).update(own)
+            buffers["state"].setdefault(name, {}).update(own)
 
 
 def _copied(value: Any) -> Any:

@@ -31,7 +31,7 @@ class PieceSavePlanner(DefaultSavePlanner):
     """Writes the pieces in a state dict as boxes."""
 
     def create_local_plan(self) -> SavePlan:
-        """The default plan for all else, and an item a box."""
+        """Returns the default plan for all else, and an item a box."""
         pieces = {key: value for key, value in self.state_dict.items() if isinstance(value, Piece)}
         everything, self.state_dict = self.state_dict, {k: v for k, v in self.state_dict.items() if k not in pieces}
         plan = super().create_local_plan()
@@ -40,7 +40,7 @@ class PieceSavePlanner(DefaultSavePlanner):
         return SavePlan([*plan.items, *items], planner_data=plan.planner_data)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The tensor to write."""
+        """Returns the tensor to write."""
         value = self.state_dict[index.fqn]
         if isinstance(value, Piece):
             assert index.offset is not None
@@ -57,7 +57,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         self._pieces = pieces
 
     def create_local_plan(self) -> LoadPlan:
-        """The default plan for all else, and reads for every box."""
+        """Returns the default plan for all else, and reads for every box."""
         plan = super().create_local_plan()
         assert self.metadata is not None
         for key, piece in self._pieces.items():
@@ -67,7 +67,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         return plan
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """Where to read to."""
+        """Returns where to read to."""
         if index.fqn in self._pieces:
             assert index.offset is not None
             return self._pieces[index.fqn].box(index.offset)

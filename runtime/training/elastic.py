@@ -124,7 +124,7 @@ class ElasticJob:
     def _state(self) -> StateOwner:
         job, buckets = self.job, self.exchange.buckets
         if job.config.shard_optimizer:
-            return Sharded(job.optimizer, job.model, buckets, World(recorder=self.recorder))
+            return Sharded(job.optimizer, job.model, buckets)
         return Replicated(job.optimizer, job.model, buckets)
 
     def _writer(self) -> CheckpointWriter:

@@ -127,7 +127,7 @@ class FixedJob:
     def _state(self, sharded: bool) -> StateOwner:
         job = self.job
         if sharded:
-            return Sharded(job.optimizer, job.model, self.exchange.buckets, self.world, self.world.collectives)
+            return Sharded(job.optimizer, job.model, self.exchange.buckets, self.world)
         buckets = self.exchange.buckets if self.world.size > 1 else ()
         return Replicated(job.optimizer, job.model, buckets)
 

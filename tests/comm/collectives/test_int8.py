@@ -11,8 +11,9 @@ from torch import nn
 from heteromesh.comm.collectives.gloo import GlooTransport
 from heteromesh.comm.collectives.int8 import BLOCK, Int8Collectives, dequantise, quantise, seconds_per_value
 from heteromesh.comm.collectives.torch import TorchCollectives
-from heteromesh.comm.gradients.sum import GradientSum
-from heteromesh.parallel.state.sharded import ShardedOptimizer
+from heteromesh.comm.gradients.reducer import GradientReducer
+from heteromesh.parallel.state.owner import Replicated
+from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.reduction.compression import seconds_saved
 from heteromesh.planner.reduction.reduction import Reduction, plan_reduction
 from ranks import World, run_ranks
@@ -94,23 +95,23 @@ def train(world: World, compressed: bool, sharded: bool) -> tuple[list[float], b
     model: Any = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8))
     teacher = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
     collectives = quantised(world) if compressed else TorchCollectives(world.gradients, SHARES)
-    gradients = GradientSum(world, collectives, bucket_bytes=2048)
-    gradients.attach(model.parameters())
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    if sharded:
-        optimizer = ShardedOptimizer(optimizer, model, gradients)
+    world.collectives = collectives
+    exchange = GradientReducer(model.parameters(), bucket_bytes=2048, scatter=sharded)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    owner: Any = Sharded(optimizer, model, exchange.buckets, world) if sharded else None
+    owner = owner or Replicated(optimizer, model, exchange.buckets)
     noise, losses = torch.Generator().manual_seed(world.rank), []
-    for _ in range(160):
+    for step in range(160):
         x = torch.randn(32, 16, generator=noise)
-        gradients.clear(model.parameters())
-        gradients.arm()
-        loss = (model(x) - teacher(x).detach()).square().mean() / world.size
-        loss.backward()
-        gradients.finish()
-        optimizer.step()
+        exchange.begin(step, world)
+        with exchange.share((world.rank,), (0,)):
+            exchange.last_backward()
+            loss = (model(x) - teacher(x).detach()).square().mean() / world.size
+            loss.backward()
+        owner.apply(exchange.finish(), math.inf)
+        exchange.committed()
         losses.append(float(world.sum(loss.detach().clone())))
-    if sharded:
-        optimizer.close()
+    owner.close()
     collectives.close()
     means = [sum(losses[i : i + 20]) / 20 for i in range(0, len(losses), 20)]
     return means, b"".join(p.detach().numpy().tobytes() for p in model.parameters())

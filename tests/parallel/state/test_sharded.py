@@ -14,13 +14,16 @@ from torch import nn
 
 from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.collectives.uneven import open_collectives
-from heteromesh.comm.gradients.sum import GradientSum
+from heteromesh.comm.gradients.buckets import build_buckets
+from heteromesh.comm.gradients.exchange import Summed
+from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.records import Recorder
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.flats import FlatBuckets
 from heteromesh.parallel.state.fragments import Piece, boxes
 from heteromesh.parallel.state.gather import ParameterGather
+from heteromesh.parallel.state.owner import Replicated, StateOwner, hand_out
 from heteromesh.parallel.state.sharded import ShardedOptimizer
 from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.runtime.records.checkpoint import Checkpoints
@@ -96,17 +99,18 @@ def batch(step: int, rank: int) -> torch.Tensor:
     return torch.randint(13, (2, 4), generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def passes(model: nn.Module, gradients: GradientSum, world: World, step: int) -> None:
+def passes(model: nn.Module, exchange: GradientReducer, world: World, step: int) -> Summed:
     """Rank r runs 1 + r % 2 passes, rank 0 none in step 2; the branch is off at first, on some ranks only later."""
-    gradients.clear(model.parameters())
+    exchange.begin(step, world)
     count = 0 if step == 2 and world.rank == 0 else 1 + world.rank % 2
     for number in range(count):
-        if number == count - 1:
-            gradients.arm()
-        model(batch(step, world.rank + 10 * number), step > 1 and world.rank > 0).backward()
-    if not count:
-        gradients.arm()
-    gradients.finish()
+        with exchange.share((world.rank,), (number,)):
+            if number == count - 1:
+                exchange.last_backward()
+            model(batch(step, world.rank + 10 * number), step > 1 and world.rank > 0).backward()
+    summed = exchange.finish()
+    exchange.committed()
+    return summed
 
 
 def both(world: World, name: str, fractions: Sequence[float], native: bool, steps: int, bucket: int) -> None:
@@ -115,21 +119,21 @@ def both(world: World, name: str, fractions: Sequence[float], native: bool, step
         torch.manual_seed(0)
         plain, sharded = Small(), Small()
         sharded.load_state_dict(plain.state_dict())
-        sums = [GradientSum(world, collectives, bucket_bytes=bucket) for _ in range(2)]
-        for gradients, model in zip(sums, (plain, sharded), strict=True):
-            gradients.attach(model.parameters())
+        world.collectives = collectives
+        whole = GradientReducer(plain.parameters(), bucket_bytes=bucket)
+        parts = GradientReducer(sharded.parameters(), bucket_bytes=bucket, scatter=True)
         reference, inner = (OPTIMIZERS[name](groups(model)) for model in (plain, sharded))
-        optimizer = ShardedOptimizer(inner, sharded, sums[1])
+        optimizer = ShardedOptimizer(inner, sharded, parts, world)
         schedules = [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=5) for o in (reference, inner)]
         exact = not native
         for step in range(steps):
-            passes(plain, sums[0], world, step)
-            passes(sharded, sums[1], world, step)
-            norm = optimizer.clip_gradients(math.inf)
+            hand_out(passes(plain, whole, world, step), whole.buckets)
+            summed = passes(sharded, parts, world, step)
+            norm = optimizer.clip_gradients(summed)
             squares = [p.grad.double().square().sum() for p in plain.parameters() if p.grad is not None]
             assert norm == pytest.approx(math.sqrt(sum(squares)), rel=1e-5 if exact else 1e-2)
             reference.step()
-            optimizer.step()
+            optimizer.step(summed)
             for schedule in schedules:
                 schedule.step()
         optimizer.wait()
@@ -191,14 +195,12 @@ def two_hundred_steps(world: World) -> None:
     with collectives_of(world, FRACTIONS["uneven"]) as collectives:
         torch.manual_seed(0)
         model = Small()
-        gradients = GradientSum(world, collectives, bucket_bytes=512)
-        gradients.attach(model.parameters())
-        optimizer = ShardedOptimizer(OPTIMIZERS["AdamW"](groups(model)), model, gradients)
+        world.collectives = collectives
+        exchange = GradientReducer(model.parameters(), bucket_bytes=512, scatter=True)
+        optimizer = ShardedOptimizer(OPTIMIZERS["AdamW"](groups(model)), model, exchange, world)
         before = [p.detach().clone() for p in model.parameters()]
         for step in range(200):
-            passes(model, gradients, world, step)
-            optimizer.clip_gradients(0.5)
-            optimizer.step()
+            optimizer.apply(passes(model, exchange, world, step), 0.5)
         optimizer.wait()
         everywhere(world, model)
         moved = {n for (n, p), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, old)}
@@ -213,7 +215,7 @@ def saved(world: World, folder: Path, fractions: Sequence[float], sharded: bool)
     """Three steps, then a checkpoint: parameters and whole optimizer state."""
     model, optimizer, _, stack = trained(world, fractions, sharded, 3)
     checkpoints = Checkpoints(folder, world, 2)
-    checkpoints.save(3, model, optimizer, {})
+    checkpoints.save(3, model, owner_of(model, optimizer), {})
     checkpoints.close()
     return everything(model, optimizer, stack)
 
@@ -223,9 +225,13 @@ def resumed(world: World, folder: Path, fractions: Sequence[float], sharded: boo
     checkpoints = Checkpoints(folder, world, 2)
     path = checkpoints.latest()
     assert path is not None
-    checkpoints.load(path, model, optimizer)
+    checkpoints.load(path, model, owner_of(model, optimizer))
     checkpoints.close()
     return everything(model, optimizer, stack)
+
+
+def owner_of(model: nn.Module, optimizer: Any) -> StateOwner:
+    return optimizer if isinstance(optimizer, ShardedOptimizer) else Replicated(optimizer, model)
 
 
 def trained(world: World, fractions: Sequence[float], sharded: bool, steps: int) -> tuple[Any, Any, Any, ExitStack]:
@@ -240,14 +246,13 @@ def trained(world: World, fractions: Sequence[float], sharded: bool, steps: int)
                 model(batch(step, rank), False).backward()
             optimizer.step()
         return model, optimizer, None, stack
-    gradients = GradientSum(world, stack.enter_context(collectives_of(world, fractions)), bucket_bytes=300)
-    gradients.attach(model.parameters())
-    optimizer = ShardedOptimizer(optimizer, model, gradients)
+    world.collectives = stack.enter_context(collectives_of(world, fractions))
+    exchange = GradientReducer(model.parameters(), bucket_bytes=300, scatter=True)
+    optimizer = ShardedOptimizer(optimizer, model, exchange, world)
     stack.callback(optimizer.close)
     for step in range(steps):
-        passes(model, gradients, world, step)
-        optimizer.step()
-    return model, optimizer, gradients, stack
+        optimizer.step(passes(model, exchange, world, step))
+    return model, optimizer, exchange, stack
 
 
 def everything(model: nn.Module, optimizer: Any, stack: ExitStack) -> bytes:
@@ -272,7 +277,7 @@ def test_resume_on_another_number_of_ranks_is_exact(
 
 def exchanged(world: World) -> None:
     """The whole state goes to a plain optimizer and back."""
-    model, sharded, gradients, stack = trained(world, FRACTIONS["uneven"], True, 3)
+    model, sharded, exchange, stack = trained(world, FRACTIONS["uneven"], True, 3)
     state = sharded.state_dict()
     plain_model = Small()
     plain = OPTIMIZERS["AdamW"](groups(plain_model))
@@ -286,14 +291,13 @@ def exchanged(world: World) -> None:
     same(changed, sharded.state_dict(), True)
     plain.load_state_dict(changed)
     # one rank alone has a pass: its gradient is the sum, bit for bit
-    gradients.clear(model.parameters())
-    gradients.arm()
+    exchange.begin(7, world)
     if world.rank == 1:
-        model(batch(7, 0), True).backward()
-    gradients.finish()
+        with exchange.share((1,), (0,)):
+            model(batch(7, 0), True).backward()
     plain_model(batch(7, 0), True).backward()
     plain.step()
-    sharded.step()
+    sharded.step(exchange.finish())
     sharded.wait()
     same(plain_model.state_dict(), model.state_dict(), True)
     same(plain.state_dict(), sharded.state_dict(), True)
@@ -411,11 +415,9 @@ class Chain(nn.Module):
 def logged_chain() -> tuple[Logged, Chain, ParameterGather]:
     collectives = Logged()
     model = Chain(collectives.log)
-    gradients = GradientSum(World(rank=0, size=2), collectives, bucket_bytes=1)  # type: ignore[arg-type]
-    gradients.attach(model.parameters())
-    flats = FlatBuckets(gradients.buckets)
+    flats = FlatBuckets(build_buckets(model.parameters(), 1))
     collectives.names = {layer.weight.data_ptr(): str(i) for i, layer in enumerate(model.layers)}
-    return collectives, model, ParameterGather(model, flats, collectives, Recorder(), gradients)  # type: ignore[arg-type]
+    return collectives, model, ParameterGather(model, flats, collectives, Recorder())  # type: ignore[arg-type]
 
 
 def test_each_layer_waits_for_its_own_parameters_only() -> None:
@@ -452,33 +454,34 @@ def test_parameters_are_waited_for_before_they_are_used_otherwise() -> None:
 
 def bad_input(world: World) -> None:
     def shard(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> ShardedOptimizer:
-        gradients = GradientSum(world)
-        gradients.attach(model.parameters())
-        return ShardedOptimizer(optimizer or torch.optim.SGD(model.parameters(), lr=0.1), model, gradients)
+        exchange = GradientReducer(model.parameters(), scatter=True)
+        return ShardedOptimizer(optimizer or torch.optim.SGD(model.parameters(), lr=0.1), model, exchange, world)
 
     with pytest.raises(UserError, match="sparse gradients"):
         shard(nn.EmbeddingBag(4, 3, sparse=True))
     with pytest.raises(UserError, match="not the model's"):
         shard(nn.Linear(2, 2), torch.optim.SGD(nn.Linear(3, 3).parameters()))
-    optimizer = shard(nn.Linear(2, 2))
+    model = nn.Linear(2, 2)
+    exchange = GradientReducer(model.parameters(), scatter=True)
+    inner = torch.optim.SGD(model.parameters())
+    optimizer = ShardedOptimizer(inner, model, exchange, world)
     with pytest.raises(UserError, match="closure"):
-        optimizer.step(lambda: 0.0)
-    optimizer.inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        optimizer.step(lambda: 0.0)  # type: ignore[arg-type]
+    inner.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    exchange.begin(0, world)
     with pytest.raises(UserError, match="added to an optimizer"):
-        optimizer.step()
+        optimizer.step(exchange.finish())
     late = nn.Linear(2, 2)
     late.bias.requires_grad = False
-    gradients = GradientSum(world)
-    gradients.attach(late.parameters())
+    exchange = GradientReducer(late.parameters(), scatter=True)
     late.bias.requires_grad = True
     with pytest.raises(UserError, match="parameter bias was made trainable"):
-        ShardedOptimizer(torch.optim.SGD(late.parameters()), late, gradients)
+        ShardedOptimizer(torch.optim.SGD(late.parameters()), late, exchange, world)
     functional = nn.Linear(4, 3, bias=False)
-    gradients = GradientSum(world)
-    gradients.attach(functional.parameters())
-    ShardedOptimizer(torch.optim.SGD(functional.parameters()), functional, gradients)
-    gradients.arm()
-    with pytest.raises(UserError, match="sparse gradient"):
+    exchange = GradientReducer(functional.parameters(), scatter=True)
+    ShardedOptimizer(torch.optim.SGD(functional.parameters()), functional, exchange, world)
+    exchange.begin(0, world)
+    with pytest.raises(UserError, match="sparse gradient"), exchange.share((world.rank,), (0,)):
         nn.functional.embedding(torch.tensor([1]), functional.weight, sparse=True).sum().backward()
 
 
@@ -489,4 +492,4 @@ def test_bad_input() -> None:
 def test_one_rank_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(UserError, match="one rank has nothing to shard"):
-        ShardedOptimizer(torch.optim.SGD(model.parameters()), model, GradientSum(World()))
+        ShardedOptimizer(torch.optim.SGD(model.parameters()), model, GradientReducer(model.parameters()), World())
