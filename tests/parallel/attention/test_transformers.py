@@ -44,7 +44,7 @@ SIZES = {
 
 
 def build(kind: str, attention: str, **options: Any) -> torch.nn.Module:
-    from heteromesh.parallel.attention.transformers import register
+    from heteromesh.parallel.transformers import register
 
     register()
     config = {

@@ -120,7 +120,7 @@ def check(world: World, make: Any, cases: int, recompute: bool) -> None:
 def make_transformer() -> nn.Module:
     import transformers
 
-    from heteromesh.parallel.attention.transformers import register
+    from heteromesh.parallel.transformers import register
 
     register()
     torch.manual_seed(0)

@@ -146,7 +146,7 @@ def run_transformers(world: World, placement: Placement, name: str) -> float:
     """Relative difference of loss and of this stage's gradients to one process without a pipeline."""
     import transformers
 
-    from heteromesh.parallel.attention.transformers import register
+    from heteromesh.parallel.transformers import register
 
     register()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Models of Hugging Face Transformers under a plan: `attn_implementation="heteromesh"`.
 
-    heteromesh.parallel.attention.transformers.register()
+    heteromesh.parallel.transformers.register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="heteromesh")
 
 Inside a pass attention follows the pass's method; elsewhere (evaluation, generation) it is Transformers' own `sdpa`.
