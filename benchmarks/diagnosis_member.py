@@ -14,10 +14,10 @@ from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.diagnosis.monitor import Monitor
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced
 from heteromesh.faults.testing import inject
+from heteromesh.faults.wire.deadlines import Timing
 
 PORT = 29400
 BEGIN = "listening"

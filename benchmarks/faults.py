@@ -28,10 +28,10 @@ import torch.distributed as dist
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.testing import inject
 from heteromesh.faults.testing.lab import Lab, LabWork, Worker
+from heteromesh.faults.wire.deadlines import Timing
 
 _GLOO_LIMIT = 5.0
 _SECRET = b"benchmark"

@@ -18,9 +18,9 @@ import sys
 import time
 from functools import partial
 
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.testing import inject
 from heteromesh.faults.testing.lab import Lab, LabWork, Worker
+from heteromesh.faults.wire.deadlines import Timing
 
 
 def main() -> int:

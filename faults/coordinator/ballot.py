@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from heteromesh.faults.coordinator.election import Election
-from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.wire.deadlines import Timing
 
 _CANDIDACY = 0.8
 """Seconds after which a candidate without a quorum gives up, so that its voters may find another one."""

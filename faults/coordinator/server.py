@@ -20,10 +20,10 @@ from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.ballot import Ballot
 from heteromesh.faults.coordinator.election import Election
 from heteromesh.faults.diagnosis.monitor import Monitor
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.liveness import MemberLiveness, silent, stalled, stuck
 from heteromesh.faults.membership.membership import Bounds, LossReason, Membership, Order
 from heteromesh.faults.wire.codec import Wire, encode
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.faults.wire.messages import (
     Alive,
     ControlMessage,

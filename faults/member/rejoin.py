@@ -9,9 +9,9 @@ from contextlib import suppress
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.election import Election
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.control import Control
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.faults.wire.discovery import Address, Search
 from heteromesh.faults.wire.messages import ControlMessage, FromMember, Refused, Welcome
 

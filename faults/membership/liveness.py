@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from heteromesh.faults.membership.deadlines import Intervals, Timing
 from heteromesh.faults.membership.epochs import Epochs
+from heteromesh.faults.wire.deadlines import Intervals, Timing
 from heteromesh.faults.wire.messages import Heartbeat
 
 _TOGETHER = 0.25

@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from heteromesh.faults.membership.bounds import Bounds as Bounds
 from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.quorum import holds
+from heteromesh.faults.wire.bounds import Bounds as Bounds
 from heteromesh.faults.wire.messages import (
     Evicted,
     FromCoordinator,

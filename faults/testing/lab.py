@@ -22,11 +22,11 @@ from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.group import EpochGroup
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.faults.testing import oracle
 from heteromesh.faults.testing.oracle import CommitEvent, History
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.faults.wire.discovery import Address
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from heteromesh.comm.tcp.info import TcpInfo
-from heteromesh.faults.membership.bounds import Bounds
-from heteromesh.faults.membership.deadlines import Timing
+from heteromesh.faults.wire.bounds import Bounds
+from heteromesh.faults.wire.deadlines import Timing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,8 @@ from torch.distributed.run import determine_local_world_size, parse_min_max_nnod
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.main import read_secret
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.runtime.launch.agent import Agent, Duty, say
 from heteromesh.runtime.launch.rendezvous import Rendezvous, is_here, meet, meet_here
 from heteromesh.runtime.process.environment import environment_of, parse_addresses

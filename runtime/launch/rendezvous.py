@@ -12,9 +12,9 @@ from heteromesh.comm.tcp.auth import AuthError
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.diagnosis.monitor import Monitor
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.control import Address, connect
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.runtime.launch.countdown import Say, wait_until
 from heteromesh.runtime.process.environment import join_address
 from heteromesh.runtime.process.failure import PeerLost

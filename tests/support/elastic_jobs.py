@@ -16,8 +16,8 @@ import torch
 from heteromesh.comm.tcp.state_transfer import digest_of
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.cost.devices import DeviceCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.process.environment import environment_of

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.wire.deadlines import Timing
 
 
 @contextmanager

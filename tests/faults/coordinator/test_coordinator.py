@@ -22,10 +22,10 @@ from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member import rejoin as rejoining
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced
 from heteromesh.faults.wire.control import connect
+from heteromesh.faults.wire.deadlines import Timing
 
 
 def free_ports(count):

@@ -14,11 +14,11 @@ from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.death_notice import Lease, Watcher
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.view import Fenced, Stopped
 from heteromesh.faults.testing import inject, oracle
 from heteromesh.faults.testing.lab import Lab, LabWork
 from heteromesh.faults.testing.oracle import Belongings, CommitEvent, History
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.faults.wire.messages import MemberDied
 
 

@@ -15,10 +15,10 @@ from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Stopped
 from heteromesh.faults.testing.oracle import Belongings
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.ownership.ownership import LostState
 
 VICTIM = """

@@ -11,13 +11,13 @@ from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor, Connector
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.member import JoinOptions, Member
-from heteromesh.faults.membership.deadlines import Intervals, Timing
 from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.liveness import CoordinatorLiveness, MemberLiveness, silent, stalled, stuck
 from heteromesh.faults.membership.membership import Bounds, Membership
 from heteromesh.faults.membership.view import Stopped
 from heteromesh.faults.wire.codec import MAX_MESSAGE, Wire, WireError, decode, encode
 from heteromesh.faults.wire.control import connect
+from heteromesh.faults.wire.deadlines import Intervals, Timing
 from heteromesh.faults.wire.messages import (
     Alive,
     CommitNotice,

@@ -22,9 +22,9 @@ from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.member.session import Elastic
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Stopped
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.parallel.state.owner import Replicated
 from heteromesh.parallel.state.parts import plan_moves
 from heteromesh.parallel.state.sharded import Sharded

@@ -16,8 +16,8 @@ import pytest
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
-from heteromesh.faults.membership.deadlines import Timing
 from heteromesh.faults.membership.membership import Bounds
+from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.runtime.cli.main import main
 from heteromesh.runtime.launch import run as launcher
 from heteromesh.runtime.launch.countdown import Countdown
