@@ -14,15 +14,30 @@ if TYPE_CHECKING:
     from heteromesh.planner.sequences.step import plan_step
     from heteromesh.runtime.config import TrainerConfig
     from heteromesh.runtime.engine.executor import StepExecutor
+    from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
     from heteromesh.runtime.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["StepExecutor", "Trainer", "TrainerConfig", "UserError", "attention", "linear_attention", "plan_step"]
+__all__ = [
+    "Hook",
+    "StepCommitted",
+    "StepExecutor",
+    "Trainer",
+    "TrainerConfig",
+    "TrainingReport",
+    "UserError",
+    "attention",
+    "linear_attention",
+    "plan_step",
+]
 
 _HOME = {
+    "Hook": "heteromesh.runtime.hooks.api",
+    "StepCommitted": "heteromesh.runtime.hooks.api",
     "StepExecutor": "heteromesh.runtime.engine.executor",
     "Trainer": "heteromesh.runtime.trainer",
     "TrainerConfig": "heteromesh.runtime.config",
+    "TrainingReport": "heteromesh.runtime.hooks.api",
     "UserError": "heteromesh.errors",
     "attention": "heteromesh.parallel.attention.api",
     "linear_attention": "heteromesh.parallel.attention.api",

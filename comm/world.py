@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.torch import TorchCollectives
@@ -150,9 +153,10 @@ def pick_device() -> torch.device:
 def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | None = None) -> Iterator[World]:
     """Joins the job that torchrun's environment describes, and leaves it at the end.
 
-    Without that environment: a world of this one process. A default process group that the caller has
-    initialised is used and left alone. cluster: the job's hosts, where they are described; NCCL then uses RDMA among
-    ranks of one fabric and sockets elsewhere. Raises UserError where that is not the same on every rank.
+    May be called again when the world before was left. Without that environment: a world of this one process. A
+    default process group that the caller has initialised is used and left alone. cluster: the job's hosts, where they
+    are described; NCCL then uses RDMA among ranks of one fabric and sockets elsewhere. Raises UserError where that is
+    not the same on every rank.
     """
     device = pick_device()
     if device.type == "cuda":
@@ -160,8 +164,10 @@ def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | No
     owned = not dist.is_initialized() and "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
     if owned:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        options = device_options(cluster, range(int(os.environ["WORLD_SIZE"])), device, timeout)
-        dist.init_process_group(backend, timeout=timeout, pg_options=options)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        options = device_options(cluster, range(size), device, timeout)
+        store = _own_store(rank, size, timeout)
+        dist.init_process_group(backend, timeout=timeout, pg_options=options, store=store, rank=rank, world_size=size)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield World(device=device)
         return
@@ -179,6 +185,24 @@ def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | No
             dist.destroy_process_group(group)
         if owned:
             dist.destroy_process_group()
+
+
+def _own_store(rank: int, size: int, timeout: timedelta) -> Store:
+    """Returns a part of the job's store that is this world's own, however many the process joins one after the other.
+
+    Torch's groups are found by equal keys each time: those of a world that was left would lead into nothing.
+    """
+    address = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    store = _job_store(rank, size, timeout, address)
+    return PrefixStore(f"heteromesh/world/{store.add(f'heteromesh/joined/{rank}', 1)}", store)
+
+
+@cache
+def _job_store(rank: int, size: int, timeout: timedelta, address: tuple[str, str]) -> Store:
+    """Returns the store of the job at `address`; it lives as long as the process, for others may still read it."""
+    del address
+    store: Store = next(iter(rendezvous("env://", rank, size, timeout=timeout)))[0]
+    return store
 
 
 def _check_networks(world: World) -> None:

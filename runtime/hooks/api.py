@@ -108,9 +108,9 @@ class TrainingReport:
 
 
 class Hook:
-    """Base of hooks: override what you need. Every rank calls its own; one that raises stops the run, saved.
+    """Base of hooks: override what you need. Every rank calls its own.
 
-    `evaluate` may be called again for the same step when a member is lost meanwhile.
+    One that raises, on any rank and in any method, stops the run: all ranks are told, and the state is saved.
     """
 
     evaluate_every: int = 0
@@ -125,13 +125,17 @@ class Hook:
         """Is called after every step, on every rank; parameters may still be on their way (shard_optimizer)."""
 
     def evaluate(self, step: int, model: nn.Module, world: World) -> Mapping[str, float] | None:
-        """Is called on every rank with all parameters up to date; rank 0's named numbers are printed and recorded."""
+        """Is called on every rank with all parameters up to date; rank 0's named numbers are printed and recorded.
+
+        The model is in evaluation mode and records no gradients. Ranks may share the work and add up in `world`. Is
+        called again for the same step when a member is lost meanwhile.
+        """
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Is called with what all hooks' `evaluate` returned on rank 0, by name."""
+        """Is called on every rank with what all hooks' `evaluate` returned on rank 0, by name."""
 
     def checkpoint_saved(self, step: int, path: Path) -> None:
-        """Is called when a checkpoint has been handed to its writer."""
+        """Is called on every rank when a checkpoint has been handed to its writer; the last one is whole."""
 
     def end(self, report: TrainingReport) -> None:
-        """Is called once, when all is done and saved; not after an error."""
+        """Is called once on every rank, when all is done and saved; not after an error."""

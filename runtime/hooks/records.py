@@ -83,7 +83,7 @@ class RunRecords(Hook):
                 self._written = old.metrics.step
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        if self._directory is not None and self._directory.started:
+        if values and self._directory is not None and self._directory.started:
             self._directory.evaluation(step, values)
 
     def end(self, report: TrainingReport) -> None:

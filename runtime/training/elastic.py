@@ -34,6 +34,7 @@ from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.hooks.api import TrainingReport
+from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
 from heteromesh.runtime.hooks.cost_learning import CostLearning
 from heteromesh.runtime.hooks.records import RunRecords
@@ -47,7 +48,16 @@ from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
-from heteromesh.runtime.training.transactions import Begin, Evaluate, MeasureLinks, Meet, Reshard, Save, Transaction
+from heteromesh.runtime.training.transactions import (
+    Begin,
+    End,
+    Evaluate,
+    MeasureLinks,
+    Meet,
+    Reshard,
+    Save,
+    Transaction,
+)
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 
@@ -103,7 +113,8 @@ class ElasticJob:
     def _run(self) -> TrainingReport:
         job, progress, costs, session = self.job, self.progress, self.members, self.session
         ours = [self.costs, self.records, self.console]
-        loop = TrainingLoop(session, progress, self.interrupt, [*ours, *job.hooks], str(job.config.run_dir))
+        hooks = HookCalls(ours, job.hooks, session.busy)
+        loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
         parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
         step = TrainStep(job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed)
         transactions: list[Transaction] = [Begin(progress, self._create)]
@@ -111,15 +122,14 @@ class ElasticJob:
             transactions.append(MeasureLinks(progress, costs))
         transactions += [
             Meet(progress, costs),
-            Evaluate(progress, self.state, session, job.model, loop.hooks, loop.failed),
-            Save(progress, self.state, session, self.writer, loop.hooks),
+            Evaluate(progress, self.state, job.model, hooks),
+            Save(progress, self.state, session, self.writer, hooks),
+            End(progress, session, self.writer, hooks, loop.report),
             Reshard(progress, self.state, session, costs.speeds),
             step,
         ]
         loop.transactions = transactions
-        report = loop.run(step.start)
-        loop.end(report)
-        return report
+        return loop.run(step.start)
 
     def _state(self) -> StateOwner:
         job, buckets = self.job, self.exchange.buckets

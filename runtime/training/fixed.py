@@ -22,6 +22,7 @@ from heteromesh.runtime.engine.baselines import compare
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.hooks.api import TrainingReport
+from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
@@ -41,7 +42,7 @@ from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
-from heteromesh.runtime.training.transactions import Evaluate, Save
+from heteromesh.runtime.training.transactions import End, Evaluate, Save
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
@@ -90,13 +91,15 @@ class FixedJob:
         world, progress = self.world, self.progress
         session = Fixed(world)
         ours = [self.recent, self.records, self.console, self.costs]
-        loop = TrainingLoop(session, progress, self.interrupt, [*ours, *self.job.hooks], str(self.job.config.run_dir))
+        hooks = HookCalls(ours, self.job.hooks, session.busy)
+        loop = TrainingLoop(session, progress, self.interrupt, hooks, str(self.job.config.run_dir))
         work = self._work()
         parts = StepParts(work=work, engine=self.engine, exchange=self.exchange, state=self.state)
         step = TrainStep(self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed)
         loop.transactions = [
-            Evaluate(progress, self.state, session, self.job.model, loop.hooks, loop.failed),
-            Save(progress, self.state, session, self.writer, loop.hooks),
+            Evaluate(progress, self.state, self.job.model, hooks),
+            Save(progress, self.state, session, self.writer, hooks),
+            End(progress, session, self.writer, hooks, loop.report),
             step,
         ]
         if world.rank == 0:
@@ -105,7 +108,6 @@ class FixedJob:
             report = loop.run(step.start)
         finally:
             work.close()
-        loop.end(report)
         return report.with_comparisons(self._compare(report))
 
     def _records(self) -> RunRecords:

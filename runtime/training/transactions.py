@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from heteromesh.comm.session import Attempt, Committed, Session
-from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.planner.cost.devices import LinkCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
-from heteromesh.runtime.hooks.api import Hook
+from heteromesh.runtime.hooks.api import Stop, TrainingReport
+from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.progress import TrainingProgress
 
@@ -122,54 +123,34 @@ class Reshard(Transaction):
 class Evaluate(Transaction):
     """Calls the hooks that evaluate, with all parameters up to date on all ranks."""
 
-    def __init__(
-        self,
-        progress: TrainingProgress,
-        state: StateOwner,
-        session: Session,
-        model: nn.Module,
-        hooks: Sequence[Hook],
-        failed: Callable[[Hook, str, Exception], None],
-    ) -> None:
-        self._progress, self._state, self._session, self._model = progress, state, session, model
-        self._hooks, self._failed = hooks, failed
+    def __init__(self, progress: TrainingProgress, state: StateOwner, model: nn.Module, hooks: HookCalls) -> None:
+        self._progress, self._state, self._model, self._hooks = progress, state, model, hooks
 
     def due(self, world: World) -> bool:
-        done = self._progress.done
-        return bool(done) and self._progress.evaluated != done and bool(self._due_hooks())
+        progress = self._progress
+        return (
+            bool(progress.done)
+            and progress.evaluated != progress.done
+            and progress.stop is None
+            and self._hooks.evaluates(progress.done)
+        )
 
-    def attempt(self, world: World) -> Attempt[Mapping[str, float]]:
+    def attempt(self, world: World) -> Attempt[tuple[Mapping[str, float], Stop | None]]:
         parameters = self._state.refresh(world)
         self._state.weights_ready()
-        found: dict[str, float] = {}
-        training = self._model.training
-        with self._session.busy():
-            for hook in self._due_hooks():
-                found.update(self._evaluate(hook, world))
-        self._model.train(training)
-        found = world.gather(found)[0]
-        return Attempt(found, f"evaluated {self._progress.done}:{parameters}")
+        found = self._hooks.evaluate(self._progress.done, self._model, world)
+        everyone = world.gather((found, self._hooks.stop))
+        stop = next((stop for _, stop in everyone if stop is not None), None)
+        return Attempt((everyone[0][0], stop), f"evaluated {self._progress.done}:{parameters}")
 
-    def committed(self, done: Committed[Mapping[str, float]]) -> None:
+    def committed(self, done: Committed[tuple[Mapping[str, float], Stop | None]]) -> None:
+        found, self._progress.stop = done.result
         self._progress.evaluated = self._progress.done
-        for hook in self._hooks:
-            hook.evaluated(self._progress.done, done.result)
-
-    def _due_hooks(self) -> list[Hook]:
-        return [h for h in self._hooks if h.evaluate_every and self._progress.done % h.evaluate_every == 0]
-
-    def _evaluate(self, hook: Hook, world: World) -> Mapping[str, float]:
-        try:
-            return hook.evaluate(self._progress.done, self._model, world) or {}
-        except GroupAborted:
-            raise
-        except Exception as error:
-            self._failed(hook, "evaluate", error)
-        return {}
+        self._hooks.evaluated(self._progress.done, found)
 
 
 class Save(Transaction):
-    """Writes a checkpoint every so many steps and at the end."""
+    """Writes a checkpoint every so many steps and when training is over."""
 
     def __init__(
         self,
@@ -177,32 +158,60 @@ class Save(Transaction):
         state: StateOwner,
         session: Session,
         writer: CheckpointWriter,
-        hooks: Sequence[Hook],
+        hooks: HookCalls,
     ) -> None:
         self._progress, self._state, self._session = progress, state, session
         self._writer, self._hooks = writer, hooks
 
     def due(self, world: World) -> bool:
         progress, every = self._progress, self._writer.every
-        if not progress.training:
-            return True
-        return bool(every) and progress.done % every == 0 and progress.saved != progress.done
+        return progress.saved != progress.done and (
+            not progress.training or (bool(every) and progress.done % every == 0)
+        )
 
-    def attempt(self, world: World) -> Attempt[bool]:
-        done, last = self._progress.done, not self._progress.training
-        write = self._progress.saved != done
-        if write:
-            with self._session.busy(), self._state.gathered(world):
-                self._writer.save(world, done, self._progress.sampled)
-        if last:
+    def attempt(self, world: World) -> Attempt[None]:
+        with self._session.busy(), self._state.gathered(world):
+            self._writer.save(world, self._progress.done, self._progress.sampled)
+        if not self._progress.training:
+            # nothing comes after it that would give its writer the time
             with self._session.busy():
                 self._writer.wait()
             world.barrier()
-        return Attempt(write, f"saved {done}")
+        return Attempt(None, f"saved {self._progress.done}")
 
-    def committed(self, done: Committed[bool]) -> None:
+    def committed(self, done: Committed[None]) -> None:
         self._progress.saved = self._progress.done
-        self._progress.over = not self._progress.training
-        if done.result:
-            for hook in self._hooks:
-                hook.checkpoint_saved(self._progress.done, self._writer.path_of(self._progress.done))
+        self._hooks.checkpoint_saved(self._progress.done, self._writer.path_of(self._progress.done))
+
+
+class End(Transaction):
+    """Ends the hooks when all is written; a rank whose hook has raised since the last step tells it here."""
+
+    def __init__(
+        self,
+        progress: TrainingProgress,
+        session: Session,
+        writer: CheckpointWriter,
+        hooks: HookCalls,
+        report: Callable[[], TrainingReport],
+    ) -> None:
+        self._progress, self._session, self._writer = progress, session, writer
+        self._hooks, self._report = hooks, report
+
+    def due(self, world: World) -> bool:
+        return not self._progress.training
+
+    def attempt(self, world: World) -> Attempt[Stop | None]:
+        with self._session.busy():
+            self._writer.wait()
+        stop = self._progress.stop or self._told(world)
+        if stop is None or not stop.failure:
+            self._hooks.end(replace(self._report(), signal=stop.signal if stop else None))
+            stop = self._told(world) or stop
+        return Attempt(stop, f"ended {stop}")
+
+    def committed(self, done: Committed[Stop | None]) -> None:
+        self._progress.stop, self._progress.over = done.result, True
+
+    def _told(self, world: World) -> Stop | None:
+        return next((stop for stop in world.gather(self._hooks.stop) if stop is not None), None)
