@@ -1,6 +1,7 @@
 """Many seeded kills and stops, or a time of churn, with every result checked.
 
     python benchmarks/faults_soak.py --count 100 [--processes 4] [--collectives] [--kinds kill,stop] [--seed 0]
+    python benchmarks/faults_soak.py --count 100 --lose coordinator,first    # these too, one fault in three
     python benchmarks/faults_soak.py --churn 300
 
 A fault is followed by a join; the next fault comes up to 0.1 s after the job is whole again. In churn a kill or a join
@@ -26,7 +27,7 @@ from heteromesh.faults.wire.deadlines import Timing
 def main() -> int:
     options = _options()
     work = LabWork(bytes=int(options.megabytes * (1 << 20)), collectives=options.collectives)
-    with Lab(work, size=options.processes, timing=Timing(silence=options.silence)) as lab:
+    with Lab(work, size=options.processes, timing=Timing(silence=options.silence), elective=bool(options.lose)) as lab:
         what = _churn(lab, options) if options.churn else _faults(lab, options)
         faults, stall, commits = lab.history().faults(), lab.history().longest_stall(), len(lab.history().events)
         kind = "every collective" if options.collectives else "out of place"
@@ -49,6 +50,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=float, default=0.25)
     parser.add_argument("--collectives", action="store_true", help="every collective in each step, in-place sums too")
     parser.add_argument("--kinds", default="kill,kill,kill,kill,stop")
+    parser.add_argument(
+        "--lose", default="", help="coordinator and first (rank 0): one fault in three hits one of them"
+    )
     parser.add_argument("--silence", type=float, default=0.8, help="deadline on signs of life, seconds")
     parser.add_argument("--seconds", type=float, default=280.0, help="ends early after so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,6 +63,8 @@ def _faults(lab: Lab, options: argparse.Namespace) -> str:
     """How many faults of each kind the job survived, and how fast it went on after kills."""
     took: list[float] = []
     done = {"kill": 0, "stop": 0}
+    special = {name: 0 for name in options.lose.split(",") if name}
+    dice = random.Random(options.seed + 1)
     until = time.monotonic() + options.seconds
     kinds = options.kinds.split(",")
     for fault in inject.schedule(options.seed, options.count, kinds=kinds, slots=options.processes):
@@ -66,6 +72,14 @@ def _faults(lab: Lab, options: argparse.Namespace) -> str:
             break
         lab.pump(fault.delay)
         victim = lab.workers[fault.slot % len(lab.workers)]
+        if special and dice.random() < 1 / 3:
+            name = dice.choice(list(special))
+            special[name] += 1
+            if name == "coordinator" and lab.elected is None:
+                if lab.interruption(inject.kill(lab.coordinator)) is None:
+                    return f"HANG after the coordinator was lost, and {done}: {lab.describe()}"
+                continue
+            victim = (lab.elected if name == "coordinator" else lab.first) or victim
         act = inject.kill if fault.kind == "kill" else inject.stop
         seconds = lab.recovery(victim, act(victim.process.pid))
         if seconds is None:
@@ -80,7 +94,8 @@ def _faults(lab: Lab, options: argparse.Namespace) -> str:
         lab.add(victim.slot)
         lab.settle(60.0)
     middle = f"{statistics.median(took):.0f} (longest {max(took):.0f}) ms after a kill" if took else ""
-    return f"{done['kill']} kills, {done['stop']} stops, {middle}"
+    of_these = "".join(f", {count} of them of the {name}" for name, count in special.items())
+    return f"{done['kill']} kills, {done['stop']} stops{of_these}, {middle}"
 
 
 def _fenced(worker: Worker) -> bool:

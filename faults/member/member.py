@@ -145,6 +145,11 @@ class Member:
     def _limit(self) -> None:
         self._control.limit(self._timing.silence if self.options.silence is None else self.options.silence)
 
+    @property
+    def coordinates(self) -> bool:
+        """Whether the job's coordinator runs in this process, elected by the others."""
+        return self._candidate is not None and self._candidate.running
+
     def group(self) -> EpochGroup:
         """Returns the group of all members, always the same object."""
         return self._group

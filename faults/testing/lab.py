@@ -112,8 +112,19 @@ class Lab:
 
     @property
     def coordinator(self) -> int:
-        """Its process id."""
+        """The process id of the first one; `elected` has the later ones."""
         return int(self._coordinator.pid or 0)
+
+    @property
+    def elected(self) -> Worker | None:
+        """The worker in whose process the coordinator runs; None while the first one does."""
+        return next((w for w in self.workers if w.events and w.events[-1].coordinates), None)
+
+    @property
+    def first(self) -> Worker:
+        """The worker that has rank 0."""
+        slots = next(w.events[-1].slots for w in self.workers if w.events)
+        return next(w for w in self.workers if w.slot == slots[0])
 
     def interruption(self, since: float, seconds: float = 30.0) -> float | None:
         """Seconds from `since`, when the coordinator was lost, until every worker has committed a step in an epoch of
@@ -283,7 +294,8 @@ def _loop(pipe: Connection, slot: int, member: Member, work: LabWork) -> None:
         right = right and int(tally) == step  # the state that a joiner was given
         tally += 1
         chain = group.committed()[1]
-        pipe.send(CommitEvent(member.id, slot, now, step, epoch, digest, chain, right, attempts, slots))
+        told = CommitEvent(member.id, slot, now, step, epoch, digest, chain, right, attempts, slots, member.coordinates)
+        pipe.send(told)
         if work.pause:
             time.sleep(work.pause)
 

@@ -51,7 +51,9 @@ class CommitEvent:
     """Whether the values were those of the contributor set."""
     attempts: int
     slots: tuple[int, ...]
-    """Whose contributions are in it."""
+    """Whose contributions are in it, by rank."""
+    coordinates: bool = False
+    """Whether the coordinator runs in this member's process."""
 
 
 @dataclass(slots=True)
