@@ -13,7 +13,8 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -39,6 +40,17 @@ def read_text(path: Path, what: str) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{what} {path} line {line} is not UTF-8 text: save the file as UTF-8") from None
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields where to write what is to become the file when the block ends; a block that raises leaves nothing."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

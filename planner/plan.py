@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from heteromesh.errors import UserError
+from heteromesh.planner.files import written_whole
 
 SCHEMA = 1
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
@@ -102,9 +103,8 @@ def dump(plan: Plan, path: Path) -> None:
     """Writes the plan so that a reader never sees half a file. Raises UserError for a path that is no file."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a regular file: give the path of a file to write the plan to")
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(to_json(plan), indent=1) + "\n")
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(to_json(plan), indent=1) + "\n")
 
 
 def step_from_json(data: Mapping[str, Any], where: str = "step") -> Step:

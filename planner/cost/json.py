@@ -10,6 +10,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention
+from heteromesh.planner.plan import Plan
 
 _SECONDS = (
     "seconds_per_token2",
@@ -79,6 +80,20 @@ def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a cost model ({error!r}): write it again with this version") from None
+
+
+def costs_of_plan(plan: Plan, where: str) -> Costs:
+    """Returns the cost model that a plan was made with. Raises UserError where it has no step or carries no costs."""
+    if not plan.steps:
+        raise UserError(f"plan {where} has no step: make it again with `heteromesh plan --steps 1`")
+    if not isinstance(plan.layout.get("costs"), dict):
+        raise UserError(f"plan {where} carries no cost model (layout.costs): make it again with `heteromesh plan`")
+    costs = costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
+    if costs.ranks != plan.cluster.ranks:
+        raise UserError(
+            f"plan {where} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
+        )
+    return costs
 
 
 def _method(data: str | Mapping[str, Any], constants: Mapping[str, Any]) -> Method:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from heteromesh.errors import UserError
@@ -24,11 +25,30 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args([_dashed(word) for word in argv])
 
 
-def positive_int(text: str) -> int:
-    """Returns a whole number, at least 1."""
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
-    return int(text)
+def whole_number(least: int) -> Callable[[str], int]:
+    """Returns an argparse type: whole numbers from `least` on."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least {least}")
+        return int(text)
+
+    return parse
+
+
+def number(fits: Callable[[float], bool], rule: str) -> Callable[[str], float]:
+    """Returns an argparse type: numbers that fit; `rule` says in words which do. No comparison holds for NaN."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {rule}")
+        return value
+
+    return parse
 
 
 def _dashed(word: str) -> str:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from heteromesh.errors import UserError
 from heteromesh.planner import plan as plans
-from heteromesh.planner.cost.json import costs_from_json
-from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.json import costs_of_plan
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.check import check_step
 from heteromesh.planner.report.methods import PassKind, pass_kinds
@@ -36,34 +34,23 @@ def main(argv: Sequence[str]) -> int:
         return 0
     plan = plans.load(args.path)
     reasons = explain_plan(plan, str(args.path))
+    kinds = pass_kinds(plan.steps, costs_of_plan(plan, str(args.path)))
     if args.json:
         rejected = [asdict(r) for r in plan.rejected]
-        methods = [asdict(kind) for kind in pass_kinds(plan.steps, _costs(plan, str(args.path)))]
+        methods = [asdict(kind) for kind in kinds]
         steps = [asdict(r) for r in reasons]
         print(json.dumps({"model": plan.model, "steps": steps, "methods": methods, "rejected": rejected}))
     else:
-        say(plan_reasons_text(plan, reasons, pass_kinds(plan.steps, _costs(plan, str(args.path)))))
+        say(plan_reasons_text(plan, reasons, kinds))
     return 0
 
 
 def explain_plan(plan: Plan, where: str) -> list[StepReason]:
-    """Returns the reasons of every step; raises UserError where the plan carries no cost model."""
-    if not plan.steps:
-        raise UserError(f"plan {where} has no step: make it again with `heteromesh plan --steps 1`")
-    costs = _costs(plan, where)
-    if costs.ranks != plan.cluster.ranks:
-        raise UserError(
-            f"plan {where} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
-        )
+    """Returns the reasons of every step. Raises UserError where the plan carries no cost model."""
+    costs = costs_of_plan(plan, where)
     for step in plan.steps:
         check_step(step, costs)
     return [explain_step(step, costs) for step in plan.steps]
-
-
-def _costs(plan: Plan, where: str) -> Costs:
-    if not isinstance(plan.layout.get("costs"), dict):
-        raise UserError(f"plan {where} carries no cost model (layout.costs): make it again with `heteromesh plan`")
-    return costs_from_json(plan.layout["costs"], f"plan {where}: layout.costs")
 
 
 def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason], kinds: Sequence[PassKind]) -> str:

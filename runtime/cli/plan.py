@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from heteromesh.errors import UserError
 from heteromesh.planner import plan as plans
 from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.planner.cost.measured import model_measured_instead
@@ -21,7 +20,8 @@ from heteromesh.planner.plan import Step
 from heteromesh.planner.report.assemble import ANALYTIC, build_problem, make_plan
 from heteromesh.planner.report.fixes import parse_fixes
 from heteromesh.planner.report.text import plan_text
-from heteromesh.runtime.cli.arguments import Parser, positive_int
+from heteromesh.runtime.cli.arguments import Parser, number, whole_number
+from heteromesh.runtime.cli.output import check_writable, writing
 from heteromesh.runtime.cli.terminal import say
 
 DEFAULT_SEQUENCES = 512
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     problem = build_problem(cluster, model, load_constants(args.cost) if args.cost else None, fixes)
     source = open_lengths(args.lengths, seed=args.seed, max_length=fixes.max_length)
     if args.output:
-        _check_writable(args.output)
+        check_writable(args.output)
     tokens = args.batch_tokens or 0
     sequences = 0 if tokens else args.batch_sequences or DEFAULT_SEQUENCES
     with _progress(args.steps) as on_step:
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
     if problem.source == ANALYTIC and (other := model_measured_instead(cluster, model)):
         print(_OTHER_MODEL.format(cluster=args.cluster, other=other, model=args.model), file=sys.stderr)
     if args.output:
-        _write(plan, args.output)
+        with writing(args.output):
+            plans.dump(plan, args.output)
+        print(f"wrote {args.output}", file=sys.stderr)
     if args.json:
         print(json.dumps(plans.to_json(plan)))
     else:
@@ -62,25 +64,32 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--model", required=True, metavar="M", help=f"{', '.join(MODELS)}; a Hugging Face config.json; a .toml")
     add("--lengths", required=True, metavar="F", help="text file, .npy, quantile table .json or lognormal:MU,SIGMA,MAX")
     batch = parser.add_mutually_exclusive_group()
-    batch.add_argument("--batch-tokens", type=positive_int, metavar="N", help="tokens of a step's batch, at most")
+    batch.add_argument("--batch-tokens", type=whole_number(1), metavar="N", help="tokens of a step's batch, at most")
     batch.add_argument(
         "--batch-sequences",
-        type=positive_int,
+        type=whole_number(1),
         metavar="N",
         help=f"sequences of a step's batch (default {DEFAULT_SEQUENCES})",
     )
-    add("--steps", type=positive_int, default=1, metavar="K", help="steps to plan (default 1)")
+    add("--steps", type=whole_number(1), default=1, metavar="K", help="steps to plan (default 1)")
     add(
         "--cost", type=Path, metavar="F", help="measured cost constants, TOML; overrides the cluster's and the analytic"
     )
     add("--fix", action="append", default=[], metavar="NAME=VALUE", help=_FIX_HELP)
-    add("--seed", type=_seed, default=0, metavar="N", help="for sampled lengths (default 0)")
-    add("--time-limit", type=_seconds, default=0.2, metavar="S", help="processor seconds to solve a step (default 0.2)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="for sampled lengths (default 0)")
+    add(
+        "--time-limit",
+        type=_SECONDS,
+        default=0.2,
+        metavar="S",
+        help="processor seconds to solve a step (default 0.2)",
+    )
     add("-o", "--output", type=Path, metavar="FILE", help="write plan.json here (docs/plan-file.md)")
     add("--json", action="store_true", help="print the plan as one JSON document and nothing else")
     return parser.parse(argv)
 
 
+_SECONDS = number(lambda s: 0 < s < math.inf, "a number of seconds above 0")
 _FIX_HELP = (
     "max_degree=N: ranks of a pass at most; method=NAME: the only way to split, local for none; "
     "max_length=N: drop longer sequences; checkpointing=on: recompute activations (analytic costs)"
@@ -91,39 +100,6 @@ _OTHER_MODEL = (
     "the measured constants of cluster file {cluster} are of a model of another shape, {other}: the costs are "
     "analytic; `heteromesh probe --model {model}` on that cluster measures this one"
 )
-
-
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0")
-    return value
-
-
-def _check_writable(path: Path) -> None:
-    """Fails before the planning rather than after it."""
-    if path.is_dir():
-        raise UserError(f"-o {path} is a directory: give a file name in it")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {path} is in a directory that does not exist: create {path.parent} first")
-
-
-def _write(plan: plans.Plan, path: Path) -> None:
-    try:
-        plans.dump(plan, path)
-    except OSError as error:
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
-        raise UserError(f"-o {path} can't be written ({error.strerror}): free space or give another place") from None
-    print(f"wrote {path}", file=sys.stderr)
 
 
 def _say(source: LengthSource, planned: int, wanted: int) -> None:

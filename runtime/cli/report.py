@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from heteromesh.errors import UserError
+from heteromesh.planner.files import written_whole
 from heteromesh.runtime.cli.arguments import Parser
 from heteromesh.runtime.cli.terminal import say
 from heteromesh.runtime.report.report_facts import read_facts
@@ -40,10 +41,8 @@ def write(path: Path, content: str) -> None:
     """Writes all of it or nothing. Raises UserError."""
     if path.is_dir():
         raise UserError(f"report {path} is a directory: name a file")
-    part = path.with_name(path.name + ".part")
     try:
-        part.write_text(content, encoding="utf-8", errors="replace")
-        part.replace(path)
+        with written_whole(path) as part:
+            part.write_text(content, encoding="utf-8", errors="replace")
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"report {path} can't be written ({error.strerror}): name another file with -o") from None

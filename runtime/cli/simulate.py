@@ -13,8 +13,7 @@ from typing import Any
 from heteromesh.comm.records import Span
 from heteromesh.errors import UserError
 from heteromesh.planner import plan as plans
-from heteromesh.planner.cost.json import costs_from_json
-from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.cost.json import costs_of_plan
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.check import check_feasible
 from heteromesh.planner.report.simulate import Disturbance, SimulatedEvent, StepRun, simulate_plan
@@ -23,6 +22,7 @@ from heteromesh.planner.report.simulate_placement import PlacementRun, simulate_
 from heteromesh.planner.report.text import rank_list, table
 from heteromesh.planner.stages.json import Basis, basis_from_json
 from heteromesh.runtime.cli.arguments import Parser
+from heteromesh.runtime.cli.output import check_writable, writing
 from heteromesh.runtime.cli.terminal import say
 from heteromesh.runtime.records.trace import write_trace
 
@@ -37,10 +37,12 @@ def main(argv: Sequence[str]) -> int:
     """Simulates, prints and writes; returns the exit code."""
     args = _parse(argv)
     plan = plans.load(args.plan)
-    costs, basis = _costs(plan, args.plan), _placement(plan, args.plan)
+    costs, basis = costs_of_plan(plan, str(args.plan)), _placement(plan, args.plan)
+    for step in plan.steps:
+        check_feasible(step, costs)
     disturbance = _disturbance(args, plan)
     if args.output:
-        _check_writable(args.output)
+        check_writable(args.output)
     runs = simulate_plan(plan.steps, costs, disturbance)
     shared = [shared_nic_seconds(plan.steps[run.step], costs, disturbance.slow) for run in runs if run.seconds]
     staged = None
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if args.output:
         _trace(args.output, [e for run in runs for e in run.events])
         if staged:
-            _trace(_beside(args.output), staged.events)
+            _trace(args.output.with_stem(f"{args.output.stem}-placement"), staged.events)
     if args.json:
         print(json.dumps(_document(runs, shared, staged, disturbance)))
     else:
@@ -100,36 +102,9 @@ def _below(text: str, count: int, where: str, what: str) -> int:
     return int(text)
 
 
-def _costs(plan: Plan, path: Path) -> Costs:
-    if not plan.steps:
-        raise UserError(f"plan {path} has no step: make it again with `heteromesh plan --steps 1`")
-    if not isinstance(plan.layout.get("costs"), dict):
-        raise UserError(f"plan {path} carries no cost model (layout.costs): make it again with `heteromesh plan`")
-    costs = costs_from_json(plan.layout["costs"], f"plan {path}: layout.costs")
-    if costs.ranks != plan.cluster.ranks:
-        raise UserError(
-            f"plan {path} is for {plan.cluster.ranks} ranks but its costs have {costs.ranks}: make it again"
-        )
-    for step in plan.steps:
-        check_feasible(step, costs)
-    return costs
-
-
 def _placement(plan: Plan, path: Path) -> Basis | None:
     data = plan.layout.get("placement")
     return None if data is None else basis_from_json(data, f"plan {path}: layout.placement")
-
-
-def _check_writable(path: Path) -> None:
-    """Fails before the simulation rather than after it."""
-    if path.is_dir():
-        raise UserError(f"-o {path} is a directory: give a file name in it")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {path} is in a directory that does not exist: create {path.parent} first")
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.stem}-placement{path.suffix}")
 
 
 def _trace(path: Path, events: Iterable[SimulatedEvent]) -> None:
@@ -137,11 +112,8 @@ def _trace(path: Path, events: Iterable[SimulatedEvent]) -> None:
     for e in events:
         span = Span(e.name, e.category, round(e.start * 1e9), round(e.seconds * 1e9), e.step)
         spans.setdefault(e.rank, []).append(span)
-    try:
+    with writing(path):
         write_trace(path, spans)
-    except OSError as error:
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
-        raise UserError(f"-o {path} can't be written ({error.strerror}): free space or give another place") from None
 
 
 def _document(

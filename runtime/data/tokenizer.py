@@ -28,19 +28,15 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal for two tokenizers exactly when they turn every text into the same ids."""
-        ...
 
     def encode(self, text: str) -> TokenIds:
         """All ids of a document, its special tokens included, shape (tokens,)."""
-        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """`encode` of each, on several cores where the tokenizer can."""
-        ...
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of ids, without special tokens; a cut character becomes U+FFFD."""
-        ...
 
 
 class ByteTokenizer:

@@ -57,8 +57,6 @@ class Engine(Protocol):
 
         Raises GroupAborted where the epoch ends under it.
         """
-        ...
 
     def close(self) -> None:
         """Takes its hooks off the model."""
-        ...

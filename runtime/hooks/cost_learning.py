@@ -18,11 +18,9 @@ class BaseCosts(Protocol):
 
     def of(self, members: tuple[int, ...]) -> Costs:
         """Returns the costs of a job of these members, in rank order."""
-        ...
 
     def complete(self, members: tuple[int, ...]) -> bool:
         """Whether these are all ranks of the job's cluster, in its order."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,9 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster
 from heteromesh.planner.cluster.files import cluster_toml
 from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.files import written_whole
 from heteromesh.planner.model.spec import ModelSpec, load_model
+from heteromesh.runtime.cli.output import check_writable, writing
 from heteromesh.runtime.cli.terminal import say
 from heteromesh.runtime.probe.assemble import assemble, with_costs
 from heteromesh.runtime.probe.findings import collect, find_outliers
@@ -42,26 +44,16 @@ def add_flags(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None
 
 def check_output(path: Path, force: bool) -> None:
     """Raises UserError where the file can't be written, or exists."""
-    if path.is_dir():
-        raise UserError(f"-o {path} is a directory: give a file name in it")
-    if not path.parent.is_dir():
-        raise UserError(f"-o {path} is in a directory that does not exist: create {path.parent} first")
+    check_writable(path)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"-o {path} is in a directory that can't be written to: give another place")
     if path.exists() and not force:
         raise UserError(f"-o {path} exists: give another name, or --force to replace it")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing; raises UserError where it can't be written."""
-    part = path.with_name(path.name + ".part")
-    try:
+def _write(path: Path, text: str) -> None:
+    with writing(path), written_whole(path) as part:
         part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"-o {path} can't be written ({error.strerror}): free space or give another place") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with join_world(TIMEOUT) as world:
         described, spec = world.once(lambda: _read(options))
         text, output = _probe(world, described, spec, options, start)
-        world.once(lambda: write_whole(options.output, text))
+        world.once(lambda: _write(options.output, text))
     if world.rank == 0:
         print(output) if options.json else say(output)
         print(f"wrote {options.output}", file=sys.stderr)

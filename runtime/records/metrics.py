@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from heteromesh.planner.files import written_whole
+
 HEADER = (
     f"{'step':>6} {'loss':>8} {'grad norm':>9} {'tokens/s':>9} {'predicted':>9} {'measured':>9} "
     f"{'gap':>6} {'imbalance':>9} {'wait':>7} {'ETA':>8}"
@@ -106,9 +108,8 @@ def truncate_lines(path: Path, steps: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    with written_whole(path) as part:
+        part.write_text("".join(kept))
 
 
 def last_step(path: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from heteromesh.comm.records import Span
 from heteromesh.errors import UserError
+from heteromesh.planner.files import written_whole
 from heteromesh.planner.plan import Step, to_json
 from heteromesh.runtime.records.metrics import JsonLines, StepMetrics, Tensorboard, truncate_lines
 from heteromesh.runtime.records.trace import write_trace
@@ -42,9 +43,8 @@ class RunDirectory:
         with _named(self.path):
             for name in (PLANS, METRICS, LEDGER, EVALUATIONS):
                 truncate_lines(self.path / name, done_steps)
-            part = self.path / (CONFIG + ".part")
-            part.write_text(json.dumps(config, indent=1, default=str) + "\n")
-            part.replace(self.path / CONFIG)
+            with written_whole(self.path / CONFIG) as part:
+                part.write_text(json.dumps(config, indent=1, default=str) + "\n")
             self._plans, self._metrics = JsonLines(self.path / PLANS), JsonLines(self.path / METRICS)
             self._ledger = JsonLines(self.path / LEDGER)
             self._evaluations: JsonLines | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heteromesh.comm.records import Span
+from heteromesh.planner.files import written_whole
 
 TRACKS = ("pass", "comm", "wait", "optimizer", "plan", "data", "checkpoint")
 
@@ -15,8 +16,7 @@ TRACKS = ("pass", "comm", "wait", "optimizer", "plan", "data", "checkpoint")
 def write_trace(path: Path, spans: Mapping[int, Sequence[Span]], dropped: int = 0) -> None:
     """spans: by rank; dropped: how many more there were. Times in the file are microseconds since the earliest span."""
     origin = min((s.start_ns for rank in spans.values() for s in rank), default=0)
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
+    with written_whole(path) as part, part.open("w") as file:
         file.write(f'{{"displayTimeUnit": "ms", "otherData": {{"dropped_spans": {dropped}}}, "traceEvents": [\n')
         separator = ""
         for rank, row in sorted(spans.items()):
@@ -24,7 +24,6 @@ def write_trace(path: Path, spans: Mapping[int, Sequence[Span]], dropped: int = 
                 file.write(separator + json.dumps(event))
                 separator = ",\n"
         file.write("\n]}\n")
-    part.replace(path)
 
 
 def _events(rank: int, spans: Sequence[Span], origin: int) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import signal
@@ -14,13 +13,16 @@ from types import FrameType
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
-from heteromesh.runtime.cli.arguments import Parser
+from heteromesh.runtime.cli.arguments import Parser, number
 from heteromesh.runtime.sandbox.faults import SYNTAX, parse_fault
 from heteromesh.runtime.sandbox.machine import check_machine
 from heteromesh.runtime.sandbox.network import lay_out
 from heteromesh.runtime.sandbox.sandbox import Sandbox
 from heteromesh.runtime.sandbox.scale import scaled, scaled_file
 from heteromesh.runtime.sandbox.supervise import SandboxJob, Sink
+
+_FACTOR = number(lambda f: 0 < f < math.inf, "a number greater than 0: 100 makes 200 Gbit/s 2 Gbit/s")
+_MILLISECONDS = number(lambda ms: 0 <= ms <= 10_000, "milliseconds from 0 to 10000")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,32 +68,12 @@ def _parser() -> Parser:
     parser.add_argument("--cores", type=float, help="cores that the hosts share (default: 90 %% of this machine's)")
     parser.add_argument("--no-quota", action="store_true", help="don't limit what a host may compute")
     parser.add_argument(
-        "--scale", type=_factor, default=1.0, metavar="FACTOR", help="every link at 1/FACTOR of its rate in the file"
+        "--scale", type=_FACTOR, default=1.0, metavar="FACTOR", help="every link at 1/FACTOR of its rate in the file"
     )
-    parser.add_argument("--latency-ms", type=_milliseconds, default=0.0, help="one way between hosts; needs netem")
+    parser.add_argument("--latency-ms", type=_MILLISECONDS, default=0.0, help="one way between hosts; needs netem")
     parser.add_argument("--fault", action="append", default=[], metavar="SPEC", help=f"at a time: {SYNTAX}")
     parser.add_argument("--raw", action="store_true", help="no host names before the lines of output")
     return parser
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} must be milliseconds from 0 to 10000")
-    return value
-
-
-def _factor(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number greater than 0: 100 makes 200 Gbit/s 2 Gbit/s")
-    return value
 
 
 def _tell(text: str) -> None:

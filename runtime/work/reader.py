@@ -34,7 +34,6 @@ class Sliceable(Protocol):
 
     def slice(self, index: int, start: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Tokens start..end (excluded) of a sequence."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

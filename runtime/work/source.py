@@ -56,15 +56,12 @@ class CostModel(Protocol):
 
     def correction(self, members: tuple[int, ...]) -> Correction:
         """Returns what steps have shown of these members' costs so far."""
-        ...
 
     def of(self, members: tuple[int, ...]) -> Costs:
         """Returns the costs, not corrected, of a job of these members, in rank order."""
-        ...
 
     def complete(self, members: tuple[int, ...]) -> bool:
         """Whether these are all ranks of the job's cluster, in its order."""
-        ...
 
 
 class WorkSource(Protocol):
@@ -76,16 +73,12 @@ class WorkSource(Protocol):
         Every rank of the world calls it; repeatable until `committed`. Raises PlanningFailed, on every rank, where
         there can be no plan.
         """
-        ...
 
     def committed(self, world: World, number: int, last: bool) -> None:
         """Step `number` has been applied: the next call of `plan`, unless it was the `last`, is for the batch after."""
-        ...
 
     def restart(self) -> None:
         """Forgets the batch at hand: the sampler was set to another place."""
-        ...
 
     def close(self) -> None:
         """Ends threads and processes."""
-        ...
