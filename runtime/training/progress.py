@@ -41,7 +41,9 @@ class TrainingProgress:
 
     def snapshot(self) -> dict[str, Any]:
         """Returns plain values, which `adopt` takes."""
-        return {k: v for k, v in asdict(self).items() if k != "last"}
+        values = {k: v for k, v in asdict(self).items() if k != "last"}
+        # asdict leaves named tuples as they are, and a joining member takes plain values only
+        return values | {"links": self.links._asdict() if self.links else None}
 
     def adopt(self, values: Mapping[str, Any]) -> None:
         """Takes over what another rank's `snapshot` gave."""
