@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ class PipelineGroups:
     chain_group: dist.ProcessGroup | None
     """Of `chain`; None where there is one stage."""
     peers: World
-    """The ranks of this stage as a world of their own (its rank is the replica): gradients are summed in it."""
+    """The ranks of this stage as a world of their own, in ascending order: gradients are summed in it."""
     _groups: list[dist.ProcessGroup]
 
     def chain_members(self) -> dict[int, int]:
@@ -60,28 +61,34 @@ def join_pipeline(
     chains = [tuple(ranks[r] for ranks in stages) for r in range(len(stages[0]))]
     groups: list[dist.ProcessGroup] = []
 
-    def mine(sets: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    def mine(sets: Sequence[Sequence[int]], make: Callable[[Sequence[int]], Any]) -> dist.ProcessGroup | None:
         """Makes a group for each set; all ranks make all groups in the same order."""
         own = None
         for ranks in sets:
             if len(ranks) < 2:
                 continue
-            group = world.new_group(ranks, timeout)
+            group = make(sorted(ranks))
             if world.rank in ranks:
                 own = group
                 groups.append(group)
         return own
 
-    chain_group = mine(chains)
-    # the sum over a stage's replicas is one over `gradients`, in a world that has only these ranks
-    own = mine(stages)
+    def on_devices(ranks: Sequence[int]) -> dist.ProcessGroup:
+        return world.new_group(ranks, timeout)
+
+    chain_group, gradients = mine(chains, on_devices), mine(stages, on_devices)
+    members = sorted(stages[stage])
     peers = replace(
         world,
-        rank=replica,
-        size=len(stages[stage]),
-        members=tuple(stages[stage]),
-        names=tuple(world.names[rank] for rank in stages[stage]),
-        gradients=own,
-        collectives=TorchCollectives(own) if own else None,
+        rank=members.index(world.rank),
+        size=len(members),
+        members=tuple(members),
+        names=tuple(world.names[rank] for rank in members),
+        cluster=world.cluster and world.cluster.subset(members),
+        gradients=gradients,
+        collectives=TorchCollectives(gradients) if gradients else None,
+        statistics=mine(stages, lambda ranks: dist.new_group(ranks, timeout=timeout, backend="gloo")),
+        control=None,
+        checkpoint=None,
     )
     return PipelineGroups(stage, replica, chains[replica], chain_group, peers, groups)

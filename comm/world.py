@@ -92,11 +92,13 @@ class World:
             raise outcome
         return cast(T, outcome)
 
-    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copies rank 0's values of these tensors to every rank, in place."""
+    def broadcast_tensors(self, tensors: Iterable[torch.Tensor], source: int = 0) -> None:
+        """Copies a rank's values of these tensors to every rank, in place; they may be on any device."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0, group=self.gradients)
+                here = tensor.detach().to(self.device)
+                dist.broadcast(here, group_src=source, group=self.gradients)
+                tensor.detach().copy_(here)
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's picklable `value`, in rank order, on every rank (statistics group; blocks)."""

@@ -39,8 +39,9 @@ def token_places(segments: Sequence[Segment], places: Sequence[int], device: tor
 class Draws:
     """The draws of one pass, and where in the model it is."""
 
-    def __init__(self, key: int, places: TokenPlaces, foreign: Sequence[str] = ()) -> None:
-        self.key, self.places, self._foreign = key, places, foreign
+    def __init__(self, key: int, places: TokenPlaces, foreign: Sequence[str] = (), source: object = None) -> None:
+        """foreign: sections whose dropouts are another stage's. source: who may say which section comes next."""
+        self.key, self.places, self.source, self._foreign = key, places, source, foreign
         self._section, self._calls = "", 0
         self._entered: Counter[str] = Counter()
 

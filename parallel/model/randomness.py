@@ -27,17 +27,19 @@ from heteromesh.parallel.model.layers import outermost_layers
 class PassRandomness:
     """Draws the random numbers of a model's passes. `close` takes its hooks off the model.
 
-    starts, ends: whether the model has the whole model's begin and end. A pipeline stage has only one of them, or
-    none, and a dropout that lies there is another stage's: it does nothing in this one.
+    follows, ends: the name of the layer before the model's first, and whether the model has the whole model's end. A
+    pipeline stage may begin or end between two layers; a dropout before its first or after its last layer is another
+    stage's then, and does nothing in this one.
     """
 
-    def __init__(self, model: nn.Module, *, starts: bool = True, ends: bool = True) -> None:
+    def __init__(self, model: nn.Module, *, follows: str | None = None, ends: bool = True) -> None:
         layers = outermost_layers(model)
-        self._foreign = (() if starts else ("",)) + (() if ends else (f"after {list(layers)[-1]}",))
+        self._begin = f"after {follows}" if follows else ""
+        self._foreign = ([self._begin] if follows else []) + ([] if ends else [f"after {list(layers)[-1]}"])
         self._hooks = []
         for name, layer in layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(_entering(name)))
-            self._hooks.append(layer.register_forward_hook(_entering(f"after {name}")))
+            self._hooks.append(layer.register_forward_pre_hook(self._entering(name)))
+            self._hooks.append(layer.register_forward_hook(self._entering(f"after {name}")))
 
     def close(self) -> None:
         """Takes the hooks off the model."""
@@ -53,10 +55,10 @@ class PassRandomness:
         device = places.sequences.device
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng([device] if device.type == "cuda" else []), dropouts_replaced():
-            draws = Draws(key_of(seed, step), places, self._foreign)
+            draws = Draws(key_of(seed, step), places, self._foreign, self)
             random.seed(draws.key)
             np.random.seed(draws.key & 0xFFFFFFFF)
-            draws.enter("")
+            draws.enter(self._begin)
             try:
                 with draws.active():
                     yield
@@ -64,10 +66,11 @@ class PassRandomness:
                 random.setstate(states[0])
                 np.random.set_state(states[1])
 
+    def _entering(self, section: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            draws = active_draws()
+            # a layer may have hooks of others too
+            if draws and draws.source is self:
+                draws.enter(section)
 
-def _entering(section: str) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        if draws := active_draws():
-            draws.enter(section)
-
-    return hook
+        return hook

@@ -63,11 +63,6 @@ def cut(model: nn.Module, first: int, last: int) -> nn.Module:
     return stage
 
 
-def cut_points(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last excluded) layer of every stage, given the stages' numbers of layers."""
-    return [(sum(layers[:s]), sum(layers[: s + 1])) for s in range(len(layers))]
-
-
 def find_layers(model: nn.Module) -> tuple[list[str], nn.ModuleList]:
     """(names from the model to the module that has `layers`, the layers). Raises UserError where there are none."""
     for name, module in model.named_modules():

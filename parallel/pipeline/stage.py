@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from heteromesh.comm.records import Recorder
 from heteromesh.comm.replicas import PipelineGroups
 from heteromesh.parallel.attention.api import PassContext
 from heteromesh.parallel.model.call import ModelCall
+from heteromesh.parallel.model.draws import TokenPlaces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class MicroBatch:
     """A pack of whole sequences on its way through the stages; tensors (1, n) on the stage's device."""
 
     context: PassContext
+    places: TokenPlaces
     tokens: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
@@ -65,18 +67,23 @@ class StageModule(nn.Module):
             return self._call.output(x, positions).to(self._boundary.dtype).contiguous()
 
 
-class Work:
+class MicroBatchWork:
     """What a stage does with the micro-batches of a step: forwards, backwards, and how long they took."""
 
     def __init__(
-        self, batches: Sequence[MicroBatch], recorder: Recorder, before_last_backward: Callable[[], None]
+        self,
+        batches: Sequence[MicroBatch],
+        recorder: Recorder,
+        before_last_backward: Callable[[], None],
+        drawing: Callable[[MicroBatch], AbstractContextManager[None]],
     ) -> None:
+        """drawing: a context for forwards of a micro-batch, in which random numbers are its own."""
         self.batches = batches
         self.losses: dict[int, torch.Tensor] = {}
         """On the last stage, by micro-batch: per-token losses (n,), detached."""
-        self.busy_seconds = 0.0
-        """In forwards and backwards, without waiting for other stages; by the host's clock."""
-        self._recorder, self._before_last_backward = recorder, before_last_backward
+        self.seconds = [0.0] * len(batches)
+        """By micro-batch, in its forward and backward, without waiting for other stages; by the host's clock."""
+        self._recorder, self._before_last_backward, self._drawing = recorder, before_last_backward, drawing
 
     def has(self, index: int) -> bool:
         """Whether there is such a micro-batch: a schedule needs as many as stages, and the rest are nothing."""
@@ -85,23 +92,24 @@ class Work:
     @contextmanager
     def forward(self, index: int) -> Iterator[MicroBatch]:
         """Times a forward, which attends as its micro-batch says."""
-        with self._timed(f"forward {index}"), self.batches[index].context.active():
-            yield self.batches[index]
+        batch = self.batches[index]
+        with self._timed(index, "forward"), batch.context.active(), self._drawing(batch):
+            yield batch
 
     @contextmanager
     def backward(self, index: int) -> Iterator[None]:
         """Times a backward."""
         if index == len(self.batches) - 1:
             self._before_last_backward()
-        with self._timed(f"backward {index}"):
+        with self._timed(index, "backward"):
             yield
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, index: int, what: str) -> Iterator[None]:
         start = time.perf_counter()
-        with self._recorder.span(name, "pass"):
+        with self._recorder.span(f"{what} {index}", "pass"):
             yield
-        self.busy_seconds += time.perf_counter() - start
+        self.seconds[index] += time.perf_counter() - start
 
 
 class PackStage(PipelineStage):
@@ -125,7 +133,7 @@ class PackStage(PipelineStage):
         # under TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares every micro-batch with the examples
         self._runtime_validate = False
         self._boundary = boundary
-        self.work: Work | None = None
+        self.work: MicroBatchWork | None = None
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Receives the hidden states of a micro-batch."""

@@ -19,7 +19,7 @@ from heteromesh.planner.report.fixes import Fixes
 from heteromesh.planner.sequences.static import static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.stages.hosts import cluster_resources
-from heteromesh.planner.stages.json import decision_to_json, why
+from heteromesh.planner.stages.json import STAGES, STEPS, decision_to_json, why
 from heteromesh.planner.stages.placement import place
 from heteromesh.planner.stages.workload import workloads
 
@@ -95,7 +95,7 @@ def make_plan(
         on_step(step)
     peaks = peak_activations(steps, problem.costs)
     compared = compare(steps, problem.costs)
-    placement, lost = _placement(problem, steps[0].batch) if uneven_network(problem.cluster) else ({}, ())
+    placement, lost = _placement(problem, steps[0]) if unlike_hosts(problem.cluster) else ({}, ())
     return Plan(
         cluster=PlannedCluster(fingerprint=problem.cluster.fingerprint, ranks=problem.cluster.ranks),
         model=problem.model.name,
@@ -106,15 +106,18 @@ def make_plan(
     )
 
 
-def uneven_network(cluster: Cluster) -> bool:
-    """Returns whether it matters which hosts form which stage: several fabrics, or hosts with unequal NICs."""
-    return len({(host.fabric, host.nics) for host in cluster.hosts}) > 1
+def unlike_hosts(cluster: Cluster) -> bool:
+    """Returns whether it matters which hosts form which stage: several fabrics, unequal devices or NICs."""
+    return len({(host.fabric, host.nics, host.device) for host in cluster.hosts}) > 1
 
 
-def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object], tuple[Rejected, ...]]:
-    """Stages for this batch with what they were compared with. Nothing that runs splits tensors: degree 1 only."""
+def _placement(problem: Problem, step: Step) -> tuple[dict[str, object], tuple[Rejected, ...]]:
+    """Places stages for a step's batch; returns the layout's entries and what they were compared with.
+
+    Nothing that runs splits tensors: degree 1 only.
+    """
     resources, checkpointing = cluster_resources(problem.cluster), bool(problem.fixes.checkpointing)
-    works = workloads(problem.model, problem.costs, batch, checkpointing=checkpointing)
+    works = workloads(problem.model, problem.costs, step.batch, checkpointing=checkpointing)
     try:
         decision = place(resources, works, time_limit=PLACEMENT_SECONDS, tensor_parallel=(1,))
     except UserError as error:
@@ -124,7 +127,8 @@ def _placement(problem: Problem, batch: Sequence[int]) -> tuple[dict[str, object
         for c in decision.candidates
         if c.placement != decision.placement
     )
-    return {"placement": decision_to_json(decision, resources)}, lost
+    staged = len(decision.placement.stages) > 1 and decision.prediction.seconds < step.seconds
+    return {"placement": decision_to_json(decision, resources), "trains": STAGES if staged else STEPS}, lost
 
 
 def peak_tokens(steps: Sequence[Step], ranks: int) -> list[int]:

@@ -9,6 +9,7 @@ from itertools import groupby
 from heteromesh.planner.plan import Plan, Step
 from heteromesh.planner.report.assemble import ANALYTIC, Problem, peak_activations
 from heteromesh.planner.sequences.timeline import starts
+from heteromesh.planner.stages.json import STAGES
 
 PASSES_SHOWN = 16
 """Rows of the first step's table; all passes are in the plan file."""
@@ -54,7 +55,9 @@ def placement_section(plan: Plan) -> list[str]:
         f"pipeline{'s' if len(counts) > 1 else ''} of {low if low == high else f'{low} to {high}'} micro-batches, "
         f"{predicted['seconds']:.4g} s for step 0's batch in even micro-batches, gap {predicted['gap']:.1%}"
     )
-    return ["\n".join([title, table(("stage", "layers", "<ranks", "GB a rank", "gradient sum s"), rows)])]
+    staged = plan.layout.get("trains") == STAGES
+    trains = f"`heteromesh run --plan` trains {'in these stages' if staged else 'by the steps above'}"
+    return ["\n".join([title, table(("stage", "layers", "<ranks", "GB a rank", "gradient sum s"), rows), trains])]
 
 
 def summary(plan: Plan) -> str:

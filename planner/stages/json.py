@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -20,6 +21,28 @@ class Basis:
     placement: Placement
     resources: ClusterResources
     work: Workload
+    seconds: float
+    """Predicted of a step."""
+
+
+STAGES, STEPS = "stages", "steps"
+"""What `layout.trains` may be: whether a job with this plan trains in its placement's stages or by its steps."""
+
+
+def stages_of(layout: Mapping[str, Any], where: str) -> Basis | None:
+    """Returns the placement that a plan's layout has the model trained in; None where its steps say how.
+
+    Raises UserError for a layout that wants stages and has none, and for what `basis_from_json` refuses.
+    """
+    trains = layout.get("trains", STEPS)
+    if trains == STEPS:
+        return None
+    if trains != STAGES or "placement" not in layout:
+        raise UserError(
+            f"{where}.trains is {trains!r}{' and there is no placement' if trains == STAGES else ''}: it must be "
+            f"{STEPS!r}, or {STAGES!r} beside a placement; {REMAKE}"
+        )
+    return basis_from_json(layout["placement"], f"{where}.placement")
 
 
 def decision_to_json(decision: Decision, resources: ClusterResources) -> dict[str, Any]:
@@ -83,9 +106,14 @@ def basis_from_json(data: Any, where: str) -> Basis:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}.basis is not what `heteromesh plan` writes ({error}): {REMAKE}") from None
-    stages = {"stages": data["stages"], "micro_batches": data["micro_batches"]}
+    predicted = data["predicted"]
+    if not isinstance(predicted, Mapping) or "seconds" not in predicted:
+        raise UserError(f"{where}.predicted lacks the key 'seconds': {REMAKE}")
     return Basis(
-        placement=placement_from_json(stages, where), resources=ClusterResources(hosts=hosts, uplink=uplink), work=work
+        placement=placement_from_json({"stages": data["stages"], "micro_batches": data["micro_batches"]}, where),
+        resources=ClusterResources(hosts=hosts, uplink=uplink),
+        work=work,
+        seconds=_number(predicted["seconds"], f"{where}.predicted.seconds"),
     )
 
 

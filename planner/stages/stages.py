@@ -81,6 +81,11 @@ class Placement:
         """pipelines[j][s]: the ranks of pipeline j in stage s (one rank without tensor parallel)."""
         return tuple(zip(*(stage.replicas for stage in self.stages), strict=True))
 
+    @property
+    def points(self) -> tuple[tuple[int, int], ...]:
+        """Per stage, its first layer and the one after its last."""
+        return tuple((first, first + s.layers) for first, s in zip(self.first_layers, self.stages, strict=True))
+
     def stage_of(self, rank: int) -> int:
         """Returns the index of the stage that a rank is in. Raises UserError for a rank in none."""
         for index, stage in enumerate(self.stages):

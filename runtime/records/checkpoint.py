@@ -39,10 +39,13 @@ def step_directory(step: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Every rank must make the same calls."""
+    """The checkpoints of one run directory. Every rank must make the same calls.
 
-    def __init__(self, directory: Path, world: World, keep: int) -> None:
-        self._directory, self._world, self._keep = directory, world, keep
+    whole: the model that a rank's model is a stage of; it is what checkpoints are of.
+    """
+
+    def __init__(self, directory: Path, world: World, keep: int, whole: nn.Module | None = None) -> None:
+        self._directory, self._world, self._keep, self._model = directory, world, keep, whole
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
         self._pending: Future[None] | None = None
         if world.rank == 0:
@@ -58,7 +61,7 @@ class Checkpoints:
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
             state = _copied(_state(model, owner))
-        meta = {"schema": 1, "step": step, "parameters": _shapes(model), "trainer": dict(trainer)}
+        meta = {"schema": 1, "step": step, "parameters": _shapes(self._model or model), "trainer": dict(trainer)}
         self._pending = self._thread.submit(self._write, step, state, meta)
 
     def wait(self) -> None:
@@ -86,7 +89,7 @@ class Checkpoints:
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
         meta = _read_meta(path)
-        _compare(meta["parameters"], _shapes(model), path)
+        _compare(meta["parameters"], _shapes(self._model or model), path)
         try:
             stored = stored_state(path)
             buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
@@ -147,8 +150,8 @@ class Checkpoints:
 
 
 def _state(model: nn.Module, owner: StateOwner) -> dict[str, Any]:
-    owner.weights_ready()
-    return {"model": get_model_state_dict(model), "optimizer": owner.checkpoint_entries()}
+    entries = owner.checkpoint_entries()  # first: it waits for parameters that are still on their way
+    return {"model": get_model_state_dict(model), "optimizer": entries}
 
 
 def _take_pieces(buffers: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]]) -> dict[str, Piece]:

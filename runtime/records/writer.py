@@ -30,13 +30,14 @@ class CheckpointWriter:
         every: int,
         keep: int,
         together: World | None,
+        whole: nn.Module | None = None,
     ) -> None:
-        """`together`: the world of ranks that stay, which write a checkpoint each its part. `every`: steps, 0: never
-        but at the end. `keep`: older checkpoints are removed."""
+        """`together`: the world of ranks that stay, which write a checkpoint each its part. `whole`: the model that
+        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state
-        self._recorder, self._together = recorder, together
+        self._recorder, self._together, self._whole = recorder, together, whole
         self._checkpoints: Checkpoints | None = None
         if together is not None:
             self._opened()
@@ -86,5 +87,5 @@ class CheckpointWriter:
     def _opened(self) -> Checkpoints:
         if self._checkpoints is None:
             world = self._together or World(recorder=self._recorder)
-            self._checkpoints = Checkpoints(self._directory, world, self._keep)
+            self._checkpoints = Checkpoints(self._directory, world, self._keep, self._whole)
         return self._checkpoints

@@ -29,6 +29,7 @@ from heteromesh.planner.reduction.compression import seconds_saved
 from heteromesh.planner.reduction.memory import largest_fractions
 from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.planner.reduction.reduction import Reduction, reduction_for
+from heteromesh.planner.stages.json import stages_of
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
@@ -113,7 +114,24 @@ def build_plan(config: TrainerConfig, cluster: Cluster) -> Plan | None:
             f"plan file {path} is for the cluster {plan.cluster.fingerprint} and this one is {cluster.fingerprint}: "
             "make the plan again with this cluster file"
         )
+    if stages_of(plan.layout, f"plan file {path}: layout") is not None:
+        _check_stages(config, path)
     return plan
+
+
+def _check_stages(config: TrainerConfig, path: str | Path) -> None:
+    """Raises UserError where a job whose plan has stages wants what stages don't have."""
+    reasons = {
+        "shard_optimizer": "each rank has the state of its stage only",
+        "fault_tolerance": "no other rank has a stage's weights",
+        "compare_batches": "static layouts need the whole model on each rank",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name):
+            raise UserError(
+                f"{name} is {getattr(config, name)!r} and plan file {path} trains the model in pipeline stages "
+                f"({reason}): turn it off, or give another plan file"
+            )
 
 
 def build_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor, reader: Reader) -> Costs:

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from heteromesh.errors import UserError
-from heteromesh.faults.coordinator import ballot
 from heteromesh.faults.coordinator.election import Election
 from heteromesh.faults.coordinator.main import SECRET, main, read_bounds, read_secret
 from heteromesh.faults.coordinator.server import Coordinator
@@ -74,13 +73,6 @@ def hanging(server):
         on.set()
 
 
-@pytest.fixture
-def patient(monkeypatch):
-    """An election waits for all that live, however slow the machine is."""
-    monkeypatch.setattr(ballot, "_GRACE", 30.0)
-    monkeypatch.setattr(rejoining, "LIMIT", 60.0)
-
-
 def cut(member):
     """Ends its control connection, as seen from here."""
     member._control._sock.shutdown(socket.SHUT_RDWR)
@@ -93,14 +85,14 @@ def begin(pool, members):
     return steps
 
 
-def wait_until(true, seconds=60.0):
+def wait_until(true, seconds=20.0):
     limit = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < limit
         time.sleep(0.005)
 
 
-def test_coordinator_is_lost_in_the_middle_of_steps(jobs, patient):
+def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
     server, members = jobs(3, fewest=3)
     values, longest, chains = [torch.full((20_000,), 10.0**i) for i in range(3)], [0.0] * 3, []
 
@@ -118,13 +110,13 @@ def test_coordinator_is_lost_in_the_middle_of_steps(jobs, patient):
 
     with ThreadPoolExecutor(3) as pool:
         for wait in [pool.submit(act, index) for index in range(3)]:
-            wait.result(60)
+            wait.result(30)
     assert len(set(chains)) == 1
     assert chains[0][0] == 300
-    assert max(longest) < 60  # no hang; 0.1 s on a quiet machine
+    assert max(longest) < 5  # 0.1 s on a quiet machine
 
 
-def test_who_waits_to_join_joins_the_next_coordinator(jobs, patient):
+def test_who_waits_to_join_joins_the_next_coordinator(jobs):
     server, members = jobs(2, fewest=2)
     for member in members:
         member.await_view(-1)
@@ -144,7 +136,7 @@ def test_who_waits_to_join_joins_the_next_coordinator(jobs, patient):
         raise AssertionError("the one that waited never came")
 
     with ThreadPoolExecutor(3) as pool:
-        assert [wait.result(60) for wait in [pool.submit(act, member) for member in everyone]] == [1, 2, 3]
+        assert [wait.result(30) for wait in [pool.submit(act, member) for member in everyone]] == [1, 2, 3]
     waiting.close()
 
 
@@ -164,11 +156,11 @@ def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs,
             wait_until(lambda: all(member._lost_at for member in members[2:]))
         commits = [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]
         for wait in commits[2:]:
-            assert wait.result(60).contributors == tuple(m.id for m in members[2:])
+            assert wait.result(20).contributors == tuple(m.id for m in members[2:])
         assert "are not the larger part of [1, 2, 3, 4, 5]" in server.ended
         for wait in commits[:2]:
             with pytest.raises(Fenced, match="cut off from the majority"):
-                wait.result(60)
+                wait.result(20)
     assert not server.running
 
 
@@ -192,17 +184,17 @@ def test_members_lost_one_after_another_are_fenced_and_the_others_go_on(jobs, mo
                 member.await_view(1 << 20)
 
 
-def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs, patient):
+def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs):
     server, members = jobs(3, fewest=3, hang=0.4)
     with ThreadPoolExecutor(3) as pool:
         steps = begin(pool, members)
         with hanging(server):
             for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-                assert len(wait.result(60).contributors) == 3
+                assert len(wait.result(20).contributors) == 3
         wait_until(lambda: not server.running)
         assert "are not the larger part" in server.ended
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-            assert wait.result(60).step == 2
+            assert wait.result(20).step == 2
 
 
 def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
@@ -214,7 +206,7 @@ def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
         wait_until(lambda: not candidate.running)  # it has refused it for so long
         assert not wait.done()
         server = Coordinator(b"s", host=address[0], port=address[1]).start()
-        member = wait.result(60)
+        member = wait.result(20)
         assert member.id == 1
         member.close()
         server.stop()
@@ -240,7 +232,7 @@ def test_address_that_never_answers_holds_up_nobody():
             connect([hung.getsockname()[:2]], b"s", seconds=0.1)
 
 
-def test_jumps_of_the_systems_clock_change_nothing(jobs, patient, monkeypatch):
+def test_jumps_of_the_systems_clock_change_nothing(jobs, monkeypatch):
     """Hours back and forth while members step, one dies, the coordinator is replaced and leases are watched."""
     dice, real = random.Random(0), time.time
     monkeypatch.setattr(time, "time", lambda: real() + dice.choice([-86400.0, 86400.0, 3600.0]))
@@ -249,10 +241,10 @@ def test_jumps_of_the_systems_clock_change_nothing(jobs, patient, monkeypatch):
         steps = begin(pool, members)
         server.stop()
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-            assert len(wait.result(60).contributors) == 3
+            assert len(wait.result(20).contributors) == 3
         members.pop().close()  # its watchers and those of its lease end, too
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps[:2]]:
-            assert len(wait.result(60).contributors) == 2
+            assert len(wait.result(20).contributors) == 2
 
 
 def command(*words, **environment):
@@ -280,7 +272,7 @@ def test_stand_alone_coordinator_serves_and_ends_when_told(tmp_path, number):
         assert steps.reduce([torch.ones(3)]).step == 0
         member.close()
         process.send_signal(number)
-        assert process.communicate(timeout=60) == ("", "")
+        assert process.communicate(timeout=20) == ("", "")
         assert process.returncode == 0
     finally:
         process.kill()

@@ -1,0 +1,237 @@
+"""How a job whose ranks stay can train: the whole model on every rank, or the model in pipeline stages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from heteromesh.comm.collectives.int8 import Int8Collectives
+from heteromesh.comm.gradients.exchange import GradientExchange
+from heteromesh.comm.gradients.reducer import GradientReducer
+from heteromesh.comm.world import World
+from heteromesh.parallel.pipeline.check import check_stages
+from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
+from heteromesh.parallel.pipeline.exchange import StageExchange
+from heteromesh.parallel.pipeline.owner import StageOwner
+from heteromesh.parallel.state.owner import Replicated, StateOwner
+from heteromesh.parallel.state.sharded import Sharded
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.cost.json import costs_from_json, costs_to_json
+from heteromesh.planner.cost.measured import bind
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.model.constants import load_constants
+from heteromesh.planner.plan import Plan
+from heteromesh.planner.stages.json import Basis
+from heteromesh.runtime.engine.api import Engine
+from heteromesh.runtime.engine.baselines import EvenSplit, compare
+from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.passes import PassMajor
+from heteromesh.runtime.engine.pipeline import Pipeline
+from heteromesh.runtime.hooks.api import Hook, TrainingReport
+from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
+from heteromesh.runtime.hooks.recent import RecentSteps
+from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
+from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.work.feed import PlanFeed
+from heteromesh.runtime.work.packed import PackedPipeline
+from heteromesh.runtime.work.plan_service import PlanService
+from heteromesh.runtime.work.planned import Planned
+from heteromesh.runtime.work.source import WorkSource
+
+
+class Mode(ABC):
+    """The parts of a step that depend on where the model is. What it opens is closed by the stack that it is given."""
+
+    engine: Engine
+    exchange: GradientExchange
+    state: StateOwner
+    held: nn.Module
+    """What this rank writes into checkpoints: the model, or its part of it."""
+
+    @abstractmethod
+    def start(self, done: int) -> Sequence[Hook]:
+        """Measures what must be known before step `done` + 1; returns hooks."""
+
+    @abstractmethod
+    def work(self, done: int) -> WorkSource:
+        """Returns where the work comes from, after `done` steps."""
+
+    @abstractmethod
+    def resolved(self) -> dict[str, Any]:
+        """Returns what config.json has of it."""
+
+    def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
+        """Compares the last steps with the static layouts, where the user wants it."""
+        return ()
+
+
+class WholeModel(Mode):
+    """The model on every rank; the optimizer's state too, or sharded."""
+
+    def __init__(self, job: Job, world: World, cluster: Cluster, plan: Plan | None, stack: ExitStack) -> None:
+        self._job, self._world, self._cluster, self._stack = job, world, cluster, stack
+        config = job.config
+        self._service = self._open_service(plan)
+        self.held = job.model.to(world.device)
+        world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
+        sharded = config.shard_optimizer and world.size > 1
+        self.engine = PassMajor(
+            job.model,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+        stack.callback(self.engine.close)
+        self.exchange = GradientReducer(job.model.parameters(), scatter=sharded)
+        stack.callback(self.exchange.close)
+        self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
+        world.collectives = stack.enter_context(build_collectives(config, cluster, job.optimizer, world))
+        self.state = self._state(sharded)
+        stack.callback(self.state.close)
+        self._recent = RecentSteps(config.compare_batches)
+
+    def start(self, done: int) -> Sequence[Hook]:
+        """See Mode."""
+        config, world = self._job.config, self._world
+        self._base: Costs = build_costs(config, self._cluster, self._executor, self._job.reader)
+        world.collectives = self._stack.enter_context(
+            build_compression(config, world, self.exchange.buckets, self._base)
+        )
+        self._costs = CostLearning(
+            FixedCosts(self._base),
+            learns=config.cost is None,
+            # on a CUDA device nobody waits for an exchange on the host: a split pass's seconds hold what it waited
+            waits_known=world.device.type == "cpu",
+            seconds_per_step=self._base.seconds_per_step,
+        )
+        return self._recent, self._costs
+
+    def work(self, done: int) -> WorkSource:
+        """See Mode."""
+        job, config = self._job, self._job.config
+        feed = PlanFeed(
+            self._world,
+            job.sampler,
+            job.reader,
+            self._service,
+            self._costs,
+            first=done,
+            last=config.max_steps,
+            ahead=config.plan_ahead,
+        )
+        return Planned(job.sampler, job.reader, self._service, self._costs, feed)
+
+    def resolved(self) -> dict[str, Any]:
+        """See Mode."""
+        return {"costs": costs_to_json(self._base), "gradient_compression": _compression(self._world)}
+
+    def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
+        """See Mode."""
+        if not self._job.config.compare_batches:
+            return ()
+        world = self._world
+        costs = world.once(lambda: self._costs.correction(world.members)).applied(self._base)
+        self._executor.speeds = costs.speeds
+        return compare(self._executor, self._job.reader, self._recent.steps, costs, asked)
+
+    def _open_service(self, plan: Plan | None) -> PlanService | None:
+        if self._world.rank != 0:
+            return None
+        service = PlanService(self._job.config.plan_seconds, plan)
+        self._stack.callback(service.close)
+        service.start()  # it starts up while the model is measured
+        return service
+
+    def _state(self, sharded: bool) -> StateOwner:
+        job = self._job
+        if sharded:
+            return Sharded(job.optimizer, job.model, self.exchange.buckets, self._world)
+        buckets = self.exchange.buckets if self._world.size > 1 else ()
+        return Replicated(job.optimizer, job.model, buckets)
+
+
+class Stages(Mode):
+    """The model in the stages of a plan, one a rank, and replicas of them."""
+
+    def __init__(self, job: Job, world: World, cluster: Cluster, plan: Plan, basis: Basis, stack: ExitStack) -> None:
+        self._job, self._world, self._cluster, self._plan, self._basis = job, world, cluster, plan, basis
+        config, placement = job.config, basis.placement
+        check_placement(job.model, placement, world.size)
+        world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
+        sample = torch.from_numpy(job.reader.sample_tokens(8)).repeat(8)
+        world.once(lambda: check_stages(job.model, placement, sample))
+        self._runner = StageRunner(
+            job.model,
+            world,
+            placement,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+        )
+        self.held, self.engine = self._runner.model, Pipeline(self._runner)
+        stack.callback(self.engine.close)
+        self.exchange = StageExchange(self._runner)
+        stack.callback(self.exchange.close)
+        self._costs = self._load_costs()
+        peers = self._runner.groups.peers
+        own = cluster.subset(peers.members)
+        peers.collectives = stack.enter_context(build_collectives(config, own, job.optimizer, peers))
+        peers.collectives = stack.enter_context(build_compression(config, peers, self.exchange.buckets, self._costs))
+        self.state = StageOwner(job.optimizer, job.model, self._runner, self.exchange.buckets)
+        stack.callback(self.state.close)
+
+    def start(self, done: int) -> Sequence[Hook]:
+        """See Mode."""
+        return (_WholeAtTheEnd(self.state, self._runner),)
+
+    def work(self, done: int) -> WorkSource:
+        """See Mode."""
+        costs, batch = self._costs, self._plan.steps[0].batch
+        pairs = costs.seconds_per_token2 / costs.seconds_per_token
+        work = sum(n * (1.0 + pairs * n) for n in batch)
+        return PackedPipeline(
+            self._job.sampler,
+            self._job.reader,
+            self._basis.placement,
+            self._runner.pipeline,
+            pairs_per_token=pairs,
+            tokens=self._job.config.tokens_per_device,
+            seconds_per_work=self._basis.seconds / work,
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """See Mode."""
+        return {
+            "costs": costs_to_json(self._costs),
+            "gradient_compression": _compression(self._runner.groups.peers),
+            "stages": self._plan.layout["placement"]["stages"],
+            "micro_batches": self._plan.layout["placement"]["micro_batches"],
+        }
+
+    def _load_costs(self) -> Costs:
+        config = self._job.config
+        if config.cost is not None:
+            return bind(load_constants(Path(config.cost)), self._cluster)
+        return costs_from_json(self._plan.layout["costs"], "layout.costs")
+
+
+class _WholeAtTheEnd(Hook):
+    """Gives every rank the whole trained model."""
+
+    def __init__(self, state: StateOwner, runner: StageRunner) -> None:
+        self._state, self._runner = state, runner
+
+    def end(self, report: TrainingReport) -> None:
+        self._state.weights_ready()
+        self._runner.world.barrier()
+        self._runner.groups.close()
+
+
+def _compression(world: World) -> str:
+    return "int8" if isinstance(world.collectives, Int8Collectives) else "none"
