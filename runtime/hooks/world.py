@@ -58,10 +58,10 @@ class HookWorld(World):
         """See World."""
         return self.gather(value if self.rank == 0 else None)[0]
 
-    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Iterable[torch.Tensor], source: int = 0) -> None:
         """See World."""
         self.barrier()
-        self._inner.broadcast_tensors(tensors)
+        self._inner.broadcast_tensors(tensors, source)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """See World."""

@@ -219,7 +219,6 @@ def _unanswered(connection: socket.socket) -> tuple[bool, float]:
 
 _DOING: Mapping[str, str] = {
     "heteromesh.comm.gradients.reducer": "summing gradients",
-    "heteromesh.comm.gradients.sum": "summing gradients",
     "heteromesh.comm.collectives.uneven": "summing gradients",
     "heteromesh.comm.exchange": "exchanging a pass's tensors",
     "heteromesh.comm.world": "exchanging small messages",
