@@ -63,6 +63,8 @@ from heteromesh.runtime.work.planned import Planned
 
 PLACE = "HETEROMESH_MEMBER_PLACE"
 """Which rank of the whole job a process is, counted from 0 host by host."""
+JOINED = "HETEROMESH_MEMBER_JOINED"
+"""The id of the process that has been a member, set when it joins."""
 
 
 class ElasticJob:
@@ -184,6 +186,7 @@ class ElasticJob:
             facts=facts, step=self.progress.done, state=digest_of(self._state_of_job()), links=nics
         )
         member = Member(options)
+        os.environ[JOINED] = str(os.getpid())
         self.session = Elastic(
             member,
             self._capture,
@@ -266,8 +269,13 @@ class EpochCollectives:
 
 
 def check_settings(job: Job) -> None:
-    """Raises UserError for what doesn't go together with fault tolerance (docs/assumptions.md says why)."""
+    """Raises UserError for what fault tolerance can't be used with, or not again (docs/assumptions.md says why)."""
     config = job.config
+    if os.environ.get(JOINED) == str(os.getpid()):
+        raise UserError(
+            "a second fit() with fault_tolerance=True in one process: its job is over with the first, as lost members "
+            "come back as new processes; call `heteromesh run --fault-tolerance` once for each run"
+        )
     refused = {
         "compare_batches": bool(config.compare_batches),
         "gradient_compression": config.gradient_compression == "auto",

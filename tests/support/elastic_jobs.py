@@ -79,7 +79,9 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
     # equal devices, however busy this machine is: every member has work
     pace = DeviceCosts(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
     MemberCosts.device = property(lambda _: pace, lambda _, measured: None)  # type: ignore[assignment]
+    hooks = changes.pop("hooks", ())
     trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
+    trainer.hooks = hooks
 
     def hook(*_: object) -> None:
         step = trainer.sampler.state_dict()["index"]

@@ -1,7 +1,7 @@
 """Hooks of users: called when promised, on every rank; what they find is recorded; one that raises stops the run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import heteromesh as hm
+from elastic_jobs import Job
 from heteromesh.errors import UserError
 from ranks import World, run_ranks
 from trainers import DATA, make_trainer
@@ -54,14 +55,20 @@ class Raises(Watch):
 
     def __init__(self, method: str) -> None:
         super().__init__()
-        inner = getattr(self, method)
+        self.method = method
 
-        def raising(*arguments: Any) -> Any:
-            if method == "end" or max((call[1] for call in self.calls), default=0) >= 3:
-                raise KeyError("no such thing")
-            return inner(*arguments)
 
-        setattr(self, method, raising)
+def raising_method(name: str) -> Callable[..., Any]:
+    def method(self: Raises, *arguments: Any) -> Any:
+        if self.method == name and (name == "end" or max((call[1] for call in self.calls), default=0) >= 3):
+            raise KeyError("no such thing")
+        return getattr(Watch, name)(self, *arguments)
+
+    return method
+
+
+for name in RAISING:
+    setattr(Raises, name, raising_method(name))
 
 
 def watched(world: World, folder: Path, sharded: bool) -> list[tuple[Any, ...]]:
@@ -137,3 +144,16 @@ def test_a_hook_that_raises_is_named_everywhere_and_the_run_is_saved(ranks: int,
         for method in RAISING:
             assert f"hook Raises.{method} raised KeyError: 'no such thing' at step " in told[method]
             assert f"on rank {ranks - 1} (mend the hook, then resume); the run is saved after step" in told[method]
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("method", ["evaluate", "end"])
+def test_a_hook_that_raises_on_one_member_ends_the_job_for_all(method: str, tmp_path: Path) -> None:
+    with Job(tmp_path, least=2, gather=5.0) as job:
+        for index, hook in enumerate((Watch(), Raises(method))):
+            job.start(index, max_steps=5, hooks=(hook,))
+        told = [job.result(index, 120) for index in (0, 1)]
+    assert told[0] == told[1]
+    assert told[0].startswith(f"UserError: hook Raises.{method} raised KeyError: 'no such thing' at step ")
+    assert "on host:1 (mend the hook, then resume); the run is saved after step" in told[0]
+    assert make_trainer(tmp_path / "run", max_steps=6, resume=True).fit().last_step == 6
