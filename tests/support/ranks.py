@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +30,22 @@ def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = 6
     not done after `seconds` are killed and named.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [_context.Pipe(duplex=False) for _ in range(size)]
-        processes = [
-            _context.Process(target=_main, args=(rank, size, folder, pipes[rank][1], act, args)) for rank in range(size)
-        ]
-        for process, (_, sink) in zip(processes, pipes, strict=True):
-            process.start()
-            sink.close()
-        try:
-            return _collect(processes, [source for source, _ in pipes], time.monotonic() + seconds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        return run_processes(size, _in_world, size, Path(folder), act, args, seconds=seconds)
+
+
+def run_processes(size: int, act: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
+    """act(index, *args) in so many processes that know nothing of each other; else as `run_ranks`."""
+    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
+    processes = [_context.Process(target=_main, args=(rank, pipes[rank][1], act, args)) for rank in range(size)]
+    for process, (_, sink) in zip(processes, pipes, strict=True):
+        process.start()
+        sink.close()
+    try:
+        return _collect(processes, [source for source, _ in pipes], time.monotonic() + seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _collect(processes: list[Any], sources: list[Any], deadline: float) -> list[Any]:
@@ -70,18 +74,21 @@ def _collect(processes: list[Any], sources: list[Any], deadline: float) -> list[
     return [results[rank] for rank in range(len(processes))]
 
 
-def _main(rank: int, size: int, folder: str, sink: Any, act: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(rank: int, sink: Any, act: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
-        if size > 1:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-            store = dist.FileStore(os.path.join(folder, "store"), size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
-        with join_world(timedelta(seconds=30)) as world:
-            value = act(world, *args)
-        sink.send((True, value))
+        sink.send((True, act(rank, *args)))
     except BaseException:
         sink.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
 
 
-__all__ = ["World", "run_ranks"]
+def _in_world(rank: int, size: int, folder: Path, act: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+        store = dist.FileStore(str(folder / "store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    with join_world(timedelta(seconds=30)) as world:
+        return act(world, *args)
+
+
+__all__ = ["World", "run_processes", "run_ranks"]

@@ -1,0 +1,190 @@
+"""One job that uses every feature, trained in each mode: several runs one after the other in the same processes."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import heteromesh as hm
+from heteromesh.comm.tcp.state_transfer import digest_of
+from heteromesh.comm.world import World
+from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.faults.wire.bounds import Bounds
+from heteromesh.faults.wire.deadlines import Timing
+from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.planner.cost.measured import bind
+from heteromesh.planner.model.constants import load_constants
+from heteromesh.planner.plan import Plan, PlannedCluster, dump
+from heteromesh.runtime.hooks.api import Hook
+from heteromesh.runtime.process.environment import environment_of
+from heteromesh.runtime.work.sampler import Sampler
+from llama import Llama
+from ranks import run_processes, run_ranks
+from steps import TINY
+from trainers import DATA
+
+SECRET = "0123456789abcdef" * 2
+BATCH_TOKENS = 220
+FROM_FILE = 2
+"""Steps of the plan file."""
+MARK = 0.125
+"""The gap that the plan file's steps claim, by which they are known again."""
+COSTS = """
+seconds_per_token2 = 1e-7
+seconds_per_token = 1e-4
+seconds_per_pass = 1e-4
+bytes_per_token = 2048
+tokens_per_device = 64
+method = "gather"
+[bytes_per_second]
+2 = 1e9
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """How the job is run: on how many ranks, with which settings, launched how."""
+
+    ranks: int
+    others: int
+    """Ranks of the run that continues it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    elastic: bool = False
+
+
+MODES = {
+    "ordinary": Mode(ranks=2, others=3),
+    "sharded optimizer": Mode(ranks=3, others=2, settings={"shard_optimizer": True}),
+    "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True),
+    "elastic, sharded optimizer": Mode(
+        ranks=3, others=2, settings={"fault_tolerance": True, "shard_optimizer": True}, elastic=True
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One call of `fit`, the same on all ranks."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    environments: tuple[Mapping[str, str], ...] = ()
+    """By rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a rank has of a run."""
+
+    losses: tuple[float, ...] = ()
+    digest: str = ""
+    """Of the parameters."""
+    failed: str = ""
+
+
+class HeldOut(Hook):
+    """The loss of one sequence, after every second step."""
+
+    evaluate_every = 2
+
+    def __init__(self) -> None:
+        self.tokens = torch.arange(40)[None] % TINY.vocab
+
+    def evaluate(self, step: int, model: nn.Module, world: World) -> Mapping[str, float]:
+        """Returns it, in evaluation mode."""
+        model.eval()
+        with torch.no_grad():
+            logits = model(self.tokens)[0, :-1]
+        return {"held_out": float(nn.functional.cross_entropy(logits, self.tokens[0, 1:]))}
+
+
+def make_job(folder: Path, settings: Mapping[str, Any]) -> hm.Trainer:
+    """A model with dropouts, gradients that are clipped, evaluations and checkpoints."""
+    torch.manual_seed(7)
+    model = Llama(TINY)
+    for layer in model.layers:
+        layer.down = nn.Sequential(layer.down, nn.Dropout(0.2))
+    # a large epsilon: AdamW's first steps are the gradients' signs, which rounding decides where gradients are small
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "run_dir": folder, "plan_seconds": 0.02, "clip_norm": 0.5}
+    options |= {"checkpoint_every": 2, "print_plans": 0}
+    config = hm.TrainerConfig(**(options | dict(settings)))
+    return hm.Trainer(model, optimizer, [torch.tensor(s) for s in DATA], config, hooks=[HeldOut()])
+
+
+def train(runs: Sequence[Run], rank: int) -> list[Result]:
+    """Makes the runs in this process; one that fails keeps none from the others."""
+    results = []
+    for run in runs:
+        os.environ.update(run.environments[rank] if run.environments else {})
+        trainer = make_job(run.folder, run.settings)
+        try:
+            losses = trainer.fit().losses
+        except BaseException:
+            results.append(Result(failed=traceback.format_exc()))
+        else:
+            results.append(Result(losses=losses, digest=digest_of(list(trainer.model.parameters()))))
+    return results
+
+
+def in_mode(mode: Mode, ranks: int, runs: Sequence[Run]) -> list[list[Result]]:
+    """The results by run and rank."""
+    runs = [replace(run, settings={**mode.settings, **run.settings}) for run in runs]
+    if not mode.elastic:
+        rows = run_ranks(ranks, _fixed, runs, seconds=240)
+        return [list(row) for row in zip(*rows, strict=True)]
+    with ExitStack() as stack:
+        timing, bounds = Timing(stuck=150.0, silence=30.0), Bounds(min=ranks, max=ranks)
+        for number, run in enumerate(runs):
+            coordinator = Coordinator(SECRET.encode(), bounds=bounds, timing=timing).start()
+            stack.callback(coordinator.stop)
+            runs[number] = replace(run, environments=tuple(_environment(coordinator, i, ranks) for i in range(ranks)))
+        rows = run_processes(ranks, _elastic, runs, seconds=240)
+    return [list(row) for row in zip(*rows, strict=True)]
+
+
+def _fixed(world: World, runs: Sequence[Run]) -> list[Result]:
+    return train(runs, world.rank)
+
+
+def _elastic(rank: int, runs: Sequence[Run]) -> list[Result]:
+    return train(runs, rank)
+
+
+def _environment(coordinator: Coordinator, place: int, ranks: int) -> dict[str, str]:
+    return environment_of(
+        coordinators=[coordinator.address],
+        secret=SECRET,
+        name=f"host:{place}",
+        hosts=["127.0.0.1"],
+        bounds=Bounds(min=ranks, max=ranks),
+        place=place,
+    )
+
+
+def write_files(folder: Path, ranks: int) -> dict[str, Path]:
+    """Two unlike hosts, costs by which long sequences must be split, and a plan of the first steps."""
+    cluster, cost, plan = folder / "cluster.toml", folder / "cost.toml", folder / "plan.json"
+    hosts = [
+        f'[[hosts]]\nnames = ["{name}"]\ndevice = "small"\ncount = {count}\n'
+        f'nics = [{{ kind = "ethernet", gbit = {gbit} }}]\n'
+        for name, count, gbit in (("a", ranks - 1, 1), ("b", 1, 3))
+    ]
+    device = "[devices.small]\ntflops = 1\nmemory_gb = 4\nmemory_gbps = 10\nlink_gbps = 1\n"
+    cluster.write_text(device + "".join(hosts))
+    cost.write_text(COSTS)
+    described = load_cluster(cluster)
+    costs, sampler = bind(load_constants(cost), described), Sampler([len(s) for s in DATA], batch_tokens=220, seed=0)
+    batches = [sampler.next_batch() for _ in range(FROM_FILE)]
+    steps = tuple(replace(hm.plan_step(batch.lengths, costs), gap=MARK) for batch in batches)
+    planned = PlannedCluster(fingerprint=described.fingerprint, ranks=described.ranks)
+    dump(Plan(cluster=planned, model="Llama", steps=steps), plan)
+    return {"cluster": cluster, "cost": cost, "plan": plan}
