@@ -62,6 +62,11 @@ class World:
         self.members = self.members or tuple(range(self.size))
         self.names = self.names or tuple(f"rank {rank}" for rank in range(self.size))
 
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is the one that writes files and to the terminal: it has been in the job for longest."""
+        return self.members[self.rank] == min(self.members)
+
     def new_group(self, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
         """Makes a communicator of these ranks for device tensors, on the network that reaches them all.
 
@@ -80,14 +85,14 @@ class World:
         return values[0]
 
     def once(self, act: Callable[[], T]) -> T:
-        """Returns rank 0's result of `act` on every rank; its exception is raised on every rank."""
+        """Returns on every rank the result of `act` on the one that writes; its exception is raised on every rank."""
         outcome: T | Exception | None = None
-        if self.rank == 0:
+        if self.writes:
             try:
                 outcome = act()
             except Exception as error:
                 outcome = error
-        outcome = self.gather(outcome)[0]
+        outcome = self.gather(outcome)[self.members.index(min(self.members))]
         if isinstance(outcome, Exception):
             raise outcome
         return cast(T, outcome)

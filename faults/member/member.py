@@ -69,6 +69,8 @@ class JoinOptions:
     name: str
     facts: dict[str, str] = field(default_factory=dict)
     """Must be equal in the whole job: version, model, plan, ..."""
+    place: int | None = None
+    """Which rank of the whole job this is, where that is known."""
     hosts: Sequence[str] = ("127.0.0.1",)
     """Addresses of this machine for the data plane, one for each NIC to be used."""
     links: int = 1
@@ -127,6 +129,7 @@ class Member:
             death_notice=self._peers.path,
             host=self._peers.host,
             elects=len(options.coordinators) > 1,
+            place=options.place,
         )
 
     def _introduce(self) -> int:

@@ -56,6 +56,27 @@ class Membership:
         """Those who are not in the world group, in order of arrival."""
         return [m for m in self.people if m not in self.world.members]
 
+    def _admissible(self) -> list[int]:
+        """Those of the waiting who may come in: as many as there is room for, and one for each place of the job.
+
+        So a process that replaces one whose loss is not known yet waits until it is.
+        """
+        taken, ready = {self._place(m) for m in self.world.members}, []
+        for member in self.waiting:
+            place = self._place(member)
+            if place is None or place not in taken:
+                ready.append(member)
+                taken.add(place)
+        return ready[: max(0, self.bounds.max - len(self.world.members))]
+
+    def _in_order(self, members: Collection[int]) -> list[int]:
+        """Sorts by place in the job; those of whom that is not known come last, in order of arrival."""
+        places = {m: self._place(m) for m in members}
+        return sorted(members, key=lambda m: (places[m] is None, places[m] or 0, m))
+
+    def _place(self, member: int) -> int | None:
+        return self.people[member].place if member in self.people else None
+
     def join(self, info: JoinInfo) -> int | str:
         """The new member's id, or the reason of the refusal. `admit` decides when it takes part."""
         if not self.facts:
@@ -76,8 +97,7 @@ class Membership:
 
     def admit(self) -> list[Order]:
         """Starts the job, or an epoch with the waiting members when nobody is in the middle of a step."""
-        capacity = self.bounds.max - len(self.world.members)
-        ready = self.waiting[: max(capacity, 0)]
+        ready = self._admissible()
         if not ready or self.electing or self.lost_quorum():
             return []
         if not self.world.members:
@@ -93,7 +113,7 @@ class Membership:
         like = (newest, self.people[source].state)
         self.world.committed = newest
         self.world.current = {m for m in ready if (self.people[m].step, self.people[m].state) == like}
-        self.world.change(ready)
+        self.world.change(self._in_order(ready))
         self.world.losses = 0
         self.quorum_sets, self._open = [list(ready)], []
         return self._announce()
@@ -145,7 +165,7 @@ class Membership:
         return False
 
     def _grow(self, ready: list[int]) -> list[Order]:
-        self.world.change([*self.world.members, *ready])
+        self.world.change(self._in_order([*self.world.members, *ready]))
         self.world.losses = 0
         return self._announce()
 
@@ -159,10 +179,8 @@ class Membership:
         self.counts["commits"] += 1
         committed = self.world.commit()
         orders: list[Order] = [(m, committed) for m in self.world.members]
-        capacity = self.bounds.max - len(self.world.members)
-        if self.waiting and capacity > 0:
-            orders += self._grow(self.waiting[:capacity])
-        return orders
+        ready = self._admissible()
+        return orders + self._grow(ready) if ready else orders
 
     def _diverged(self) -> list[Order]:
         self.counts["divergences"] += 1
@@ -243,7 +261,7 @@ class Membership:
         return None
 
     def _rebuild(self) -> list[Order]:
-        self.world.change(list(self.world.members))
+        self.world.change(self._in_order(self.world.members))
         return self._announce()
 
     def _announce(self) -> list[Order]:

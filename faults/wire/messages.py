@@ -32,6 +32,8 @@ class JoinInfo:
     host: str = ""
     elects: bool = False
     """Whether it would elect another coordinator if it lost this one."""
+    place: int | None = None
+    """Which rank of the whole job it is, where that is known: members have ranks in this order."""
 
     def __post_init__(self) -> None:
         if not self.addresses:

@@ -64,7 +64,7 @@ class StateOwner(Protocol):
         return
 
     def gathered(self, world: World) -> AbstractContextManager[None]:
-        """A context in which rank 0 has all parameters and the whole state: checkpoints are written there.
+        """A context in which the rank that writes has all parameters and the whole state, for a checkpoint.
 
         Entered inside an attempt.
         """

@@ -162,8 +162,8 @@ class Sharded(StateOwner):
             yield
             return
         self.refresh(world)
-        parts = self._collect(world, lambda member, size: [(0, size)] if member == world.members[0] else [])
-        if world.rank:
+        parts = self._collect(world, lambda member, size: [(0, size)] if member == min(world.members) else [])
+        if not world.writes:
             yield
             return
         with self._optimizer.holding(self._flats.fragments(self._flats.whole), parts):

@@ -16,6 +16,8 @@ from heteromesh.planner.cost.devices import DeviceCosts, LinkCosts, combine
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import load_constants
+from heteromesh.planner.reduction.nics import nic_rates, over_all_nics, over_one_nic, several_nics
+from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
@@ -29,15 +31,17 @@ class MemberCosts:
         executor: StepExecutor,
         reader: Reader,
         *,
-        place: int,
+        place: int | None,
+        nics: int,
+        ranks: int,
         tokens_per_device: int | None,
         cluster: Cluster | None,
         cost_file: Path | None,
     ) -> None:
         """Measures this rank's device, unless a cost file says what passes cost.
 
-        `place`: which rank of the whole job this one is. `cluster`: of the job's hosts when all are there, where a file
-        describes them.
+        `place`: which rank of the whole job, of at most `ranks`, this one is, where that is known. `nics`: how many of
+        its host's it uses. `cluster`: of the job's hosts when all are there, where a file describes them.
         """
         self._executor, self._cluster, self._capacity = executor, cluster, tokens_per_device
         self._constants = load_constants(cost_file) if cost_file is not None else None
@@ -45,7 +49,7 @@ class MemberCosts:
         self._typical = [int(statistics.median(reader.lengths))]
         calibration = Calibration(executor, self._tokens, self._longest)
         self._shape = calibration.attention_shape()
-        self.place = place
+        self._here, self._ranks = (place, nics), ranks
         self.device: DeviceCosts | None = None
         """This rank's."""
         if self._constants is None:
@@ -54,7 +58,8 @@ class MemberCosts:
                 costs.seconds_per_token2, costs.seconds_per_token, costs.seconds_per_pass, costs.capacity[0]
             )
         self._devices: dict[int, DeviceCosts] = {}
-        self._places: dict[int, int] = {}
+        self._places: dict[int, int | None] = {}
+        self._nics: dict[int, int] = {}
         self.links: LinkCosts | None = None
 
     @property
@@ -63,16 +68,12 @@ class MemberCosts:
         return self._constants is None
 
     def meet(self, world: World) -> None:
-        """Has all members tell each other which ranks of the whole job they are, and their devices' costs."""
-        told = world.gather((self.place, self.device))
-        for member, (place, device) in zip(world.members, told, strict=True):
-            self._places[member] = place
+        """Has all members tell each other which ranks of the whole job they are, their NICs and devices' costs."""
+        told = world.gather((*self._here, self.device))
+        for member, (place, nics, device) in zip(world.members, told, strict=True):
+            self._places[member], self._nics[member] = place, nics
             if device is not None:
                 self._devices[member] = device
-
-    def knows(self, world: World) -> bool:
-        """Whether it has met all members."""
-        return all(member in self._places for member in world.members)
 
     def measure_links(self, world: World) -> LinkCosts:
         """Measures what exchanges cost; all ranks of the world together."""
@@ -81,13 +82,26 @@ class MemberCosts:
         return LinkCosts(calibration.exchange_rate(), calibration.round_seconds())
 
     def cluster_of(self, members: Sequence[int]) -> Cluster | None:
-        """Returns the cluster of these members, where a file describes it."""
-        return self._cluster.subset([self._places[m] for m in members]) if self._cluster is not None else None
+        """Returns the cluster of these members, where a file describes it; ranks are in the order of its ranks."""
+        if self._cluster is None:
+            return None
+        return self._cluster.subset([place for m in members if (place := self._places[m]) is not None])
+
+    def reduction_of(self, members: Sequence[int]) -> Reduction | None:
+        """Returns how these members' gradients are summed best, where a cluster file describes their links.
+
+        Over all Ethernet NICs of the hosts where the members use them all.
+        """
+        cluster = self.cluster_of(members)
+        if cluster is None or cluster.ranks == 1:
+            return None
+        counts = [len(rates) for rates in nic_rates(cluster)]
+        used = (self._nics[m] >= counts[host] for m, host in zip(members, cluster.rank_hosts, strict=True))
+        return over_all_nics(cluster) if several_nics(cluster) and all(used) else over_one_nic(cluster)
 
     def complete(self, members: Sequence[int]) -> bool:
         """Whether these are all ranks that the job can have, in the order of the cluster."""
-        places = [self._places[m] for m in members]
-        return places == list(range(len(places))) and (self._cluster is None or len(places) == self._cluster.ranks)
+        return [self._places[m] for m in members] == list(range(self._ranks))
 
     def of(self, members: tuple[int, ...]) -> Costs:
         """Returns the costs, not corrected, of a job of these members, in rank order."""

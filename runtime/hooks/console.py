@@ -12,18 +12,18 @@ from heteromesh.runtime.records.metrics import HEADER, ProgressBar
 
 
 class Console(Hook):
-    """Prints on rank 0, whoever has it."""
+    """Prints on the rank that writes."""
 
     def __init__(self, max_steps: int, print_plans: int, run_dir: str) -> None:
         """`print_plans`: how many of the first steps' plans are printed."""
         self._max_steps, self._print_plans, self._run_dir = max_steps, print_plans, run_dir
         self._progress = ProgressBar(max_steps)
-        self._began, self._steps, self._rank = time.perf_counter(), 0, 0
+        self._began, self._steps, self._writes = time.perf_counter(), 0, True
         self.state_bytes: Callable[[], list[int]] | None = None
         """Of the optimizer's state by rank, to be asked on every rank after the first step; None: not to be told."""
 
     def begin(self) -> None:
-        """Prints the header, on rank 0; steps' time counts from here."""
+        """Prints the header, on the rank that writes; steps' time counts from here."""
         self._began = time.perf_counter()
         self.say(HEADER)
 
@@ -35,9 +35,9 @@ class Console(Hook):
 
     def step_committed(self, step: StepCommitted) -> None:
         metrics, world = step.metrics, step.world
-        self._steps, self._rank = self._steps + 1, world.rank
+        self._steps, self._writes = self._steps + 1, world.writes
         sizes = self.state_bytes() if self.state_bytes is not None and self._steps == 1 else []
-        if world.rank != 0:
+        if not world.writes:
             return
         if sizes:
             self.say("optimizer state per rank, MB: " + " ".join(f"{size / 1e6:.1f}" for size in sizes))
@@ -51,11 +51,11 @@ class Console(Hook):
         self._progress.show(metrics.step, eta)
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        if self._rank == 0 and values:
+        if self._writes and values:
             self.say(f"evaluation after step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def end(self, report: TrainingReport) -> None:
-        if self._rank != 0:
+        if not self._writes:
             return
         self._progress.clear()
         if report.signal is not None:

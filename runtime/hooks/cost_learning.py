@@ -92,8 +92,10 @@ class CostLearning(Hook):
 
     def snapshot(self) -> list[Any]:
         """Returns plain values for a rank that joins."""
-        return self._learner.state()
+        return [self._learner.state(), list(self._overheads)]
 
     def adopt(self, state: Sequence[Any]) -> None:
         """Continues where another rank's costs were."""
-        self._learner.adopt(state)
+        learned, overheads = state
+        self._learner.adopt(learned)
+        self._overheads.extend(overheads)

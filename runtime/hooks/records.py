@@ -1,4 +1,4 @@
-"""The run directory as a hook: every rank remembers the last steps, whoever has rank 0 writes them.
+"""The run directory as a hook: every rank remembers the last steps, one rank writes them.
 
 So a step that was committed is in the run directory also when its writer died before it could write it.
 """
@@ -52,12 +52,12 @@ class RunRecords(Hook):
         """The last step that the files have."""
 
     def create(self) -> None:
-        """Makes the directory of a new or resumed run, on rank 0. Raises UserError where it can't be."""
+        """Makes the directory of a new or resumed run, on the rank that writes. Raises UserError where it can't be."""
         begun = self.restarted and (self.path / CONFIG).exists()
         self._directory = RunDirectory(self.path, resume=self._resume or begun)
 
     def open(self, members: tuple[int, ...], done: int) -> None:
-        """Opens the files on rank 0, without the lines of steps after `done`; takes over from a writer that was lost,
+        """Opens the files, without the lines of steps after `done`; takes over from a writer that was lost,
         unless it is this rank that made the directory."""
         resolved: Mapping[str, Any] = self._resolved(members)
         self._written = done
@@ -72,7 +72,7 @@ class RunRecords(Hook):
     def step_committed(self, step: StepCommitted) -> None:
         if step.rounds:  # a member that joined when all was done knows of no plan
             self._recent.append(step)
-        if step.world.rank != 0:
+        if not step.world.writes:
             return
         if self._directory is None or not self._directory.started:
             self.open(step.world.members, step.metrics.step - 1)

@@ -17,7 +17,9 @@ from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.main import read_secret
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.deadlines import Timing
+from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.runtime.launch.agent import Agent, Duty, say
+from heteromesh.runtime.launch.places import first_place, host_index, nic_addresses
 from heteromesh.runtime.launch.rendezvous import Rendezvous, is_here, meet, meet_here
 from heteromesh.runtime.process.environment import environment_of, parse_addresses
 from heteromesh.runtime.process.failure import PeerLost
@@ -29,8 +31,7 @@ _GATHER = 2.0
 """Seconds that the first members wait for those that start at the same time; who comes later is given the state."""
 _SILENCE, _STUCK = 1.0, 30.0
 """Seconds: training has longer pauses than sums alone, and a false alarm costs a restart."""
-_WITHOUT_USE = {
-    "node_rank": 0,
+_WITHOUT_USE: dict[str, object] = {
     "master_addr": "127.0.0.1",
     "master_port": None,
     "monitor_interval": 0.1,
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     if "PET_MAX_RESTARTS" not in os.environ:
         parser.set_defaults(max_restarts=None)  # 0 for torchrun, MAX_RESTARTS here
+    if "PET_NODE_RANK" not in os.environ:
+        parser.set_defaults(node_rank=None)  # 0 for torchrun, told by the cluster file or unknown here
 
 
 def refuse_arguments(options: argparse.Namespace) -> None:
@@ -120,11 +123,6 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.standalone and options.rdzv_endpoint:
         raise UserError("--standalone is for one host and --rdzv-endpoint for several: give one of them")
-    if options.plan != "auto":
-        raise UserError(
-            f"--plan {options.plan} is for a fixed number of ranks, which --fault-tolerance has not: leave one of the "
-            "two out"
-        )
     if options.module and options.no_python:
         raise UserError("--module and --no-python exclude each other: give one of them")
     if options.max_restarts is not None and options.max_restarts < 0:
@@ -143,7 +141,8 @@ def _bounds(options: argparse.Namespace, processes: int) -> Bounds:
     least = fewest * processes if fewest != hosts else 1
     if options.min_ranks is not None:
         least = options.min_ranks
-    most = hosts * processes
+    # a cluster file knows hosts with other numbers of devices too
+    most = load_cluster(Path(options.cluster)).ranks if options.cluster else hosts * processes
     if not 1 <= least <= most:
         raise UserError(
             f"--min-ranks {least} can't be met: --nnodes {options.nnodes} with {processes} processes a host has "
@@ -205,13 +204,25 @@ def _duty(
     bounds: Bounds,
 ) -> Duty:
     names = [f"{socket.gethostname()}:{rank}" for rank in range(processes)]
+    cluster = load_cluster(Path(options.cluster)) if options.cluster else None
+    host = host_index(cluster, options.node_rank, one_host=parse_min_max_nnodes(options.nnodes)[1] == 1)
+    first = first_place(cluster, host, processes)
+    alone = options.local_addr or not options.rdzv_endpoint
+    hosts = place.hosts if alone else nic_addresses(cluster, host, place.hosts)
     shared = {
         k: v for k, v in os.environ.items() if k not in _NO_MEMBER and not k.startswith(("TORCHELASTIC_", "MASTER_"))
     }
     if processes > 1:
         shared.setdefault("OMP_NUM_THREADS", "1")
     own = [
-        environment_of(coordinators=place.coordinators, secret=secret, name=name, hosts=place.hosts, bounds=bounds)
+        environment_of(
+            coordinators=place.coordinators,
+            secret=secret,
+            name=name,
+            hosts=hosts,
+            bounds=bounds,
+            place=None if first is None else first + rank,
+        )
         | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
         for rank, name in enumerate(names)
     ]

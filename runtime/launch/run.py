@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if options.fault_tolerance:
         return launch(options, environment)
     refuse_arguments(options)
-    options.max_restarts = options.max_restarts or 0
+    options.max_restarts, options.node_rank = options.max_restarts or 0, options.node_rank or 0
     os.environ.update(environment | {UNDER_HETEROMESH_RUN: "1"})
     if "LOGLEVEL" not in os.environ:
         # the failure is told below, once; the launcher's log would tell it again in ten lines
@@ -91,7 +91,7 @@ def _ranks(options: argparse.Namespace) -> int | None:
         least, most = parse_min_max_nnodes(options.nnodes)
     except (ValueError, RuntimeError):
         raise UserError(f"--nnodes {options.nnodes} is not a number of hosts: give N or MIN:MAX") from None
-    if least != most or options.node_rank is None:
+    if least != most:
         return None
     try:
         here: int = determine_local_world_size(str(options.nproc_per_node))

@@ -7,6 +7,7 @@
 | HETEROMESH_MEMBER_NAME | `hostname:local rank` |
 | HETEROMESH_MEMBER_HOSTS | `address[,address...]` of this host for the data plane, one for each network card |
 | HETEROMESH_MEMBERS | `LEAST:MOST` members of the job |
+| HETEROMESH_MEMBER_PLACE | which rank of the whole job this is, from 0 host by host; unset where that is not known |
 
 A script started by hand joins a running job when it sets the same variables.
 """
@@ -26,10 +27,11 @@ COORDINATORS = "HETEROMESH_COORDINATORS"
 NAME = "HETEROMESH_MEMBER_NAME"
 HOSTS = "HETEROMESH_MEMBER_HOSTS"
 MEMBERS = "HETEROMESH_MEMBERS"
+PLACE = "HETEROMESH_MEMBER_PLACE"
 _WAY_OUT = "start the script with `heteromesh run --fault-tolerance`"
 
 
-def terms_from_environment(
+def join_options(
     *, facts: Mapping[str, str], step: int = 0, state: str = "", links: int = 1, connect_seconds: float = 10.0
 ) -> JoinOptions:
     """How this worker joins its job; `facts`, `step`, `state`, `links`, `connect_seconds` as in `JoinOptions`.
@@ -41,6 +43,7 @@ def terms_from_environment(
         secret=_secret(),
         name=_variable(NAME),
         facts=dict(facts),
+        place=place_from_environment(),
         hosts=_hosts(),
         links=links,
         step=step,
@@ -58,11 +61,26 @@ def bounds_from_environment() -> Bounds:
         raise UserError(f"{MEMBERS}={text} is not LEAST:MOST with 1 <= LEAST <= MOST <= 256: {_WAY_OUT}") from None
 
 
+def place_from_environment() -> int | None:
+    """Returns which rank of the whole job this worker is, if that is known. Raises UserError when it is malformed."""
+    text = os.environ.get(PLACE, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"{PLACE}={text} is no rank: give 0 for the first process of the first host, or leave it out")
+    return int(text) if text else None
+
+
 def environment_of(
-    *, coordinators: Sequence[Address], secret: str, name: str, hosts: Sequence[str], bounds: Bounds
+    *,
+    coordinators: Sequence[Address],
+    secret: str,
+    name: str,
+    hosts: Sequence[str],
+    bounds: Bounds,
+    place: int | None = None,
 ) -> dict[str, str]:
     """What the functions above read."""
-    return {
+    known = {} if place is None else {PLACE: str(place)}
+    return known | {
         COORDINATORS: ",".join(join_address(address) for address in coordinators),
         SECRET: secret,
         NAME: name,

@@ -1,4 +1,4 @@
-"""Who writes a job's checkpoints: all ranks together where they stay, else whoever has rank 0."""
+"""Who writes a job's checkpoints: all ranks together where they stay, else the one that has been there for longest."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CheckpointWriter:
 
     def save(self, world: World, done: int, sampled: dict[str, Any]) -> None:
         """Starts to write the state after `done` steps. Raises UserError where the one before can't be written."""
-        if self._together is not None or world.rank == 0:
+        if self._together is not None or world.writes:
             self._opened().save(done, self._model, self._state, self._trainer_state(done, sampled))
 
     def wait(self) -> None:

@@ -35,6 +35,7 @@ from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.known import known_costs
 from heteromesh.runtime.network.nics import open_nic_collectives
+from heteromesh.runtime.process.environment import PLACE
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.process.peers import SILENCE_SECONDS
 from heteromesh.runtime.work.reader import Reader
@@ -71,15 +72,22 @@ def described_cluster(config: TrainerConfig) -> Cluster | None:
         return None
 
 
-def elastic_cluster(config: TrainerConfig, place: int) -> Cluster | None:
+def elastic_cluster(config: TrainerConfig, place: int | None) -> Cluster | None:
     """Returns the hosts of a job of changing members when all are there, where a cluster file describes them.
 
-    place: which rank of it this one is. Raises UserError where the file has no such rank.
+    place: which rank of it this one is. Raises UserError where the file has no such rank, and where a cluster or a plan
+    file needs to know it.
     """
     path = cluster_path(config)
+    if place is None and (path or plan_path(config)):
+        raise UserError(
+            f"{PLACE} is not set, so this process does not know which rank of the {'cluster' if path else 'plan'} file "
+            "it is: start the job with `heteromesh run --fault-tolerance`, on several hosts with --node-rank"
+        )
     if not path:
         return None
     cluster = load_cluster(Path(path))
+    assert place is not None
     if place >= cluster.ranks:
         raise UserError(
             f"cluster file {path} describes {cluster.ranks} ranks and this is rank {place} (counted from 0): "

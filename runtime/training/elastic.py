@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
 from heteromesh.planner.cost.json import costs_to_json
-from heteromesh.planner.reduction.nics import over_one_nic
+from heteromesh.planner.reduction.nics import nic_rates
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.member_costs import MemberCosts
@@ -38,7 +38,7 @@ from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
 from heteromesh.runtime.hooks.cost_learning import CostLearning
 from heteromesh.runtime.hooks.records import RunRecords
-from heteromesh.runtime.process.environment import terms_from_environment
+from heteromesh.runtime.process.environment import COORDINATORS, bounds_from_environment, join_options
 from heteromesh.runtime.process.failure import JobOver, PeerLost
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.records.writer import CheckpointWriter
@@ -61,10 +61,8 @@ from heteromesh.runtime.training.transactions import (
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 
-PLACE = "HETEROMESH_MEMBER_PLACE"
-"""Which rank of the whole job a process is, counted from 0 host by host."""
 JOINED = "HETEROMESH_MEMBER_JOINED"
-"""The id of the process that has been a member, set when it joins."""
+"""The id of the process that has been a member, and of which job, set when it joins."""
 
 
 class ElasticJob:
@@ -118,7 +116,9 @@ class ElasticJob:
         hooks = HookCalls(ours, job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
         parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
-        step = TrainStep(job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed)
+        step = TrainStep(
+            job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed, busy=session.busy
+        )
         transactions: list[Transaction] = [Begin(progress, self._create)]
         if costs.links_wanted:
             transactions.append(MeasureLinks(progress, costs))
@@ -164,29 +164,26 @@ class ElasticJob:
         """Measures this rank's device, then joins the job."""
         job, config = self.job, self.job.config
         cost_file = Path(config.cost) if config.cost is not None else None
-        place = int(os.environ.get(PLACE, "0"))
-        cluster = elastic_cluster(config, place)
+        joining = join_options(facts=elastic_facts(job), step=self.progress.done)
+        cluster, most = elastic_cluster(config, joining.place), bounds_from_environment().max
+        plan = build_plan(config, cluster or local_cluster(most)) if plan_path(config) is not None else None
         self.members = MemberCosts(
             self.executor,
             job.reader,
-            place=place,
+            place=joining.place,
+            nics=len(joining.hosts),
+            ranks=most if cluster is None else cluster.ranks,
             tokens_per_device=config.tokens_per_device,
             cluster=cluster,
             cost_file=cost_file,
         )
         self.costs = CostLearning(self.members, learns=config.cost is None, waits_known=True)
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        plan = build_plan(config, cluster or local_cluster(ranks)) if plan_path(config) is not None else None
         service = PlanService(config.plan_seconds, plan)
         self._stack.callback(service.close)
         self.work = Planned(job.sampler, job.reader, service, self.costs, None)
-        facts = elastic_facts(job)
-        nics = 1 if cluster is None else max(sum(nic.count for nic in host.nics) or 1 for host in cluster.hosts)
-        options = terms_from_environment(
-            facts=facts, step=self.progress.done, state=digest_of(self._state_of_job()), links=nics
-        )
-        member = Member(options)
-        os.environ[JOINED] = str(os.getpid())
+        links = 1 if cluster is None else max(1, *map(len, nic_rates(cluster)))
+        member = Member(replace(joining, state=digest_of(self._state_of_job()), links=links))
+        os.environ[JOINED] = _this_process()
         self.session = Elastic(
             member,
             self._capture,
@@ -257,12 +254,10 @@ class EpochCollectives:
         """Returns sums by the owners that the cluster file's links want, or in equal shares where there is none."""
         transport = world.exchange
         assert isinstance(transport, TcpTransport)
-        cluster = self._members.cluster_of(world.members)
-        inner: Collectives
-        if cluster is None or cluster.ranks == 1:
-            inner = DirectCollectives(transport)
-        else:
-            inner = UnevenCollectives(transport, over_one_nic(cluster))
+        reduction = self._members.reduction_of(world.members)
+        inner: Collectives = (
+            DirectCollectives(transport) if reduction is None else UnevenCollectives(transport, reduction)
+        )
         if self._config.gradient_compression == "int8":
             return Int8Collectives(inner, transport, self._errors)
         return inner
@@ -271,7 +266,7 @@ class EpochCollectives:
 def check_settings(job: Job) -> None:
     """Raises UserError for what fault tolerance can't be used with, or not again (docs/assumptions.md says why)."""
     config = job.config
-    if os.environ.get(JOINED) == str(os.getpid()):
+    if os.environ.get(JOINED) == _this_process():
         raise UserError(
             "a second fit() with fault_tolerance=True in one process: its job is over with the first, as lost members "
             "come back as new processes; call `heteromesh run --fault-tolerance` once for each run"
@@ -291,6 +286,10 @@ def check_settings(job: Job) -> None:
             "fault_tolerance=True works on CPU ranks so far and this rank has a CUDA device: "
             "hide it with CUDA_VISIBLE_DEVICES= or train without fault_tolerance"
         )
+
+
+def _this_process() -> str:
+    return f"{os.getpid()} {os.environ.get(COORDINATORS, '')}"
 
 
 def check_travels(state: dict[str, Any]) -> None:

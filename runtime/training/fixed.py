@@ -63,7 +63,9 @@ class FixedJob:
         mode, state = self.mode, self.mode.state
         work = mode.work(progress.done)
         parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state)
-        step = TrainStep(self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed)
+        step = TrainStep(
+            self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed, busy=session.busy
+        )
         loop.transactions = [
             Evaluate(progress, state, self.job.model, hooks),
             Save(progress, state, session, self.writer, hooks),

@@ -14,7 +14,7 @@ from heteromesh.runtime.hooks.api import StepCommitted, Stop, TrainingReport
 from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.training.progress import TrainingProgress
-from heteromesh.runtime.training.transactions import Transaction
+from heteromesh.runtime.training.transactions import Refusal, Transaction
 from heteromesh.runtime.work.source import PlanningFailed
 
 Outcome = tuple[Transaction, Any]
@@ -33,6 +33,7 @@ class TrainingLoop:
         self.session, self.progress, self.hooks = session, progress, hooks
         self.transactions: list[Transaction] = []
         self._interrupt, self._run_dir = interrupt, run_dir
+        self._refusal = Refusal(progress)
         self._losses: list[float] = []
         self._waited = 0.0
         self._first, self._began = progress.done + 1, time.perf_counter()
@@ -45,15 +46,10 @@ class TrainingLoop:
         self.session.start()
         start()
         self._first, self._began = self.progress.done + 1, time.perf_counter()
-        refused = None
         while not self.progress.over:
-            try:
-                self._next()
-            except PlanningFailed as error:
-                # every rank is told so in the same attempt
-                refused, self.progress.stop = error.reason, Stop(failure="planning")
-        if refused is not None:
-            raise refused
+            self._next()
+        if self._refusal.reason is not None:
+            raise self._refusal.reason
         stop = self.progress.stop
         if stop is not None and stop.failure:
             raise UserError(f"{stop.failure}; the run is saved after step {self.progress.done} in {self._run_dir}")
@@ -87,7 +83,11 @@ class TrainingLoop:
 
     def _attempt(self, world: World) -> Attempt[Outcome]:
         transaction = next(t for t in self.transactions if t.due(world))
-        made = transaction.attempt(world)
+        try:
+            made = transaction.attempt(world)
+        except PlanningFailed as error:
+            # every rank is told so in the same attempt; it counts when all have been
+            return Attempt((self._refusal, error.reason), f"refused: {error}")
         return Attempt((transaction, made.result), f"{type(transaction).__name__} {made.digest}")
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from heteromesh.comm.gradients.exchange import GradientExchange, Summed
@@ -66,10 +67,13 @@ class TrainStep(Transaction):
         asked: Callable[[], Stop | None],
         kept: Callable[[], str],
         hooks: Callable[[StepCommitted], None],
+        busy: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`asked`: why this rank wants to stop, if it does. `kept`: what to do after a failure, for sentences."""
+        """`asked`: why this rank wants to stop, if it does. `kept`: what to do after a failure, for sentences. `busy`:
+        see `Session`."""
         self._job, self._progress, self._parts = job, progress, parts
         self._asked, self._kept, self._hooks = asked, kept, hooks
+        self._busy = busy
         self._current = _Current(0)
         self._norm = 0.0
         self._reports: tuple[World | None, tuple[MemberReport, ...]] = None, ()
@@ -158,7 +162,9 @@ class TrainStep(Transaction):
     def _work(self, number: int, world: World) -> Assignment:
         """Plans and works through what nobody holds."""
         current, self._world = self._current, world
-        assignment = self._parts.work.plan(number, world, self._parts.exchange.done)
+        # the planner is another process: waiting for it is no sign of life
+        with self._busy():
+            assignment = self._parts.work.plan(number, world, self._parts.exchange.done)
         current.plan_wait_seconds += assignment.plan_wait_seconds
         current.data_wait_seconds += assignment.data_wait_seconds
         if assignment.step is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from heteromesh.comm.session import Attempt, Committed, Session
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.planner.cost.devices import LinkCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
@@ -42,6 +43,23 @@ class Transaction(ABC):
     @abstractmethod
     def committed(self, done: Committed[Any]) -> None:
         """Applies it."""
+
+
+class Refusal(Transaction):
+    """Ends training where no plan is possible: what was trained is saved first."""
+
+    def __init__(self, progress: TrainingProgress) -> None:
+        self._progress = progress
+        self.reason: UserError | None = None
+
+    def due(self, world: World) -> bool:
+        return False
+
+    def attempt(self, world: World) -> Attempt[UserError]:
+        raise NotImplementedError
+
+    def committed(self, done: Committed[UserError]) -> None:
+        self.reason, self._progress.stop = done.result, Stop(failure=str(done.result))
 
 
 class Begin(Transaction):

@@ -8,13 +8,14 @@ import time
 import pytest
 
 from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor, Connector
+from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.liveness import CoordinatorLiveness, MemberLiveness, silent, stalled, stuck
 from heteromesh.faults.membership.membership import Bounds, Membership
-from heteromesh.faults.membership.view import Stopped
+from heteromesh.faults.membership.view import Stopped, view_of
 from heteromesh.faults.wire.codec import MAX_MESSAGE, Wire, WireError, decode, encode
 from heteromesh.faults.wire.control import connect
 from heteromesh.faults.wire.deadlines import Intervals, Timing
@@ -95,6 +96,41 @@ def test_join_rides_on_a_commit_and_is_stale():
     assert membership.world.announcement().stale == (3,)
     membership.healed(3, Healed(epoch=membership.world.epoch, step=1))
     assert kinds(vote(membership, 3))[0] == (1, CommitNotice)
+
+
+def test_ranks_are_in_the_order_of_places_and_the_longest_there_writes():
+    membership = Membership(Bounds(min=2))
+    for name, place in (("c", 2), ("a", 0)):
+        membership.join(info(name, place=place))
+    orders = membership.admit()
+    assert orders[0][1].members == (2, 1), "not in the order of arrival"
+    assert [membership.join(info(name, place=place)) for name, place in (("b", 1), ("d", None))] == [3, 4]
+    vote(membership, 1)
+    assert vote(membership, 2)[-1][1].members == (2, 3, 1, 4), "who does not know its place comes last"
+    membership.lose(2, "died")
+    membership.join(info("a", place=0))
+    for member in (3, 4):
+        membership.world.current.add(member)
+    orders = [order for member in (3, 1, 4) for order in vote(membership, member)]
+    assert orders[-1][1].members == (5, 3, 1, 4)
+    assert orders[-1][1].stale == (5,)
+    view = view_of(orders[-1][1], 5)
+    assert (view.rank, view.source) == (0, 1), "the lowest rank that holds the state hands it out"
+    worlds = [World(rank=rank, size=4, members=view.members) for rank in range(4)]
+    assert [world.writes for world in worlds] == [False, False, True, False]
+
+
+def test_who_replaces_a_member_waits_until_its_loss_is_known():
+    membership = Membership(Bounds(min=2))
+    for place in (0, 1):
+        membership.join(info(str(place), place=place))
+    membership.admit()
+    membership.join(info("1", place=1))
+    vote(membership, 1)
+    assert kinds(vote(membership, 2)) == [(1, CommitNotice), (2, CommitNotice)]
+    assert membership.waiting == [3]
+    assert kinds(membership.lose(2, "silent"))[-2:] == [(1, NewEpoch), (3, NewEpoch)]
+    assert membership.world.members == [1, 3]
 
 
 def test_loss_drops_what_was_finished_and_keeps_what_was_committed():

@@ -26,8 +26,8 @@ from heteromesh.runtime.process.environment import (
     bounds_from_environment,
     environment_of,
     join_address,
+    join_options,
     parse_addresses,
-    terms_from_environment,
 )
 from heteromesh.runtime.process.failure import PeerLost
 
@@ -38,12 +38,12 @@ MEMBER = """
     import torch
     from heteromesh.faults.member.member import Member
     from heteromesh.faults.member.commit import Steps
-    from heteromesh.runtime.process.environment import terms_from_environment
+    from heteromesh.runtime.process.environment import join_options
 
     folder, sizes = sys.argv[1], json.loads(sys.argv[2])
     victim = sys.argv[3:] == [os.environ["LOCAL_RANK"]] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     state = torch.zeros(2, dtype=torch.int64)  # steps done, how many of the wanted sizes of the group were seen
-    member = Member(terms_from_environment(facts={"model": "m"}))
+    member = Member(join_options(facts={"model": "m"}))
     steps = Steps(member.group(), lambda: [state])
     steps.start()
     with open(f"{folder}/{os.getpid()}", "w") as log:
@@ -400,7 +400,6 @@ def test_addresses_of_this_host():
         (["--rdzv-conf", "timeout=3"], "only join_timeout=SECONDS"),
         (["--rdzv-conf", "join_timeout=nan"], "only join_timeout=SECONDS"),
         (["--tee", "3"], "--tee has no effect with --fault-tolerance"),
-        (["--node-rank", "1"], "--node-rank has no effect with --fault-tolerance"),
         (["--max-restarts", "-1"], "--max-restarts -1 is no number of times"),
         (["--secret-file", "s"], "--secret-file s is for several hosts"),
         (["--local-addr", "192.0.2.1"], "--local-addr 192.0.2.1 is no address of this host"),
@@ -439,11 +438,14 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
     )
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    terms = partial(terms_from_environment, facts={"model": "m"})
+    terms = partial(join_options, facts={"model": "m"})
     read = terms(step=4, state="s")
     assert (read.coordinators, read.secret, read.name) == (coordinators, SECRET.encode(), "h:3")
     assert (read.hosts, read.facts, read.step, read.state) == (["10.0.0.7", "10.1.0.7"], {"model": "m"}, 4, "s")
     assert bounds_from_environment() == Bounds(min=2, max=8)
+    assert read.place is None
+    monkeypatch.setenv("HETEROMESH_MEMBER_PLACE", "5")
+    assert terms().place == 5
     for name in variables:
         with monkeypatch.context() as patch:
             patch.delenv(name)
@@ -454,6 +456,7 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
         ("HETEROMESH_SECRET", "short", "has 5 bytes and needs 16"),
         ("HETEROMESH_MEMBER_HOSTS", "a,,b", "has an empty address"),
         ("HETEROMESH_MEMBERS", "8:2", "HETEROMESH_MEMBERS=8:2 is not LEAST:MOST"),
+        ("HETEROMESH_MEMBER_PLACE", "a", "HETEROMESH_MEMBER_PLACE=a is no rank"),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
