@@ -18,10 +18,10 @@ from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
 from heteromesh.planner.plan import to_json
 from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
+from heteromesh.runtime.process.failure import RESTARTS
 from heteromesh.runtime.records.metrics import last_step
 from heteromesh.runtime.records.rundir import CONFIG, METRICS, RunDirectory
 
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _REMEMBERED = 8
 
 

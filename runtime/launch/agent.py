@@ -23,7 +23,8 @@ from typing import Any
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.runtime.launch.countdown import Countdown
-from heteromesh.runtime.launch.worker import Ending, Keeper, Slot
+from heteromesh.runtime.launch.reaper import Reaper
+from heteromesh.runtime.launch.worker import ExitStatus, WorkerProcess
 from heteromesh.runtime.process.interrupt import AGAIN_SECONDS
 
 _PAUSE = 1.0
@@ -37,7 +38,7 @@ _SENTENCES = ("UserError", "PeerLost", "JobOver")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Duty:
+class AgentSpec:
     """What the agent of one host has to do."""
 
     command: Sequence[str]
@@ -61,11 +62,11 @@ def say(text: str) -> None:
 class Agent:
     """Made for one `run`."""
 
-    def __init__(self, duty: Duty, *, coordinator: Coordinator | None, patience: float) -> None:
+    def __init__(self, spec: AgentSpec, *, coordinator: Coordinator | None, patience: float) -> None:
         """`coordinator`: the one that this process serves, if any. `patience`: seconds for the first members."""
-        self._duty, self._coordinator = duty, coordinator
+        self._spec, self._coordinator = spec, coordinator
         self._countdown = Countdown(coordinator, patience, say) if coordinator is not None else None
-        self._slots: list[Slot] = []
+        self._workers: list[WorkerProcess] = []
         self._selector = selectors.DefaultSelector()
         self._code: int | None = None
         """Decided before all workers have ended."""
@@ -74,93 +75,93 @@ class Agent:
         self._finish_at = math.inf
         """When that was decided."""
         self._told: set[str] = set()
-        self._unkept = False
+        self._events_refused = False
         """Whether the run directory did not take events."""
 
     def run(self) -> int:
         """Returns the exit code when every worker has ended. Raises UserError when the command can't be started."""
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heteromesh-")))
-            keeper = Keeper()
-            stack.callback(keeper.close)
+            reaper = Reaper()
+            stack.callback(reaper.close)
             stack.callback(self._clean)
             stack.enter_context(self._selector)
-            signals = stack.enter_context(_Signals(self._duty.signals))
+            signals = stack.enter_context(_Signals(self._spec.signals))
             self._selector.register(signals, selectors.EVENT_READ, signals)
-            self._slots = [Slot(rank, name, folder, keeper) for rank, name in enumerate(self._duty.names)]
-            while any(slot.open for slot in self._slots):
+            self._workers = [WorkerProcess(rank, name, folder, reaper) for rank, name in enumerate(self._spec.names)]
+            while any(worker.open for worker in self._workers):
                 self._turn()
             self._serve_others()
         return self._result()
 
     def _turn(self) -> None:
         now = time.monotonic()
-        for slot in self._slots:
-            if slot.due is not None and slot.due <= now:
-                self._start(slot)
-        soonest = min([now + _TURN, *(slot.due for slot in self._slots if slot.due is not None)])
+        for worker in self._workers:
+            if worker.due is not None and worker.due <= now:
+                self._start(worker)
+        soonest = min([now + _TURN, *(worker.due for worker in self._workers if worker.due is not None)])
         for key, _ in self._selector.select(max(0.0, soonest - now)):
-            if isinstance(key.data, Slot):
+            if isinstance(key.data, WorkerProcess):
                 self._selector.unregister(key.fd)
                 self._ended(key.data, key.data.reap())
             else:
                 self._interrupted(key.data.read())
         self._look(time.monotonic())
 
-    def _start(self, slot: Slot) -> None:
+    def _start(self, worker: WorkerProcess) -> None:
         try:
-            slot.start(self._duty.command, self._duty.environments[slot.rank])
+            worker.start(self._spec.command, self._spec.environments[worker.rank])
         except OSError as error:
             raise UserError(
-                f"{self._duty.command[0]} can't be started ({error.strerror}): give a script or a program of this host"
+                f"{self._spec.command[0]} can't be started ({error.strerror}): give a script or a program of this host"
             ) from None
-        self._selector.register(slot, selectors.EVENT_READ, slot)
+        self._selector.register(worker, selectors.EVENT_READ, worker)
 
-    def _ended(self, slot: Slot, ending: Ending) -> None:
-        if ending.code == 0:
+    def _ended(self, worker: WorkerProcess, status: ExitStatus) -> None:
+        if status.code == 0:
             self._done_at = self._done_at or time.monotonic()
-            for other in self._slots:
+            for other in self._workers:
                 other.due = None  # the job is done: nobody would take part any more
             return
-        final = ending.code == 2 or self._is_over(ending)
+        final = status.code == 2 or self._is_over(status)
         if final:
-            self._tell(slot, ending)
+            self._tell(worker, status)
         if self._code is not None:
             return
         if self._done_at is not None:
             if not final:
-                say(f"worker {slot.name} {ending.reason} after the first worker was done")
-        elif ending.code in _STOPPED:
-            self._finish(ending.code, signal.SIGTERM)
+                say(f"worker {worker.name} {status.reason} after the first worker was done")
+        elif status.code in _STOPPED:
+            self._finish(status.code, signal.SIGTERM)
         elif not final:
-            self._lost(slot, ending)
-        elif ending.code == 1 or slot.starts == 1:
+            self._lost(worker, status)
+        elif status.code == 1 or worker.starts == 1:
             # one that was started again and is refused now, for a file that has changed, must not end the others
-            self._finish(ending.code, signal.SIGTERM)
+            self._finish(status.code, signal.SIGTERM)
 
-    def _is_over(self, ending: Ending) -> bool:
+    def _is_over(self, status: ExitStatus) -> bool:
         """Whether no worker of the job can go on, so that starting one again won't help."""
-        if ending.code != 1 or ending.kind not in ("JobOver", "PeerLost"):
+        if status.code != 1 or status.kind not in ("JobOver", "PeerLost"):
             return False
         job = self._coordinator.membership if self._coordinator is not None else None
         # PeerLost alone may mean that the others have put out this one worker
-        return ending.kind == "JobOver" or (job is not None and job.started and not job.world.members)
+        return status.kind == "JobOver" or (job is not None and job.started and not job.world.members)
 
-    def _lost(self, slot: Slot, ending: Ending) -> None:
-        slot.lost, used = True, slot.starts - 1
-        if used < self._duty.max_restarts:
-            slot.due = time.monotonic() + _PAUSE
-            what = f"it is started again ({used + 1} of {self._duty.max_restarts} times)"
+    def _lost(self, worker: WorkerProcess, status: ExitStatus) -> None:
+        worker.lost, used = True, worker.starts - 1
+        if used < self._spec.max_restarts:
+            worker.due = time.monotonic() + _PAUSE
+            what = f"it is started again ({used + 1} of {self._spec.max_restarts} times)"
         else:
-            left = sum(other.open for other in self._slots)
-            what = f"it is not started again (--max-restarts {self._duty.max_restarts}); {left} of this host go on"
-        say(f"worker {slot.name} {ending.reason}: {what}")
+            left = sum(other.open for other in self._workers)
+            what = f"it is not started again (--max-restarts {self._spec.max_restarts}); {left} of this host go on"
+        say(f"worker {worker.name} {status.reason}: {what}")
 
-    def _tell(self, slot: Slot, ending: Ending) -> None:
+    def _tell(self, worker: WorkerProcess, status: ExitStatus) -> None:
         """Its sentence, once for all workers that ended with the same."""
-        text = ending.message
-        if ending.kind not in _SENTENCES:
-            text = f"worker {slot.name} {ending.reason}"
+        text = status.message
+        if status.kind not in _SENTENCES:
+            text = f"worker {worker.name} {status.reason}"
         if text not in self._told:
             self._told.add(text)
             say(f"error: {text}")
@@ -178,33 +179,33 @@ class Agent:
         if self._code is not None:
             return
         self._code, self._finish_at = code, time.monotonic()
-        for slot in self._slots:
-            slot.due = None
-            slot.signal(number)
+        for worker in self._workers:
+            worker.due = None
+            worker.signal(number)
 
     def _keep_events(self) -> None:
         """In the run directory (`elastic_facts` tell where), once a step shows that it is this job's."""
         coordinator = self._coordinator
-        if coordinator is None or coordinator.monitor.events.kept or self._unkept:
+        if coordinator is None or coordinator.monitor.events.kept or self._events_refused:
             return
         place = coordinator.membership.facts.get("run_dir")
         if place and coordinator.membership.counts["commits"]:
             try:
                 coordinator.monitor.events.keep_in(Path(place))
             except UserError as error:
-                self._unkept = True
+                self._events_refused = True
                 say(f"events are not kept: {error}")
 
     def _look(self, now: float) -> None:
         self._keep_events()
-        if now >= self._finish_at + self._duty.grace:
+        if now >= self._finish_at + self._spec.grace:
             self._kill()
-        if self._done_at is not None and self._code is None and now >= self._done_at + self._duty.grace:
-            late = ", ".join(slot.name for slot in self._slots if slot.open)
-            say(f"{late} did not end within {self._duty.grace:g} s after the first worker was done")
+        if self._done_at is not None and self._code is None and now >= self._done_at + self._spec.grace:
+            late = ", ".join(worker.name for worker in self._workers if worker.open)
+            say(f"{late} did not end within {self._spec.grace:g} s after the first worker was done")
             self._finish(self._verdict(), signal.SIGTERM)
         if self._countdown is not None and self._code is None and self._done_at is None:
-            coming = [slot.name for slot in self._slots if slot.open]
+            coming = [worker.name for worker in self._workers if worker.open]
             reason = self._countdown.look(now, coming)
             if reason:
                 say(f"error: {reason}")
@@ -232,19 +233,20 @@ class Agent:
 
     def _verdict(self) -> int:
         """The job was done if one worker says so, and every one that had not been lost before says the same."""
+        codes = [worker.exit_status.code if worker.exit_status else None for worker in self._workers]
         if self._done_at is not None:
-            return int(any(not slot.lost and (slot.ending is None or slot.ending.code) for slot in self._slots))
-        return 2 if any(slot.ending is not None and slot.ending.code == 2 for slot in self._slots) else 1
+            return int(any(code != 0 and not w.lost for w, code in zip(self._workers, codes, strict=True)))
+        return 2 if 2 in codes else 1
 
     def _kill(self) -> None:
-        for slot in self._slots:
-            slot.kill()
+        for worker in self._workers:
+            worker.kill()
 
     def _clean(self) -> None:
         self._kill()
-        for slot in self._slots:
-            if slot.running:
-                slot.reap()
+        for worker in self._workers:
+            if worker.running:
+                worker.reap()
 
 
 class _Signals:

@@ -18,7 +18,7 @@ from heteromesh.faults.coordinator.main import read_secret
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.cluster.cluster import load_cluster
-from heteromesh.runtime.launch.agent import Agent, Duty, say
+from heteromesh.runtime.launch.agent import Agent, AgentSpec, say
 from heteromesh.runtime.launch.places import first_place, host_index, nic_addresses
 from heteromesh.runtime.launch.rendezvous import Rendezvous, is_here, meet, meet_here
 from heteromesh.runtime.process.environment import environment_of, parse_addresses
@@ -105,8 +105,8 @@ def launch(options: argparse.Namespace, environment: Mapping[str, str]) -> int:
         say(f"error: {error}")
         return 1
     try:
-        duty = _duty(options, environment, processes, place, secret, bounds)
-        return Agent(duty, coordinator=place.coordinator, patience=patience).run()
+        spec = _agent_spec(options, environment, processes, place, secret, bounds)
+        return Agent(spec, coordinator=place.coordinator, patience=patience).run()
     finally:
         if place.coordinator is not None:
             place.coordinator.stop()
@@ -195,14 +195,14 @@ def _meet(options: argparse.Namespace, secret: bytes, bounds: Bounds, timing: Ti
     return meet(parse_addresses(options.rdzv_endpoint, "--rdzv-endpoint"), secret, bounds, timing, hosts=hosts, say=say)
 
 
-def _duty(
+def _agent_spec(
     options: argparse.Namespace,
     more: Mapping[str, str],
     processes: int,
     place: Rendezvous,
     secret: str,
     bounds: Bounds,
-) -> Duty:
+) -> AgentSpec:
     names = [f"{socket.gethostname()}:{rank}" for rank in range(processes)]
     cluster = load_cluster(Path(options.cluster)) if options.cluster else None
     host = host_index(cluster, options.node_rank, one_host=parse_min_max_nnodes(options.nnodes)[1] == 1)
@@ -226,7 +226,7 @@ def _duty(
         | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
         for rank, name in enumerate(names)
     ]
-    return Duty(
+    return AgentSpec(
         command=_command(options),
         environments=[{**shared, **more, **mine} for mine in own],
         names=names,

@@ -1,4 +1,4 @@
-"""One worker slot of a host: a process group, started again some times, and the reason of each end."""
+"""One worker of a host: a process group, started again some times, and the reason of each end."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from heteromesh.runtime.launch import keeper
-from heteromesh.runtime.process.failure import UNDER_HETEROMESH_RUN
+from heteromesh.runtime.launch.reaper import Reaper
+from heteromesh.runtime.process.failure import ERROR_FILE, RESTARTS, UNDER_HETEROMESH_RUN
 
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Where torch's error handler, and so `runtime/process/failure.py`, writes down why a process failed."""
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-"""How often this worker was started before, as under torchrun."""
 _WIDTH = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
+class ExitStatus:
     """How a process ended."""
 
     code: int
@@ -45,42 +40,11 @@ class Ending:
         return f"ended with exit code {self.code}" + (f" ({first})" if first else "")
 
 
-class Keeper:
-    """The process that outlives this one to kill what it leaves behind (runtime/launch/keeper.py)."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-I", "-S", str(keeper.__file__)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-    def watch(self, group: int) -> None:
-        self._tell(f"+{group}\n")
-
-    def forget(self, group: int) -> None:
-        self._tell(f"-{group}\n")
-
-    def close(self) -> None:
-        """Kills what is still watched and ends."""
-        pipe = self._pipe()
-        with suppress(BrokenPipeError):
-            pipe.close()
-        self._process.wait()
-
-    def _tell(self, line: str) -> None:
-        pipe = self._pipe()
-        with suppress(BrokenPipeError):  # somebody killed the keeper: the workers go on without it
-            pipe.write(line.encode())
-            pipe.flush()
-
-    def _pipe(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-
-class Slot:
+class WorkerProcess:
     """Holds one local rank of the host. Its processes lead process groups of their own, so that a terminal's Ctrl-C
     reaches them once, by the agent."""
 
-    def __init__(self, rank: int, name: str, folder: Path, keeper: Keeper) -> None:
+    def __init__(self, rank: int, name: str, folder: Path, reaper: Reaper) -> None:
         self.rank, self.name = rank, name
         """`name`: the member's, as the coordinator knows it."""
         self.starts = 0
@@ -88,9 +52,9 @@ class Slot:
         """Whether one of its processes died while the others went on."""
         self.due: float | None = 0.0
         """When the process is to be started (again), on the monotonic clock; None: not at all."""
-        self.ending: Ending | None = None
+        self.exit_status: ExitStatus | None = None
         """Of the last process; None before and while it runs."""
-        self._folder, self._keeper = folder, keeper
+        self._folder, self._reaper = folder, reaper
         self._process: subprocess.Popen[bytes] | None = None
         self._handle = -1
 
@@ -113,11 +77,11 @@ class Slot:
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Raises OSError when the command cannot be started."""
-        self.due, self.ending = None, None
+        self.due, self.exit_status = None, None
         self._error_file().unlink(missing_ok=True)
         own = {ERROR_FILE: str(self._error_file()), RESTARTS: str(self.starts), UNDER_HETEROMESH_RUN: "1"}
         self._process = subprocess.Popen(command, env={**environment, **own}, start_new_session=True)
-        self._keeper.watch(self._process.pid)
+        self._reaper.watch(self._process.pid)
         self._handle = os.pidfd_open(self._process.pid)
         self.starts += 1
 
@@ -133,19 +97,19 @@ class Slot:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
-    def reap(self) -> Ending:
+    def reap(self) -> ExitStatus:
         """Waits for the end of the process and kills what it leaves behind."""
         assert self._process is not None
         # not reaped before its group is gone: until then nobody else gets its number
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         self.kill()
-        self._keeper.forget(self._process.pid)
+        self._reaper.forget(self._process.pid)
         code = self._process.wait()
         os.close(self._handle)
         self._process, self._handle = None, -1
         kind, message = read_error(self._error_file())
-        self.ending = Ending(code=code, kind=kind, message=message)
-        return self.ending
+        self.exit_status = ExitStatus(code=code, kind=kind, message=message)
+        return self.exit_status
 
     def _error_file(self) -> Path:
         return self._folder / f"{self.rank}.json"

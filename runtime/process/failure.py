@@ -19,6 +19,10 @@ class JobOver(PeerLost):
     """Nobody can go on, so that starting this process again won't help."""
 
 
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Where torch's error handler writes down why a process failed."""
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""How often this worker was started before, as under torchrun."""
 UNDER_HETEROMESH_RUN = "HETEROMESH_RUN"
 """Set by `heteromesh run`, which then prints the first failed rank's sentence itself."""
 
@@ -54,7 +58,7 @@ class _Hook:
 
 def _report(error: BaseException) -> None:
     """Tells torchrun, so that it can name the first rank that failed and why."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    if ERROR_FILE in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         try:

@@ -438,19 +438,19 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
     )
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    terms = partial(join_options, facts={"model": "m"})
-    read = terms(step=4, state="s")
+    options = partial(join_options, facts={"model": "m"})
+    read = options(step=4, state="s")
     assert (read.coordinators, read.secret, read.name) == (coordinators, SECRET.encode(), "h:3")
     assert (read.hosts, read.facts, read.step, read.state) == (["10.0.0.7", "10.1.0.7"], {"model": "m"}, 4, "s")
     assert bounds_from_environment() == Bounds(min=2, max=8)
     assert read.place is None
     monkeypatch.setenv("HETEROMESH_MEMBER_PLACE", "5")
-    assert terms().place == 5
+    assert options().place == 5
     for name in variables:
         with monkeypatch.context() as patch:
             patch.delenv(name)
             with pytest.raises(UserError, match=f"{name} is not set.*heteromesh run --fault-tolerance"):
-                (bounds_from_environment if name.endswith("MEMBERS") else terms)()
+                (bounds_from_environment if name.endswith("MEMBERS") else options)()
     for name, value, sentence in (
         ("HETEROMESH_COORDINATORS", "10.0.0.1:29400,h", "HETEROMESH_COORDINATORS has 'h'"),
         ("HETEROMESH_SECRET", "short", "has 5 bytes and needs 16"),
@@ -461,7 +461,7 @@ def test_the_environment_is_read_as_it_was_written(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with pytest.raises(UserError, match=sentence):
-                (bounds_from_environment if name.endswith("MEMBERS") else terms)()
+                (bounds_from_environment if name.endswith("MEMBERS") else options)()
 
 
 @pytest.mark.parametrize("text", ["", "h", "h:", ":1", "h:0", "h:65536", "h:x", "::1:5", "h:1,", "h:²"])
