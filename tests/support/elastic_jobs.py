@@ -49,14 +49,18 @@ class Job:
             process.join()
         self.coordinator.stop()
 
-    def start(self, index: int, *, dies_in: int = 0, waits_in: int = 0, **changes: Any) -> None:
+    def start(
+        self, index: int, *, dies_in: int = 0, waits_in: int = 0, place: int | None = None, **changes: Any
+    ) -> None:
+        """`place`: which rank of the job it is; it has two addresses then."""
         source, sink = context.Pipe(duplex=False)
         environment = environment_of(
             coordinators=[self.coordinator.address],
             secret=SECRET,
             name=f"host:{index}",
-            hosts=["127.0.0.1"],
+            hosts=["127.0.0.1"] if place is None else [f"127.0.{place}.1", f"127.0.{place}.2"],
             bounds=Bounds(),
+            place=place,
         )
         arguments = (environment, self.folder, dies_in, waits_in, sink, changes)
         self.processes[index] = context.Process(target=member, args=arguments)
@@ -123,17 +127,21 @@ def check_ledger(folder: Path) -> list[dict[str, Any]]:
     return ledger
 
 
-def through_losses_and_a_join(folder: Path, **options: Any) -> Any:
-    """Three members, of whom two die, and one that joins: what the other two returned."""
+def through_losses_and_a_join(folder: Path, *, placed: bool = False, **options: Any) -> Any:
+    """Three members, of whom two die, and one that joins: what the other two returned.
+
+    placed: they know which ranks they are; the one that joins takes the place of the first that died.
+    """
+    places = (0, 1, 2, 1) if placed else (None,) * 4
     with Job(folder, least=2, gather=5.0) as job:
         membership = job.coordinator.membership
         # the writer too, in its turn: ranks are given in the order of arrival
-        job.start(0, dies_in=9, waits_in=6, **options)
+        job.start(0, dies_in=9, waits_in=6, place=places[0], **options)
         eventually(lambda: len(membership.people) == 1)
-        job.start(1, dies_in=4, **options)
-        job.start(2, waits_in=6, **options)
+        job.start(1, dies_in=4, place=places[1], **options)
+        job.start(2, waits_in=6, place=places[2], **options)
         assert job.result(1) is None
-        job.start(3, **options)
+        job.start(3, place=places[3], **options)
         eventually(lambda: membership.counts["joined"] == 4)
         (folder / "go").touch()
         assert job.result(0) is None

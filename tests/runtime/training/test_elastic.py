@@ -44,6 +44,37 @@ def test_members_die_and_join_and_the_curve_stays(tokens: int | None, alone: tup
     assert len(more.fit().losses) == 1, "an ordinary run goes on from it"
 
 
+def test_int8_and_a_cluster_file_through_losses_and_a_join(alone: tuple[float, ...], tmp_path: Path) -> None:
+    hosts = [
+        f'[[hosts]]\nnames = ["h{i}"]\ndevice = "cpu"\ncount = 1\n'
+        f'nics = [{{ kind = "ethernet", gbit = {gbit}, count = 2 }}]\n'
+        for i, gbit in enumerate((1, 2, 4))
+    ]
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text("".join(hosts))
+    changes: dict[str, Any] = {"cluster": cluster, "gradient_compression": "int8"}
+    (losses, digest), (late, same) = through_losses_and_a_join(tmp_path, placed=True, **changes)
+    assert losses == pytest.approx(alone, abs=0.06)
+    assert losses != pytest.approx(alone, abs=1e-6), "gradients were compressed"
+    assert late == losses[-len(late) :]
+    assert digest == same, "the same bits on all members"
+    check_ledger(tmp_path)
+    places = {"host:0": 0, "host:1": 1, "host:2": 2, "host:3": 1}
+    members = [row["measured"]["names"] for row in rows(tmp_path / "run/plan.jsonl")]
+    assert all(names == sorted(names, key=places.__getitem__) for names in members), "as in the cluster file"
+    assert ["host:3", "host:2"] in members, "not in the order of arrival"
+
+
+def test_a_process_that_the_cluster_file_has_no_device_for_is_refused(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('[[hosts]]\nnames = ["h"]\ndevice = "cpu"\ncount = 3\n')
+    with Job(tmp_path) as job:
+        job.start(0, place=3, cluster=cluster)
+        assert "describes 3 ranks and this is rank 3 (counted from 0)" in job.result(0)
+        job.start(1, cluster=cluster)
+        assert "HETEROMESH_MEMBER_PLACE is not set" in job.result(1)
+
+
 def test_a_member_alone_resumes_an_ordinary_run(alone: tuple[float, ...], tmp_path: Path) -> None:
     make_trainer(tmp_path / "run", max_steps=5).fit()
     with Job(tmp_path) as job:
