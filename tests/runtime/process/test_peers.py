@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import heteromesh as hm
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.runtime.process.failure import PeerLost
-from heteromesh.runtime.process.peers import PeerWatch, _owners
+from heteromesh.runtime.process.peers import _DOING, PeerWatch, _owners
 from heteromesh.runtime.sandbox import Sandbox, why_not
 from llama import Llama
 from ranks import World, run_ranks
@@ -174,3 +175,7 @@ def communicate(process: Any) -> str:
     output, error = process.streams
     with output, error:
         return f"{error.read().decode()}\n{output.read().decode()}"
+
+
+def test_activities_are_named_by_modules_that_exist() -> None:
+    assert all(find_spec(module) is not None for module in _DOING)
