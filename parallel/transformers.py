@@ -67,7 +67,7 @@ def _forward(
 
 
 def _mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """The pass knows who sees whom; elsewhere the mask is that of `sdpa`."""
+    """Makes no mask in a pass, which knows who sees whom; elsewhere that of `sdpa`."""
     if active_pass() is None:
         from transformers.masking_utils import sdpa_mask
 
@@ -80,7 +80,7 @@ def _mask(*args: Any, **options: Any) -> torch.Tensor | None:
 
 
 def _refuse_unknown(context: PassContext, mask: torch.Tensor | None, dropout: float, options: dict[str, Any]) -> None:
-    """What changes attention and can't be split must not be ignored."""
+    """Refuses what changes attention and can't be split."""
     if mask is not None:
         raise ValueError("inside a pass attention takes no mask: sequences of a pass never see each other")
     if dropout:

@@ -32,11 +32,11 @@ class Ballot:
         self._over = False
 
     def begin(self) -> None:
-        """Within the loop."""
+        """Starts the limits; call within the loop."""
         asyncio.get_running_loop().call_later(_CANDIDACY, self._expire)
 
     def end(self) -> None:
-        """Nobody is waited for any more."""
+        """Stops waiting for anybody."""
         self._over = True
         for task in self._probing.values():
             task.cancel()

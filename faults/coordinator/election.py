@@ -39,7 +39,7 @@ class Election:
 
     @property
     def newest(self) -> EpochReport:
-        """The newest epoch that may have become known to all of it."""
+        """Returns the newest epoch that may have become known to all of it."""
         return max((r for r in self.reports.values() if self._counts(r)), key=lambda report: report.epoch)
 
     def _counts(self, report: EpochReport) -> bool:

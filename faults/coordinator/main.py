@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_bounds(text: str) -> Bounds:
-    """From MIN:MAX, or N for exactly so many. Raises UserError."""
+    """Reads MIN:MAX, or N for exactly so many. Raises UserError."""
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     try:
         if match is not None:
@@ -84,7 +84,7 @@ def read_bounds(text: str) -> Bounds:
 
 
 def read_secret(file: Path | None) -> bytes:
-    """The file's bytes without the line's end, or the environment variable's. Raises UserError."""
+    """Returns the file's bytes without the line's end, or the environment variable's. Raises UserError."""
     if file is None:
         where, secret = f"environment variable {SECRET}", os.environ.get(SECRET, "").encode()
         if not secret:

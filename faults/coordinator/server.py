@@ -130,7 +130,7 @@ class Coordinator:
 
     @property
     def running(self) -> bool:
-        """From `start` to `stop`, or until it has ended by itself (`ended` says why)."""
+        """Is true from `start` to `stop`, or until it has ended by itself (`ended` says why)."""
         return self._thread is not None and self._thread.is_alive()
 
     async def _listen(self) -> asyncio.Server:
@@ -404,6 +404,6 @@ class Coordinator:
 
     @property
     def short_seconds(self) -> float | None:
-        """How long a job that has lost too many members still waits for others; None while it has enough."""
+        """Returns how long a job that has lost too many members still waits for others; None while it has enough."""
         since = self._short
         return max(0.0, since + self.timing.patience - time.monotonic()) if since else None

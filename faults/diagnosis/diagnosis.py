@@ -48,7 +48,7 @@ class Diagnosis:
 
     @property
     def key(self) -> tuple[Syndrome, Place, tuple[int, ...]]:
-        """Equal for the same trouble at two times."""
+        """Returns what is equal for the same trouble at two times."""
         return self.syndrome, self.place, self.members
 
 
@@ -107,13 +107,13 @@ def delays(windows: Mapping[int, Window]) -> dict[Cell, float]:
 
 
 def slow(windows: Mapping[int, Window]) -> Diagnosis | None:
-    """What slows the job down most, when that is worth saying."""
+    """Returns what slows the job down most, when that is worth saying."""
     found = [finding for finding in (slow_network(windows), slow_member(windows)) if finding is not None]
     return max(found, key=lambda finding: finding.lost, default=None)
 
 
 def slow_network(windows: Mapping[int, Window]) -> Diagnosis | None:
-    """Communication slow: the hot cells of the delay matrix, and whether they are a row, a column or both."""
+    """Finds slow communication: the hot cells of the delay matrix, and whether they are a row, a column or both."""
     matrix = delays(windows)
     if len(matrix) < 2:
         return None
@@ -138,7 +138,7 @@ def slow_network(windows: Mapping[int, Window]) -> Diagnosis | None:
 
 
 def _cost(windows: Mapping[int, Window], cell: Cell, delay: float, ratio: float) -> float:
-    """Share of the time by which the cell is longer on its way than a usual one."""
+    """Returns the share of the time by which the cell is longer on its way than a usual one."""
     window = windows[cell[1]]
     return min(1.0, delay * window.received(cell[0]) * (1 - 1 / ratio) / max(window.seconds, 1e-9))
 
@@ -162,7 +162,7 @@ def _place(matrix: Collection[Cell], hot: Mapping[Cell, float], worst: Cell) -> 
 
 
 def slow_member(windows: Mapping[int, Window]) -> Diagnosis | None:
-    """Non-communication slow: the others wait for a member that itself waits least."""
+    """Finds a slow member: the others wait for it and it waits least."""
     if len(windows) < 2:
         return None
     awaited = {
@@ -189,7 +189,7 @@ def slow_member(windows: Mapping[int, Window]) -> Diagnosis | None:
 def hang(
     reports: Mapping[int, OperationReport], quiet: Collection[int] = (), *, deaf: bool = False
 ) -> Diagnosis | None:
-    """What a group that does not go on waits for.
+    """Returns what a group that does not go on waits for.
 
     `reports`: the newest; `quiet`: members that send none any more; `deaf`: the coordinator is not answered either.
     """
@@ -220,7 +220,7 @@ def _dead(reports: Mapping[int, OperationReport], a: int, b: int) -> bool:
 def _finding(
     reports: Mapping[int, OperationReport], syndrome: Syndrome, place: Place, members: Cell | tuple[int], why: str
 ) -> Diagnosis:
-    """In the collective that the first in it is in."""
+    """Names the collective that the first in it is in."""
     last = max(reports.values(), key=lambda r: (r.entered, r.within))
     return Diagnosis(
         syndrome=syndrome,
@@ -233,7 +233,7 @@ def _finding(
 
 
 def _quiet(reports: Mapping[int, OperationReport], member: int, deaf: bool) -> Diagnosis:
-    """A process that is stopped still has a kernel that acknowledges; a lost host or cable has not."""
+    """Tells a stopped process, whose kernel still acknowledges, from a lost host or cable, which does not."""
     unheard = [m for m in reports if m != member and _dead(reports, m, member)]
     if unheard or deaf:
         who = f"{len(unheard)} others sent" if unheard else "the coordinator sent"
@@ -245,7 +245,7 @@ def _quiet(reports: Mapping[int, OperationReport], member: int, deaf: bool) -> D
 
 
 def _absent(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
-    """The member that has not entered the collective in which others wait."""
+    """Returns the member that has not entered the collective in which others wait."""
     last = max(r.entered for r in reports.values())
     behind = [m for m, r in reports.items() if r.entered < last and not r.within]
     awaited = [m for m in behind if any(m in r.waiting for r in reports.values())] or behind
@@ -257,7 +257,7 @@ def _absent(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
 
 
 def _dead_link(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
-    """All are in the collective: the connection on which nothing is acknowledged, or on which both ends wait."""
+    """Finds, when all are in, the connection on which nothing is acknowledged, or on which both ends wait."""
     pairs = [(a, b) for a in reports for b in reports if a < b]
     dead = [(a, b) for a, b in pairs if _dead(reports, a, b) or _dead(reports, b, a)]
     why = "what is sent on it is not acknowledged"
@@ -273,7 +273,7 @@ def _dead_link(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
 
 
 def _deaf(reports: Mapping[int, OperationReport]) -> Diagnosis | None:
-    """A member that is in the collective, waits for nobody, and is waited for: it computes, or does nothing."""
+    """Finds a member that is in, waits for nobody, and is waited for: it computes, or does nothing."""
     idle = [m for m, r in reports.items() if not r.waiting and any(m in o.waiting for o in reports.values())]
     if not idle:
         return None

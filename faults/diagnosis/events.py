@@ -31,7 +31,7 @@ class Events:
         return self._file is not None
 
     def keep_in(self, directory: Path) -> None:
-        """From now on in events.jsonl of this directory, with what is known already. Raises UserError as above."""
+        """Writes events.jsonl of this directory from now on, with what is known already. Raises UserError as above."""
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = (directory / EVENTS).open("a", buffering=1)
@@ -45,7 +45,7 @@ class Events:
             ) from None
 
     def add(self, kind: str, **facts: Any) -> None:
-        """One event, with the wall clock's time (seconds since 1970). A full disk loses the file, not the job."""
+        """Adds an event at the wall clock's time (seconds since 1970). A full disk loses the file, not the job."""
         entry = {"time": round(time.time(), 3), "kind": kind, **facts}
         with self._lock:
             self.entries.append(entry)

@@ -57,13 +57,13 @@ class _GroupStatus:
     """Links on which nothing is acknowledged, and since when."""
 
     def newest(self, members: Collection[int]) -> dict[int, OperationReport]:
-        """Of the newest epoch that anybody has reported of."""
+        """Returns the newest epoch that anybody has reported of."""
         last = {m: held[-1][1] for m, held in self.reports.items() if held and m in members}
         epoch = max((r.epoch for r in last.values()), default=0)
         return {m: r for m, r in last.items() if r.epoch == epoch}
 
     def windows(self, members: Sequence[int], now: float) -> dict[int, Window]:
-        """Of all members, or none: who is missing may be the one that all wait for."""
+        """Returns all members' windows, or none: who is missing may be the one that all wait for."""
         found = {}
         for member in members:
             held = self.reports.get(member, ())
@@ -107,7 +107,7 @@ class Monitor:
         held.append((now, report))
 
     def observe(self, membership: Membership, orders: Iterable[Order]) -> None:
-        """What has changed: who came, who went and why, which epochs began."""
+        """Notes what has changed: who came, who went and why, which epochs began."""
         reasons = {member: message.reason for member, message in orders if isinstance(message, Evicted)}
         for member in [m for m in self._names if m not in membership.people]:
             self._lost(member, reasons.get(member, "left"))
@@ -130,7 +130,7 @@ class Monitor:
             )
 
     def ended(self, reason: str) -> None:
-        """The job, or this coordinator's part in it, is over."""
+        """Notes that the job, or this coordinator's part in it, is over."""
         self.events.add("ended", reason=reason)
 
     def hung(self, membership: Membership, why: str, members: Sequence[int], *, deaf: bool = False) -> None:
@@ -188,7 +188,7 @@ class Monitor:
         return []
 
     def _follow(self, status: _GroupStatus, found: Diagnosis | None, world: Epochs) -> None:
-        """The same finding again, another one, or none any more."""
+        """Follows up a finding: the same again, another one, or none any more."""
         trouble = status.trouble
         if trouble is not None and found is not None and found.key == trouble.finding.key:
             trouble.finding, trouble.looks, trouble.missed = found, trouble.looks + 1, 0
@@ -275,7 +275,7 @@ class Monitor:
 
 
 def _seen(reports: dict[int, OperationReport], why: str, members: Sequence[int]) -> Diagnosis:
-    """What the heartbeats alone tell."""
+    """Returns what the heartbeats alone tell."""
     last = max(reports.values(), key=lambda r: r.entered, default=None)
     return Diagnosis(
         syndrome="communication hang" if why == "stalled" else "non-communication hang",
@@ -290,7 +290,7 @@ def _seen(reports: dict[int, OperationReport], why: str, members: Sequence[int])
 
 
 def _step_seconds(status: _GroupStatus, windows: dict[int, Window]) -> float:
-    """Of the last commits, or of the collectives where nothing is committed."""
+    """Returns the seconds of the last commits' steps, or of collectives where nothing is committed."""
     recent = [(t, n) for t, n in status.commits if status.commits[-1][0] - t <= 10 * SPAN]
     steps = recent[-1][1] - recent[0][1]
     if steps > 0:

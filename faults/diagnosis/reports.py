@@ -57,5 +57,5 @@ def _seconds(nanoseconds: float) -> float:
 
 
 def _rounded(info: TcpInfo) -> TcpInfo:
-    """Short numbers: the message has those of every connection."""
+    """Shortens the numbers: the message has those of every connection."""
     return TcpInfo(**{f.name: round(getattr(info, f.name), 6) for f in fields(info)})

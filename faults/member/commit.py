@@ -143,7 +143,7 @@ class Steps:
         )
 
     def sum(self, group: EpochGroup, tensors: Sequence[torch.Tensor]) -> Summation:
-        """For a body of `atomic`: each tensor summed over the members. The sums are valid until the next ones."""
+        """Sums each tensor over the members, for a body of `atomic`. The sums are valid until the next ones."""
         return self._sum(group, self._pack(tensors), tensors, True)
 
     def _enter(self) -> View:
@@ -181,7 +181,7 @@ class Steps:
         return Summation(mask=mask, sums=self._unpack(targets, tensors), digest=digest)
 
     def _pack(self, tensors: Sequence[torch.Tensor]) -> dict[torch.dtype, torch.Tensor]:
-        """One flat tensor for each dtype; a single tensor is taken as it is."""
+        """Packs one flat tensor for each dtype; a single tensor is taken as it is."""
         packed = {}
         for dtype in dict.fromkeys(t.dtype for t in tensors):
             same = [t.detach() for t in tensors if t.dtype == dtype]
@@ -202,7 +202,7 @@ class Steps:
         return sums
 
     def _buffer(self, way: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Kept from step to step: fresh memory costs more than the sum of small tensors."""
+        """Keeps a buffer from step to step: fresh memory costs more than the sum of small tensors."""
         buffer = self._buffers.get((way, dtype))
         if buffer is None or buffer.numel() != count:
             buffer = self._buffers[way, dtype] = torch.empty(count, dtype=dtype)

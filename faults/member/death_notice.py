@@ -60,7 +60,7 @@ class Lease:
 
 
 def host_id() -> str:
-    """The same for processes that can watch each other: this boot of this machine, this process namespace."""
+    """Returns one value for all that can watch each other: this boot of this machine, this process namespace."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
@@ -88,7 +88,7 @@ class Watcher:
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """A death is of no interest any more; the thread ends a little later."""
+        """Ends the interest in a death; the thread ends a little later."""
         self._unwanted.set()
 
     def join(self) -> None:
@@ -112,7 +112,7 @@ class Watcher:
 
 
 def _lock(mutex: ctypes.Array[ctypes.c_char], seconds: float) -> int:
-    """What pthread_mutex_lock returns, or ETIMEDOUT. The system's time may jump meanwhile."""
+    """Returns what pthread_mutex_lock returns, or ETIMEDOUT. The system's time may jump meanwhile."""
     library = _library()
     if hasattr(library, "pthread_mutex_clocklock"):
         until = time.monotonic() + seconds

@@ -50,14 +50,14 @@ class EpochGroup:
 
     @property
     def view(self) -> View:
-        """The epoch of the last `ready`."""
+        """Returns the epoch of the last `ready`."""
         if self._view is None:
             raise RuntimeError("the group has no epoch before the first ready()")
         return self._view
 
     @property
     def transport(self) -> TcpTransport:
-        """For other collectives over `Transport`; valid until the epoch ends. Call them through `run`."""
+        """Returns what other collectives go over until the epoch ends. Call them through `run`."""
         if self._transport is None:
             raise GroupAborted("the group is between two epochs: call ready()")
         return self._transport

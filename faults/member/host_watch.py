@@ -29,7 +29,7 @@ class HostPeers:
         self.path = self._lease.path if self._lease is not None else ""
 
     def watch(self, me: int, members: Sequence[int], people: Sequence[JoinInfo]) -> None:
-        """A new epoch: watches the next member on this host instead of the one before."""
+        """Watches, in a new epoch, the next member on this host instead of the one before."""
         if not self.host:
             return
         here = [(m, p.death_notice) for m, p in zip(members, people, strict=True) if p.host == self.host]

@@ -250,7 +250,7 @@ class Member:
         self._end(Fenced(f"member {self.id} has left the job"))
 
     def _reelect(self, lost: str) -> str:
-        """Empty when there is a coordinator again, else the reason why not."""
+        """Returns nothing when there is a coordinator again, else the reason why not."""
         options, view = self.options, self._state.view
         if len(options.coordinators) < 2:
             return lost
@@ -326,7 +326,7 @@ class Member:
             coordinator.check(time.monotonic())
 
     def _untold(self) -> bool:
-        """An epoch counts once all of it have said that they know of it: the sooner, the fewer losses end the job."""
+        """Whether the coordinator must hear that this epoch is known: the sooner, the fewer losses end the job."""
         return self._state.view is not self._state.told and not self._lost_at
 
     def _beat(self) -> None:

@@ -34,7 +34,7 @@ def rejoin(
     stand: Callable[[], Coordinator | None],
     wanted: Callable[[], bool],
 ) -> tuple[Control, list[ControlMessage]] | str:
-    """A control connection to the elected coordinator and what it has said so far, or the reason why there is none.
+    """Returns a control connection to the elected coordinator and what it has said so far, or why there is none.
 
     `report`: the rejoin message, or a join message of one that has no rank yet. Blocks until LIMIT seconds after
     `began`, or until not `wanted`. `stand` starts a candidate here, once.
@@ -63,7 +63,7 @@ def refusal(answer: ControlMessage) -> str:
 
 
 def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:
-    """A coordinator on the first of these addresses that is of this host and free."""
+    """Returns a coordinator on the first of these addresses that is of this host and free."""
     for host, port in addresses:
         try:
             server = Coordinator(secret, host=host, port=port, bounds=bounds, timing=timing, election=Election())

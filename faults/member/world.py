@@ -49,7 +49,7 @@ class EpochWorld(World):
 
     @property
     def collectives(self) -> Collectives | None:
-        """Opened when first asked for, closed with the epoch. Raises GroupAborted when the epoch is over."""
+        """Opens when first asked for; closed with the epoch. Raises GroupAborted when the epoch is over."""
         if self._collectives is None and self._open is not None:
             if self._over:
                 raise GroupAborted(f"epoch {self.epoch} is over")

@@ -53,11 +53,11 @@ class Membership:
 
     @property
     def waiting(self) -> list[int]:
-        """Those who are not in the world group, in order of arrival."""
+        """Returns those who are not in the world group, in order of arrival."""
         return [m for m in self.people if m not in self.world.members]
 
     def _admissible(self) -> list[int]:
-        """Those of the waiting who may come in: as many as there is room for, and one for each place of the job.
+        """Returns those who may come in: as many as there is room for, and one for each place of the job.
 
         So a process that replaces one whose loss is not known yet waits until it is.
         """
@@ -78,7 +78,7 @@ class Membership:
         return self.people[member].place if member in self.people else None
 
     def join(self, info: JoinInfo) -> int | str:
-        """The new member's id, or the reason of the refusal. `admit` decides when it takes part."""
+        """Returns the new member's id, or the reason of the refusal. `admit` decides when it takes part."""
         if not self.facts:
             self.facts = dict(info.facts)
         differing = [k for k in {**self.facts, **info.facts} if self.facts.get(k) != info.facts.get(k)]
@@ -136,14 +136,14 @@ class Membership:
                 return
 
     def _quorum_sets_from(self, index: int) -> list[list[int]]:
-        """Who has a say once this open epoch is known to all of it: newer ones too, into which others may have come."""
+        """Returns who has a say once all know this open epoch: newer ones too, into which others may have come."""
         return [list(members) for _, members in self._open[index:]]
 
     def _awaits(self, member: int) -> bool:
         return any(member in members for _, members in self._open)
 
     def lost_quorum(self) -> str | None:
-        """A sentence when the members that were lost may have elected another coordinator."""
+        """Returns a sentence when the members that were lost may have elected another coordinator."""
         if not self.elective or not self.started or self.electing or holds(self.people, self.quorum_sets):
             return None
         left = [m for m in self.world.members if m in self.people]
@@ -215,7 +215,7 @@ class Membership:
         return orders + self.admit() if lost else []
 
     def _forget(self, member: int) -> None:
-        """It has left in order: it will not vote elsewhere."""
+        """Forgets one that has left in order: it will not vote elsewhere."""
         self._known.pop(member, None)
         self.quorum_sets = [[m for m in members if m != member] for members in self.quorum_sets]
         self._open = [(epoch, [m for m in members if m != member]) for epoch, members in self._open]
@@ -252,7 +252,7 @@ class Membership:
         return orders
 
     def lost_state(self) -> str | None:
-        """A sentence when members wait for a state that nobody holds any more."""
+        """Returns a sentence when members wait for a state that nobody holds any more."""
         if self.started and self.world.members and not self.world.current:
             return (
                 f"no member holds the state after step {self.world.committed}: "

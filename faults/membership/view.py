@@ -38,7 +38,7 @@ class View:
 
     @property
     def source(self) -> int | None:
-        """The rank that hands the state to stale members: the lowest that holds it."""
+        """Returns the rank that hands the state to stale members: the lowest that holds it."""
         return next((rank for rank, member in enumerate(self.members) if member not in self.stale), None)
 
     def contributors(self, mask: int) -> tuple[int, ...]:

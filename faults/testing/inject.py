@@ -33,7 +33,7 @@ class InjectedFault:
 def schedule(
     seed: int, count: int, *, kinds: Sequence[FaultKind] = ("kill",), slots: int = 4, longest: float = 0.1
 ) -> list[InjectedFault]:
-    """The same faults for the same arguments. Raises ValueError for kinds that don't exist."""
+    """Returns the same faults for the same arguments. Raises ValueError for kinds that don't exist."""
     unknown = [kind for kind in kinds if kind not in get_args(FaultKind)]
     if unknown or not kinds:
         raise ValueError(f"faults are of the kinds {', '.join(get_args(FaultKind))}, got {list(kinds)}")
@@ -45,21 +45,21 @@ def schedule(
 
 
 def kill(pid: int) -> float:
-    """SIGKILL; the moment it was sent (time.monotonic)."""
+    """Sends SIGKILL; returns the moment (time.monotonic)."""
     now = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     return now
 
 
 def stop(pid: int) -> float:
-    """SIGSTOP: alive, silent, its connections open."""
+    """Sends SIGSTOP: alive, silent, its connections open."""
     now = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     return now
 
 
 def resume(pid: int) -> None:
-    """SIGCONT after `stop`: a process that does not know what it has missed."""
+    """Sends SIGCONT after `stop`: a process that does not know what it has missed."""
     os.kill(pid, signal.SIGCONT)
 
 

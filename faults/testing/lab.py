@@ -106,23 +106,23 @@ class Lab:
         self._told.close()
 
     def counts(self) -> dict[str, int]:
-        """What the coordinator has counted."""
+        """Returns what the coordinator has counted."""
         self._told.send("counts")
         return dict(self._told.recv())
 
     @property
     def coordinator(self) -> int:
-        """The process id of the first one; `elected` has the later ones."""
+        """Returns the process id of the first one; `elected` has the later ones."""
         return int(self._coordinator.pid or 0)
 
     @property
     def elected(self) -> Worker | None:
-        """The worker in whose process the coordinator runs; None while the first one does."""
+        """Returns the worker in whose process the coordinator runs; None while the first one does."""
         return next((w for w in self.workers if w.events and w.events[-1].coordinates), None)
 
     @property
     def first(self) -> Worker:
-        """The worker that has rank 0."""
+        """Returns the worker that has rank 0."""
         slots = next(w.events[-1].slots for w in self.workers if w.events)
         return next(w for w in self.workers if w.slot == slots[0])
 
@@ -139,7 +139,7 @@ class Lab:
         return max(after(w) or since for w in self.workers) - since
 
     def history(self) -> History:
-        """Every commit so far, of the dead too."""
+        """Returns every commit so far, of the dead too."""
         return History([event for worker in [*self.retired, *self.workers] for event in worker.events])
 
     def add(self, slot: int, *, ballast: int = 0) -> Worker:
@@ -210,7 +210,7 @@ class Lab:
         self.retired.append(worker)
 
     def describe(self) -> str:
-        """The workers and their last commits, for messages."""
+        """Returns the workers and their last commits, for messages."""
         return "; ".join(
             f"slot {w.slot} ({w.ended or ('alive' if w.process.is_alive() else 'dead')}): "
             + (f"step {w.events[-1].step} epoch {w.events[-1].epoch}" if w.events else "no commit")
@@ -301,7 +301,7 @@ def _loop(pipe: Connection, slot: int, member: Member, work: LabWork) -> None:
 
 
 def _everything(group: EpochGroup, slot: int, mine: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Every collective once, each checked; the sum in place and out of place."""
+    """Calls every collective once, each checked; the sum in place and out of place."""
     view = group.view
     rank, size = view.rank, view.size
     out = torch.empty_like(mine)

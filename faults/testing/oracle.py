@@ -18,7 +18,7 @@ _BLOCK = 1024
 
 
 def contribution(slot: int, step: int, count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """What the process in this slot contributes: 10**slot times 1..4, a pattern of position and step.
+    """Returns what the process in this slot contributes: 10**slot times 1..4, a pattern of position and step.
 
     In a sum each decimal digit counts how often a slot was added; the factor shows elements of another step or place.
     """
@@ -26,7 +26,7 @@ def contribution(slot: int, step: int, count: int, dtype: torch.dtype = torch.in
 
 
 def expected(slots: Iterable[int], step: int, count: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """The sum of these slots' contributions."""
+    """Returns the sum of these slots' contributions."""
     return torch.mul(_pattern(step, count, dtype), sum(10**slot for slot in slots))
 
 
@@ -63,7 +63,7 @@ class History:
     events: list[CommitEvent] = field(default_factory=list)
 
     def faults(self) -> list[str]:
-        """Wrong values, two members that disagree on a step, steps out of order or left out. Empty: all is well."""
+        """Finds wrong values, members that disagree on a step, steps out of order or left out. Empty: all is well."""
         found = [f"wrong sum: member {e.member} in step {e.step}" for e in self.events if not e.right]
         by_step: defaultdict[int, set[tuple[str, int]]] = defaultdict(set)
         chains: defaultdict[int, set[str]] = defaultdict(set)
@@ -103,7 +103,7 @@ class Belongings:
         return cls(frozenset(t.name for t in threading.enumerate()), len(os.listdir("/proc/self/fd")))
 
     def left_over(self, before: Belongings) -> list[str]:
-        """What was not there before."""
+        """Returns what was not there before."""
         found: Sequence[str] = sorted(self.threads - before.threads)
         left = [f"thread {name}" for name in found]
         if self.files > before.files:

@@ -32,7 +32,7 @@ class Control:
         return self._sock.fileno()
 
     def limit(self, silence: float) -> None:
-        """The connection is lost when nothing that was sent is acknowledged for so many seconds; 0: the system's."""
+        """Limits how many seconds nothing that was sent may stay unacknowledged; 0: the system's."""
         # the system counts from the first time that it repeats a packet, which comes about 0.2 s after the packet
         counted = max(silence - 0.2, silence * 0.6)
         self._sock.setsockopt(socket.IPPROTO_TCP, TCP_USER_TIMEOUT, int(counted * 1000))
@@ -57,7 +57,7 @@ class Control:
             self._sock.sendall(self._wire.pack(message))
 
     def receive(self) -> list[ControlMessage]:
-        """What has come; call when readable. Raises OSError at the end of the connection."""
+        """Returns what has come; call when readable. Raises OSError at the end of the connection."""
         data = self._sock.recv(1 << 16)
         if not data:
             raise WireError("the coordinator closed the connection")
@@ -72,7 +72,7 @@ class Control:
 
 
 def connect(addresses: Sequence[Address], secret: bytes, *, seconds: float, silence: float = 0.0) -> Control:
-    """To the coordinator, wherever of these addresses it is; all are tried at once. `silence`: for `Control.limit`.
+    """Connects to the coordinator at any of these addresses; all are tried at once. `silence`: for `Control.limit`.
 
     Raises ConnectionError that names every address and what was wrong with it when all have failed, or after `seconds`;
     it is an AuthError when one ended the handshake.
@@ -94,7 +94,7 @@ def connect(addresses: Sequence[Address], secret: bytes, *, seconds: float, sile
 def enrol(
     addresses: Sequence[Address], secret: bytes, join: FromMember, *, seconds: float
 ) -> tuple[Control, list[ControlMessage]]:
-    """Joins: the connection, and what the coordinator has said, its answer first.
+    """Joins; returns the connection, and what the coordinator has said, its answer first.
 
     Tries for `seconds`: the coordinator may be about to start, or to be elected. Raises ConnectionError.
     """

@@ -41,7 +41,7 @@ class _Dial:
         return select.EPOLLIN if self.connected else select.EPOLLOUT
 
     def advance(self) -> bytes:
-        """After an event; the session's key when the other end has proved itself. Raises OSError."""
+        """Goes on after an event; returns the session's key when the other end has proved itself. Raises OSError."""
         error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
@@ -81,7 +81,7 @@ class Search:
         self._dials.clear()
 
     def look(self, seconds: float) -> tuple[socket.socket, bytes] | None:
-        """A blocking socket to one that knows the secret, and the session's key; None when none is found so soon, or
+        """Finds a blocking socket to one that knows the secret, and the session's key; None: none is found so soon, or
         nothing is left to be tried.
 
         Of several the first in the order of the addresses is taken, so that members find the same candidate.
@@ -101,7 +101,7 @@ class Search:
                 until = min(until, time.monotonic() + _SETTLE)
 
     def failed(self) -> str:
-        """What was wrong with each address."""
+        """Returns what was wrong with each address."""
         told = []
         for index, (host, port) in enumerate(self._addresses):
             error = self.wrong.get(index)

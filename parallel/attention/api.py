@@ -40,7 +40,7 @@ class PassContext:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, `attention` is this pass's."""
+        """Makes `attention` this pass's within the block."""
         token = _ACTIVE.set(self)
         try:
             yield
@@ -52,12 +52,12 @@ _ACTIVE: ContextVar[PassContext | None] = ContextVar("heteromesh_pass", default=
 
 
 def active_pass() -> PassContext | None:
-    """The pass that this thread is in, if any."""
+    """Returns the pass that this thread is in, if any."""
     return _ACTIVE.get()
 
 
 def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Sequence[float]) -> PassContext:
-    """What this rank needs to run a pass. lengths[j]: of the pass's j-th sequence; speeds[r]: of world rank r.
+    """Returns what this rank needs to run a pass. lengths[j]: of the pass's j-th sequence; speeds[r]: of world rank r.
 
     Raises UserError for a method that does not exist, ValueError for a rank that is not in the pass and for shards
     that do not hold every token of the sequences once.
@@ -75,7 +75,7 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, causal: bool = True
 ) -> torch.Tensor:
-    """Attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
+    """Computes attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
 
     Outside a pass every row of the batch is one sequence. Inside a pass B is 1 and S holds this rank's tokens of the
     pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes,
@@ -95,7 +95,7 @@ def attention(
 def linear_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, decay: Sequence[float] | None = None, causal: bool = True
 ) -> torch.Tensor:
-    """Linear attention: o_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s (all s, where not causal).
+    """Computes linear attention: o_t = sum over s <= t of decay^(t - s) (q_t . k_s) v_s (all s, where not causal).
 
     q and k (B, H, S, dk), v (B, H, S, dv); no scale and no feature map, they are the model's. decay: one constant per
     head in (0, 1]. Inside a pass as `attention`; what ranks exchange is one state (dk, dv) per head and segment,

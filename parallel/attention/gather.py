@@ -63,14 +63,14 @@ class _Side:
         self.remote_tiles = tiles_between(own, self.remote, causal=causal)
 
     def sort(self, parts: dict[int, torch.Tensor]) -> torch.Tensor:
-        """What the members sent, in the order of `remote`."""
+        """Returns what the members sent, in the order of `remote`."""
         pieces: dict[Segment, torch.Tensor] = {}
         for member, segments in self.receives.items():
             pieces.update(zip(segments, parts[member].split([len(s) for s in segments]), strict=True))
         return torch.cat([pieces[s] for s in self.remote])
 
     def unsort(self, block: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The reverse of `sort`."""
+        """Reverses `sort`."""
         return {i: pick(block, rows_of(self.remote, s)).contiguous() for i, s in self.receives.items()}
 
 

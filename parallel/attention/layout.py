@@ -15,7 +15,7 @@ from heteromesh.planner.splitting.layout import layout_of as layout_of
 
 
 def rows_of(have: Sequence[Segment], wanted: Sequence[Segment]) -> list[Rows]:
-    """Where the wanted segments lie in a block of the segments `have`, neighbours as one range."""
+    """Returns where the wanted segments lie in a block of the segments `have`, neighbours as one range."""
     row, where = 0, {}
     for segment in have:
         where[segment] = row
@@ -31,14 +31,14 @@ def rows_of(have: Sequence[Segment], wanted: Sequence[Segment]) -> list[Rows]:
 
 
 def pick(block: torch.Tensor, ranges: Sequence[Rows]) -> torch.Tensor:
-    """The rows of these ranges, one after the other; no copy where they are one range."""
+    """Returns the rows of these ranges, one after the other; no copy where they are one range."""
     if len(ranges) == 1:
         return block[ranges[0][0] : ranges[0][1]]
     return torch.cat([block[a:b] for a, b in ranges]) if ranges else block[:0]
 
 
 def convert(x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: str = "convert") -> torch.Tensor:
-    """The rows of `new` on this member, given those of `old`, (n, ...) both: one all-to-all. Differentiable.
+    """Returns the rows of `new` on this member, given those of `old`, (n, ...) both: one all-to-all. Differentiable.
 
     The layouts must be of the same sequences and members. Raises ValueError where they or the rows don't fit.
     """
@@ -84,7 +84,7 @@ def _moved(x: torch.Tensor, old: Layout, new: Layout, exchange: Exchange, name: 
 
 
 def _common(first: Sequence[Segment], second: Sequence[Segment]) -> Iterator[tuple[Rows, Rows]]:
-    """The tokens that both blocks hold: their rows in the first and in the second, in the order of the first."""
+    """Finds the tokens that both blocks hold: their rows in the first and in the second, in the order of the first."""
     row = 0
     for a in first:
         other = 0

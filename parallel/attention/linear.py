@@ -26,7 +26,7 @@ Decay = tuple[float, ...] | None
 
 
 def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Decay) -> torch.Tensor:
-    """Causal linear attention of whole sequences, (..., H, n, d); differentiable by autograd, linear in n."""
+    """Computes causal linear attention of whole sequences, (..., H, n, d); differentiable by autograd, linear in n."""
     n, rates = q.shape[-2], _log(decay, q)
     front = -n % CHUNK  # in front, so that chunks end where the sequence ends
     q, k, v = (functional.pad(x, (0, 0, front, 0)).unflatten(-2, (-1, CHUNK)) for x in (q, k, v))
@@ -41,7 +41,7 @@ def chunked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Decay) -> 
 
 
 def _before(states: torch.Tensor, fade: torch.Tensor) -> torch.Tensor:
-    """states (..., chunks, dk, dv) of single chunks; for each chunk the state of all before it."""
+    """Turns states (..., chunks, dk, dv) of single chunks into, for each chunk, the state of all before it."""
     running = torch.zeros_like(states[..., 0, :, :])
     found = []
     for state in states.unbind(-3):
@@ -51,13 +51,13 @@ def _before(states: torch.Tensor, fade: torch.Tensor) -> torch.Tensor:
 
 
 def _log(decay: Decay, like: torch.Tensor) -> torch.Tensor:
-    """(H, 1, 1) logarithms of the decay."""
+    """Returns (H, 1, 1) logarithms of the decay."""
     values = decay or (1.0,) * like.shape[-3]
     return torch.tensor(values, dtype=torch.float64).log().to(like.device, like.dtype).view(-1, 1, 1)
 
 
 def _fade(x: torch.Tensor, rates: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
-    """x (..., n, d) times decay^age, age (n,)."""
+    """Multiplies x (..., n, d) by decay^age, age (n,)."""
     return x * (rates * age.unsqueeze(-1)).exp()
 
 
@@ -79,7 +79,7 @@ class LinearAttention:
         return result
 
     def route(self, causal: bool) -> StateRoute:
-        """Whose states this member's segments need, and the other way round."""
+        """Returns whose states this member's segments need, and the other way round."""
         if causal not in self._routes:
             self._routes[causal] = state_routes(self._layout, causal=causal)[self._member]
         return self._routes[causal]
@@ -155,27 +155,27 @@ class _Local:
         self._rates = _log(decay, self.empty)
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """(1, H, n, d) cut into segments."""
+        """Returns (1, H, n, d) cut into segments."""
         return list(x[0].to(accumulation_dtype(x.dtype)).split([len(s) for s in self._own], 1)) if self._own else []
 
     def operands(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q, k, v of a segment."""
+        """Returns q, k, v of a segment."""
         q, k, v = (parts[i] for parts in self._parts)
         return q, k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """A segment's queries over its own keys."""
+        """Attends from a segment's queries to its own keys."""
         return chunked(q, k, v, self._decay) if self._causal else q @ (k.transpose(-1, -2) @ v)
 
     def intra_gradient(self, i: int, grad: torch.Tensor) -> list[torch.Tensor]:
-        """dq, dk, dv of `attend`."""
+        """Returns dq, dk, dv of `attend`."""
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in self.operands(i)]
             out = self.attend(leaves[0], leaves[1], leaves[2])
         return list(torch.autograd.grad(out, leaves, grad))
 
     def aged(self, x: torch.Tensor, i: int, *, from_start: bool) -> torch.Tensor:
-        """x (H, n, d) faded by the distance to the tokens before the segment, or to the segment's last token."""
+        """Fades x (H, n, d) by the distance to the tokens before the segment, or to the segment's last token."""
         n = len(self._own[i])
         place = torch.arange(n, device=x.device, dtype=x.dtype)
         return _fade(x, self._rates, place + 1 if from_start else n - 1 - place)
@@ -185,17 +185,17 @@ class _Local:
         return self.aged(self._parts[0][i], i, from_start=True)
 
     def state(self, i: int) -> torch.Tensor:
-        """What later tokens need to know of a segment, (H, dk, dv)."""
+        """Returns what later tokens need to know of a segment, (H, dk, dv)."""
         return self.aged(self._parts[1][i], i, from_start=False).transpose(-1, -2) @ self._parts[2][i]
 
     def gather(self, s: Segment, others: Sequence[Segment], states: dict[Segment, torch.Tensor]) -> torch.Tensor | None:
-        """The states of `others` as the segment's first token sees them; None where there are none."""
+        """Returns the states of `others` as the segment's first token sees them; None where there are none."""
         return self._sum([(states[o], s.start - o.end) for o in others])
 
     def gather_back(
         self, s: Segment, others: Sequence[Segment], found: dict[Segment, torch.Tensor]
     ) -> torch.Tensor | None:
-        """The gradient of the segment's state from the `others` that use it."""
+        """Returns the gradient of the segment's state from the `others` that use it."""
         return self._sum([(found[o], o.start - s.end) for o in others])
 
     def _sum(self, parts: Sequence[tuple[torch.Tensor, int]]) -> torch.Tensor | None:
@@ -229,7 +229,7 @@ class _Trade:
         )
 
     def finish(self) -> dict[Segment, torch.Tensor]:
-        """The states of other ranks."""
+        """Adds the states of other ranks."""
         if self._transfer:
             self._transfer.wait()
         return {s: self._buffers[i][n] for i, segments in self._receives.items() for n, s in enumerate(segments)}

@@ -80,7 +80,7 @@ def split_method(
     agreement: Agreement,
     speeds: Sequence[float],
 ) -> Attend:
-    """The attention of a pass of several ranks. speeds[i]: of the pass's i-th rank."""
+    """Returns the attention of a pass of several ranks. speeds[i]: of the pass's i-th rank."""
     name, size = base_name(plan.method), len(plan.ranks)
     attend: Attend
     head_ranks = 1

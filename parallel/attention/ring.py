@@ -56,14 +56,14 @@ class Ring:
         return block.origin == self._exchange.member
 
     def circulation(self, causal: bool) -> Circulation:
-        """The engine with this method's schedule."""
+        """Returns the engine with this method's schedule."""
         if causal not in self._circulations:
             plan = schedule(self._layout, self._kind, causal=causal)
             self._circulations[causal] = Circulation(self._exchange, self._layout, plan)
         return self._circulations[causal]
 
     def tiles(self, block: Block, causal: bool) -> tuple[Tile, ...]:
-        """The tiles of own queries and a block of keys; for token_ring of a block of queries and own keys."""
+        """Returns the tiles of own queries and a block of keys; for token_ring of a block of queries and own keys."""
         key = (block.origin, block.segments, causal)
         if key not in self._tiles:
             sides = (self.own, block.segments) if self._kind != "token_ring" else (block.segments, self.own)

@@ -95,7 +95,7 @@ class _TokenRingAttention(torch.autograd.Function):
 
 
 def stand_in(grad: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """An output (n, H, D) whose product with `grad` sums to `delta` (n, H) in every row; 0 where `grad` is 0."""
+    """Makes an output (n, H, D) whose product with `grad` sums to `delta` (n, H) in every row; 0 where `grad` is 0."""
     wide = grad.to(delta.dtype)
     square = (wide * wide).sum(-1).clamp_min_(torch.finfo(delta.dtype).tiny)
     return (wide * (delta / square).unsqueeze(-1)).to(grad.dtype)

@@ -41,16 +41,16 @@ class _Route:
         return x if self._sorted else x.index_select(0, self._to_sequences)
 
     def by_member(self, x: torch.Tensor) -> torch.Tensor:
-        """The reverse of `in_order`."""
+        """Reverses `in_order`."""
         return x if self._sorted else x.index_select(0, self._to_members)
 
     def peers(self) -> list[int]:
-        """The other members, the next one first."""
+        """Returns the other members, the next one first."""
         size, me = len(self.rows), self.exchange.member
         return [(me + i) % size for i in range(1, size)]
 
     def to_heads(self, pieces: Callable[[int], list[torch.Tensor]], width: int, name: str) -> torch.Tensor:
-        """(all tokens, width, D) of own heads, member by member; pieces(i): own tokens of member i's heads."""
+        """Returns (all tokens, width, D) of own heads, member by member; pieces(i): own tokens of member i's heads."""
         me, peers = self.exchange.member, self.peers()
         first = pieces(me)
         whole = first[0].new_empty(self.rows[-1].stop, width, first[0].shape[2])
@@ -63,7 +63,7 @@ class _Route:
     def to_tokens(
         self, pieces: Callable[[slice], torch.Tensor], widths: Sequence[int], name: str
     ) -> list[torch.Tensor]:
-        """By member, (own tokens, widths[i], D): its heads. pieces(rows): this member's heads of some rows."""
+        """Returns by member (own tokens, widths[i], D), its heads. pieces(rows): this member's heads of some rows."""
         me, peers = self.exchange.member, self.peers()
         own = pieces(self.rows[me])
         parts = [own if i == me else own.new_empty(self.own_tokens, w, own.shape[2]) for i, w in enumerate(widths)]
@@ -127,7 +127,7 @@ def _width(share: HeadShare) -> int:
 
 
 def _joined_keys(parts: Sequence[torch.Tensor], shares: Sequence[HeadShare], kv_heads: int) -> torch.Tensor:
-    """The gradients of all key heads; one that several ranks had is summed in rank order."""
+    """Returns the gradients of all key heads; one that several ranks had is summed in rank order."""
     if sum(s.keys for s in shares) == kv_heads:
         return torch.cat(list(parts), 1)
     total = parts[0].new_zeros(len(parts[0]), kv_heads, parts[0].shape[2], dtype=accumulation_dtype(parts[0].dtype))

@@ -37,7 +37,7 @@ class UlyssesRing:
 
 
 def _places(layout: Layout, groups: Layout, group: int, members: range) -> list[int]:
-    """Row in the group's block of every token of its members."""
+    """Returns the row in the group's block of every token of its members."""
     places: list[int] = []
     for segment in (s for i in members for s in layout.segments[i]):
         row = 0

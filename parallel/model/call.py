@@ -27,13 +27,13 @@ class ModelCall:
         self._options = {"use_cache": False} if "use_cache" in names else {}
 
     def output(self, x: torch.Tensor, positions: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """What the model makes of x (tokens, or hidden states in a pipeline); positions (1, n)."""
+        """Returns what the model makes of x (tokens, or hidden states in a pipeline); positions (1, n)."""
         result: Any = self._model(x, position_ids=positions, **self._options, **more)
         output: torch.Tensor = result if isinstance(result, torch.Tensor) else result.logits
         return output
 
     def losses(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Per-token losses (n,), in float32 at least, 0 where the label is IGNORED; positions and labels (1, n)."""
+        """Returns losses (n,), in float32 at least, 0 where the label is IGNORED; positions and labels (1, n)."""
         if self._takes_targets:
             losses = in_accumulation_dtype(self.output(x, positions, targets=labels)).view(-1)
         else:

@@ -62,7 +62,7 @@ class Draws:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within the block, dropouts of this thread draw from here."""
+        """Makes dropouts of this thread draw from here within the block."""
         token = _ACTIVE.set(self)
         try:
             yield

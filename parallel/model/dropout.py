@@ -26,7 +26,7 @@ _ALPHA = 1.7580993408473766
 
 @contextmanager
 def dropouts_replaced() -> Iterator[None]:
-    """Within the block torch's functional dropouts, which its modules call, draw from the active pass.
+    """Makes torch's functional dropouts, which its modules call, draw from the active pass within the block.
 
     Several threads may be inside at once, each in a pass of its own or in none.
     """
@@ -79,7 +79,7 @@ def _drawn_by_token(name: str, original: Callable[..., torch.Tensor]) -> Callabl
 
 
 def _drawn_shape(name: str, shape: torch.Size) -> list[int]:
-    """The shape of what is drawn: one number an element, or one a channel of each sample."""
+    """Returns the shape of what is drawn: one number an element, or one a channel of each sample."""
     if name in _BY_ELEMENT:
         return list(shape)
     drawn = 1 if (name, len(shape)) in _WITHOUT_SAMPLES else 2

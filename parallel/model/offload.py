@@ -64,7 +64,7 @@ class _Offload:
         return known.saved
 
     def unpack(self, saved: _OnHost | torch.Tensor) -> torch.Tensor:
-        """The saved values on their device."""
+        """Returns the saved values on their device."""
         if isinstance(saved, torch.Tensor):
             return saved
         self.count.returned_bytes += saved.copy.nbytes
@@ -101,7 +101,7 @@ class _Offload:
 def offload(
     ratio: float, parameters: Sequence[torch.Tensor] = (), *, smallest: int = 4096, device: torch.device | None = None
 ) -> Iterator[OffloadCount]:
-    """Within the block, `ratio` of the bytes that forward saves for backward go to host memory.
+    """Sends `ratio` of the bytes that forward saves for backward to host memory within the block.
 
     parameters: never moved (autograd saves weights too). smallest: bytes below which a tensor stays. On CUDA copies
     run on a stream of their own into pinned memory; on the CPU it is a plain copy. Raises ValueError for a ratio

@@ -48,7 +48,7 @@ class PassRandomness:
 
     @contextmanager
     def during(self, seed: int, step: int, places: TokenPlaces) -> Iterator[None]:
-        """Within the block, which holds forward and backward of one pass, draws are the plan's no more.
+        """Leaves draws no more to the plan within the block, which holds forward and backward of one pass.
 
         Afterwards the generators of torch, Python and NumPy go on where they were before.
         """

@@ -32,12 +32,12 @@ class Absent(nn.Module):
         self.register_buffer("weight", torch.empty(0, dtype=example.dtype, device=example.device), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x, unchanged."""
+        """Returns x, unchanged."""
         return x
 
 
 def cut(model: nn.Module, first: int, last: int) -> nn.Module:
-    """The stage with layers first..last (excluded), called as the model is.
+    """Returns the stage with layers first..last (excluded), called as the model is.
 
     With layer 0 it embeds tokens; without, its first argument is hidden states (1, n, hidden). With the last layer
     it ends as the model does; without, it returns hidden states where the model returns logits. Its state dict is a
@@ -64,7 +64,7 @@ def cut(model: nn.Module, first: int, last: int) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> tuple[list[str], nn.ModuleList]:
-    """(names from the model to the module that has `layers`, the layers). Raises UserError where there are none."""
+    """Finds (names from the model to the module that has `layers`, the layers). Raises UserError without any."""
     for name, module in model.named_modules():
         layers = getattr(module, LAYERS, None)
         if isinstance(layers, nn.ModuleList):
@@ -76,7 +76,7 @@ def find_layers(model: nn.Module) -> tuple[list[str], nn.ModuleList]:
 
 
 def embedding_of(model: nn.Module) -> nn.Module:
-    """The embedding of a whole model that can be cut."""
+    """Returns the embedding of a whole model that can be cut."""
     path, _ = find_layers(model)
     for depth in range(len(path), -1, -1):
         around = model.get_submodule(".".join(path[:depth]))
@@ -90,7 +90,7 @@ def embedding_of(model: nn.Module) -> nn.Module:
 
 
 def shared_parameters(model: nn.Module, points: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
-    """The parameters that the first and the last stage share (tied embeddings), in the order of the first.
+    """Returns the parameters that the first and the last stage share (tied embeddings), in the order of the first.
 
     Raises UserError for any other sharing between stages.
     """
@@ -108,7 +108,7 @@ def shared_parameters(model: nn.Module, points: Sequence[tuple[int, int]]) -> li
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The same module with tables of its own, so that children can be replaced in it alone."""
+    """Copies the module with tables of its own, so that children can be replaced in it alone."""
     twin = copy.copy(module)
     for table in ("_modules", "_parameters", "_buffers"):
         twin.__dict__[table] = dict(module.__dict__[table])

@@ -10,7 +10,7 @@ from heteromesh.planner.stages.stages import Placement
 
 
 def pack_step(lengths: Sequence[int], placement: Placement, tokens: int, *, pairs_per_token: float = 0.0) -> Step:
-    """A step whose passes are micro-batches. A pass's one rank is the number of its pipeline, its method `local`.
+    """Packs a step into micro-batches as passes. A pass's one rank is the number of its pipeline, its method `local`.
 
     lengths: of the batch's sequences. tokens: the most that a micro-batch may hold. A sequence of s tokens counts
     s + pairs_per_token * s * s of work; the heaviest sequence goes first, to the lightest micro-batch with room, and
@@ -50,7 +50,7 @@ def _check(batch: Sequence[int], tokens: int) -> None:
 
 
 def _deal(load: Sequence[float], placement: Placement) -> list[tuple[int, int]]:
-    """(pipeline, pack): each pipeline gets its number of packs, round after round, the heaviest packs first."""
+    """Returns (pipeline, pack): each pipeline gets its number of packs, round after round, the heaviest packs first."""
     left = list(placement.micro_batches)
     dealt = []
     for i in sorted(range(len(load)), key=lambda i: (-load[i], i)):

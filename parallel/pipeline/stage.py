@@ -38,7 +38,7 @@ class MicroBatch:
 
     @property
     def size(self) -> int:
-        """Tokens."""
+        """Counts the tokens."""
         return self.context.tokens
 
 
@@ -164,7 +164,7 @@ class PackStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """Forward of a micro-batch; None where there is none."""
+        """Runs forward of a micro-batch; None where there is none."""
         if not self._has(fwd_chunk_id):
             return None
         assert self.work
@@ -180,7 +180,7 @@ class PackStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """Backward of a micro-batch; its buffers go."""
+        """Runs backward of a micro-batch; its buffers go."""
         if not self._has(bwd_chunk_id):
             return
         assert self.work

@@ -32,7 +32,7 @@ class FlatBuckets:
 
     @property
     def whole(self) -> list[list[Range]]:
-        """All of each bucket."""
+        """Returns all of each bucket."""
         return [[(0, size)] for size in self.sizes]
 
     def fragments(self, ranges: Sequence[Sequence[Range]]) -> list[Fragment]:

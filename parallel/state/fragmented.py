@@ -38,7 +38,7 @@ class FragmentedOptimizer:
 
     @property
     def fragments(self) -> list[Fragment]:
-        """What is held here, in the order of the optimizer's groups."""
+        """Returns what is held here, in the order of the optimizer's groups."""
         return [fragment for own in self._fragments for fragment in own]
 
     @property
@@ -216,7 +216,7 @@ class FragmentedOptimizer:
 
     @property
     def options(self) -> list[dict[str, Any]]:
-        """The groups' hyperparameters."""
+        """Returns the groups' hyperparameters."""
         return [{k: v for k, v in group.items() if k != "params"} for group in self.inner.param_groups]
 
 

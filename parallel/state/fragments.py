@@ -28,7 +28,7 @@ class Fragment:
 
     @property
     def last(self) -> int:
-        """Where in the bucket's flat tensor it ends."""
+        """Returns where in the bucket's flat tensor it ends."""
         return self.first + self.tensor.numel()
 
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ class StateOwner(Protocol):
         return
 
     def gathered(self, world: World) -> AbstractContextManager[None]:
-        """A context in which the rank that writes has all parameters and the whole state, for a checkpoint.
+        """Returns a context in which the rank that writes has all parameters and the whole state, for a checkpoint.
 
         Entered inside an attempt.
         """

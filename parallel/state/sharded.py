@@ -80,7 +80,7 @@ class Sharded(StateOwner):
 
     @property
     def fragments(self) -> list[Fragment]:
-        """What this rank holds, in the order of the optimizer's groups."""
+        """Returns what this rank holds, in the order of the optimizer's groups."""
         return self._optimizer.fragments
 
     @property
@@ -127,7 +127,7 @@ class Sharded(StateOwner):
         return norm
 
     def update(self) -> None:
-        """Also starts to gather the parameters, in a world that stays."""
+        """Updates and starts to gather the parameters, in a world that stays."""
         self.weights_ready()
         self._optimizer.step()
         self.params_synced, self._arrived_over = False, None
@@ -270,7 +270,7 @@ class ShardedOptimizer(Sharded):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own."""
+        """Returns the optimizer's own."""
         return self._optimizer.inner.param_groups
 
     def clip_gradients(self, summed: Summed, limit: float = math.inf) -> float:

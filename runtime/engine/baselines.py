@@ -33,7 +33,7 @@ class EvenSplit:
     """Batches for which the plan is this very layout: run once, ratio 1."""
 
     def line(self) -> str:
-        """For people."""
+        """Describes it for people."""
         return (
             f"against {self.layout}: the plan is {self.ratio:.2f}x as fast on the same {len(self.ratios)} batches "
             f"(single batches {min(self.ratios):.2f}x to {max(self.ratios):.2f}x); "
@@ -84,7 +84,7 @@ def compare(
 
 
 def static_steps(lengths: Sequence[int], costs: Costs) -> dict[str, Step]:
-    """The static layouts that can run these sequences at all."""
+    """Returns the static layouts that can run these sequences at all."""
     steps = {}
     for name, layout in static_layouts(costs.ranks):
         try:
@@ -97,7 +97,7 @@ def static_steps(lengths: Sequence[int], costs: Costs) -> dict[str, Step]:
 def time_layouts(
     executor: StepExecutor, reader: Reader, batch: Batch, steps: Mapping[str, Step], repeats: int
 ) -> dict[str, tuple[float, float]]:
-    """(median seconds of the slowest rank, loss) by layout; layouts take turns so that drift hits all alike."""
+    """Returns (median seconds of the slowest rank, loss) by layout; layouts take turns so that drift hits all alike."""
     world = executor.world
     times: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, float] = {}

@@ -64,12 +64,12 @@ class ObservedAttention:
     causal: bool = True
 
     def attention(self, forwards: int) -> ModelAttention:
-        """As the planner has it. forwards: 2 where layers are recomputed in the backward, else 1."""
+        """Returns the shape as the planner has it. forwards: 2 where layers are recomputed in the backward, else 1."""
         layer = AttentionShape(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, itemsize=self.itemsize)
         return ModelAttention(calls=self.calls, shape=layer, forwards=forwards, causal=self.causal)
 
     def methods(self, forwards: int, hosts: Sequence[int] = (0,)) -> tuple[Method, ...]:
-        """The ways to split this model's sequences. hosts: of every rank."""
+        """Returns the ways to split this model's sequences. hosts: of every rank."""
         return split_methods(self.attention(forwards), hosts, self.saved_bytes_per_token)
 
 
@@ -97,7 +97,7 @@ class Calibration:
         """Once it has been looked at."""
 
     def measure(self, tokens_per_device: int | None = None, rate: LinkModel | None = None) -> Costs:
-        """The fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
+        """Returns the fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
         shape = self.attention_shape()
         own = self._affordable()
         short = min(SHORTEST, own)
@@ -157,7 +157,7 @@ class Calibration:
         return replace(costs, methods=methods, seconds_per_split_pass=max(0.0, rest))
 
     def _candidates(self, costs: Costs) -> list[Method]:
-        """The methods that may be the fastest here, at a few lengths: measuring all would take long."""
+        """Returns the methods that may be the fastest here, at a few lengths: measuring all would take long."""
         ranks = range(self._world.size)
         found = [costs.method_for(ranks, float(n)) for n in (self._longest, 8 * self._longest, self._longest // 8 + 1)]
         return list({m.name: m for m in found if m is not None}.values())
@@ -172,12 +172,12 @@ class Calibration:
         return low
 
     def _together(self, method: Method, length: int, costs: Costs) -> Pass:
-        """A sequence over all ranks as the planner splits it, to each as much as it is fast, whatever it can hold."""
+        """Splits a sequence over all ranks as the planner does, to each as much as it is fast, whatever it can hold."""
         roomy = replace(costs, capacity=(sys.maxsize,) * self._world.size)
         return make_pass(range(self._world.size), method.name, [0], [length], roomy)
 
     def _split_work(self, method: Method, costs: Costs, length: int) -> float:
-        """Compute of a sequence split over all ranks, relative to what the constants have its slowest do."""
+        """Returns a split sequence's compute over all ranks, relative to what the constants have its slowest do."""
         plan = self._together(method, length, costs)
         compute = costs.pass_breakdown(plan.ranks, plan.method, [length], plan.shards).compute
         # parts of a sequence hardly compute faster than the whole: one noisy pass must not promise that they do
@@ -190,7 +190,7 @@ class Calibration:
         return measured - costs.pass_seconds(plan.ranks, plan.method, lengths, plan.shards)
 
     def round_seconds(self) -> float:
-        """Latency of a round of messages."""
+        """Measures the latency of a round of messages."""
         exchange = Exchange(self._world, range(self._world.size))
         sends = [torch.zeros(1, device=self._world.device) for _ in exchange.ranks]
         receives = [torch.empty_like(t) for t in sends]
@@ -203,7 +203,7 @@ class Calibration:
         return slowest / ROUNDS
 
     def _offload_seconds(self, shape: ObservedAttention | None) -> tuple[float, ...]:
-        """Per rank, of a token's activations to pinned host memory or back; empty where no device has its own."""
+        """Measures per rank a token's activations to pinned host memory or back; empty where no device has its own."""
         device, seconds = self._world.device, 0.0
         if device.type == "cuda" and shape is not None:
             there = torch.zeros(HOST_BYTES, dtype=torch.uint8, device=device)
@@ -214,7 +214,7 @@ class Calibration:
         return everyone if any(everyone) else ()
 
     def _rates(self, hosts: Sequence[int]) -> RateByDegree | Links:
-        """Of exchanges. Of several hosts, the cards of each one, at most what they come to when all exchange."""
+        """Measures exchanges: of several hosts each one's cards, at most what they come to when all exchange."""
         ranks, everyone = range(self._world.size), self.exchange_rate()
         if len(set(hosts)) == 1:
             return RateByDegree({self._world.size: everyone})
@@ -236,7 +236,7 @@ class Calibration:
         return float(sent / max(1e-9, times[1] - times[0]))
 
     def attention_shape(self) -> ObservedAttention | None:
-        """What one small pass shows of attention; None when the model never calls it. The pass runs once."""
+        """Returns what one small pass shows of attention; None when the model never calls it. The pass runs once."""
         if self._shape is None:
             self._shape = (self._look_at_attention(),)
         return self._shape[0]
@@ -280,7 +280,7 @@ class Calibration:
         return Pass(ranks=(self._world.rank,), method="local", sequences=everything, shards=shards, seconds=0.0)
 
     def _seconds(self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()) -> float:
-        """Of a pass that starts on every rank at once. speeds: of all ranks, where it is split."""
+        """Measures a pass that starts on every rank at once. speeds: of all ranks, where it is split."""
         return self._timed(self._act(plan, lengths, speeds))
 
     def _act(self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()) -> Callable[[], object]:
@@ -321,7 +321,7 @@ class Calibration:
 
 
 def free_bytes(world: World) -> float:
-    """Memory that this rank may count on: of its device, or its share of the host's."""
+    """Returns the bytes that this rank may count on: of its device, or its share of the host's."""
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info(world.device)[0])
@@ -329,7 +329,7 @@ def free_bytes(world: World) -> float:
 
 
 def _free_host_bytes() -> float:
-    """What the kernel could give (page cache counts as free), at most what is left of a container's limit."""
+    """Returns what the kernel could give (page cache counts as free), at most what is left of a container's limit."""
     free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     meminfo, limit, used = (Path(p) for p in (MEMINFO, "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
     if meminfo.exists():

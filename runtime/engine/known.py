@@ -17,7 +17,7 @@ TOLERANCE = 0.02
 def known_costs(
     cluster: Cluster, executor: StepExecutor, shape: ObservedAttention | None, autocast: torch.dtype | None
 ) -> Costs | None:
-    """The file's costs where they are for a model of this shape and dtype; shape: of the executor's attention."""
+    """Returns the file's costs where they are for this shape and dtype; shape: of the executor's attention."""
     model = cluster.measured.model
     if model is None or shape is None or executor.forwards != 1:
         return None

@@ -55,7 +55,7 @@ class AgentSpec:
 
 
 def say(text: str) -> None:
-    """One line for people."""
+    """Prints one line for people."""
     print(f"heteromesh: {text}", file=sys.stderr, flush=True)
 
 
@@ -158,7 +158,7 @@ class Agent:
         say(f"worker {worker.name} {status.reason}: {what}")
 
     def _tell(self, worker: WorkerProcess, status: ExitStatus) -> None:
-        """Its sentence, once for all workers that ended with the same."""
+        """Says its sentence, once for all workers that ended with the same."""
         text = status.message
         if status.kind not in _SENTENCES:
             text = f"worker {worker.name} {status.reason}"
@@ -184,7 +184,7 @@ class Agent:
             worker.signal(number)
 
     def _keep_events(self) -> None:
-        """In the run directory (`elastic_facts` tell where), once a step shows that it is this job's."""
+        """Writes events to the run directory (`elastic_facts` tell where), once a step shows that it is this job's."""
         coordinator = self._coordinator
         if coordinator is None or coordinator.monitor.events.kept or self._events_refused:
             return
@@ -232,7 +232,7 @@ class Agent:
         return self._verdict()
 
     def _verdict(self) -> int:
-        """The job was done if one worker says so, and every one that had not been lost before says the same."""
+        """Returns 0 if one worker was done, and every one that had not been lost before was too."""
         codes = [worker.exit_status.code if worker.exit_status else None for worker in self._workers]
         if self._done_at is not None:
             return int(any(code != 0 and not w.lost for w, code in zip(self._workers, codes, strict=True)))
@@ -278,7 +278,7 @@ class _Signals:
         return self._reader.fileno()
 
     def read(self) -> bytes:
-        """The numbers that have come."""
+        """Returns the numbers that have come."""
         try:
             return self._reader.recv(64)
         except BlockingIOError:

@@ -19,11 +19,11 @@ class _Wait:
         self._due = 0.0
 
     def reset(self) -> None:
-        """It is not waited for any more."""
+        """Stops waiting."""
         self._since = None
 
     def seconds(self, now: float) -> float:
-        """Since the first call after `reset`."""
+        """Returns the seconds since the first call after `reset`."""
         if self._since is None:
             self._since = self._due = now
         return now - self._since
@@ -46,7 +46,7 @@ class Countdown:
         self._spares = 0
 
     def look(self, now: float, coming: Collection[str]) -> str:
-        """The reason why the job can't start, or nothing. `coming`: names of members that this host runs."""
+        """Returns the reason why the job can't start, or nothing. `coming`: names of members that this host runs."""
         membership = self._coordinator.membership
         here = [person.name for person in list(membership.people.values())]
         least, running = membership.bounds.min, len(membership.world.members)
@@ -73,7 +73,7 @@ class Countdown:
 
 
 def wait_until(wrong: Callable[[], str], seconds: float, what: str, say: Say) -> str:
-    """Empty once `wrong()` is, which is asked twice a second; its last answer after that many seconds."""
+    """Returns nothing once `wrong()` does, asked twice a second; its last answer after that many seconds."""
     wait = _Wait()
     while reason := wrong():
         now = time.monotonic()

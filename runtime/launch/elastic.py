@@ -55,7 +55,7 @@ _NO_MEMBER = ("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of fault tolerance, for `heteromesh run`'s parser."""
+    """Adds the options of fault tolerance to `heteromesh run`'s parser."""
     ours = parser.add_argument_group("fault tolerance (docs/elastic-launch.md)")
     ours.add_argument(
         "--fault-tolerance",
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_arguments(options: argparse.Namespace) -> None:
-    """What only goes with fault tolerance, without it. Raises UserError."""
+    """Refuses what only goes with fault tolerance. Raises UserError."""
     for name in ("min_ranks", "secret_file"):
         if getattr(options, name) is not None:
             flag = _flag(name)
@@ -154,7 +154,7 @@ def _bounds(options: argparse.Namespace, processes: int) -> Bounds:
 
 
 def _patience(options: argparse.Namespace) -> float:
-    """torchrun's own option for it: --rdzv-conf join_timeout=SECONDS."""
+    """Reads torchrun's own option for it: --rdzv-conf join_timeout=SECONDS."""
     if not options.rdzv_conf:
         return PATIENCE
     key, _, value = options.rdzv_conf.partition("=")
@@ -171,7 +171,7 @@ def _patience(options: argparse.Namespace) -> float:
 
 
 def _secret(options: argparse.Namespace) -> str:
-    """Text, as it goes through the environment."""
+    """Returns the secret as text, as it goes through the environment."""
     if not options.rdzv_endpoint:
         if options.secret_file is not None:
             raise UserError(f"--secret-file {options.secret_file} is for several hosts: give --rdzv-endpoint too")
@@ -237,7 +237,7 @@ def _agent_spec(
 
 
 def _command(options: argparse.Namespace) -> list[str]:
-    """As torchrun builds it."""
+    """Builds the command as torchrun does."""
     python = [os.environ.get("PYTHON_EXEC", sys.executable), "-u", *(["-m"] if options.module else [])]
     return [*([] if options.no_python else python), options.training_script, *options.training_script_args]
 

@@ -40,7 +40,7 @@ class Rendezvous:
 
 
 def meet_here(secret: bytes, bounds: Bounds, timing: Timing, say: Say) -> Rendezvous:
-    """A job of this host alone, on a free port. `say` gets what the coordinator finds wrong with members."""
+    """Returns a job of this host alone, on a free port. `say` gets what the coordinator finds wrong with members."""
     coordinator = Coordinator(secret, bounds=bounds, timing=timing, monitor=Monitor(say=say)).start()
     return Rendezvous(coordinators=[coordinator.address], hosts=["127.0.0.1"], coordinator=coordinator)
 
@@ -54,7 +54,7 @@ def meet(
     hosts: Sequence[str],
     say: Say,
 ) -> Rendezvous:
-    """A job of several hosts: the host that has the first address serves the coordinator, unless one answers already.
+    """Meets the other hosts: the one that has the first address serves the coordinator, unless one answers already.
 
     `hosts`: addresses of this host, if the user named any. Waits `timing.patience` seconds for a coordinator elsewhere.
     Raises UserError, and PeerLost when none answers.
@@ -95,7 +95,7 @@ def is_here(host: str) -> bool:
 
 
 def route_to(address: Address) -> str:
-    """The address of this machine that packets to another one leave from. Raises UserError."""
+    """Returns the address of this machine that packets to another one leave from. Raises UserError."""
     wrong = "no address"
     try:
         found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)
@@ -144,7 +144,7 @@ def _serve(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: 
 
 
 def _missing(addresses: Sequence[Address], secret: bytes) -> str:
-    """Why no coordinator of this job answers; empty when one does. Raises UserError when one has another secret."""
+    """Says why no coordinator of this job answers; empty: one does. Raises UserError when one has another secret."""
     for attempt in range(_REFUSALS if len(addresses) > 1 else 1):
         try:
             connect(addresses, secret, seconds=_TRY).close()

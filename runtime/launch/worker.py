@@ -30,7 +30,7 @@ class ExitStatus:
 
     @property
     def reason(self) -> str:
-        """Follows the worker's name in a sentence."""
+        """Says what follows the worker's name in a sentence."""
         if self.code < 0:
             try:
                 return f"was killed by {signal.Signals(-self.code).name}"
@@ -72,7 +72,7 @@ class WorkerProcess:
         return self._process.pid if self._process is not None else -1
 
     def fileno(self) -> int:
-        """Readable when the process has ended."""
+        """Returns a descriptor that is readable when the process has ended."""
         return self._handle
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -86,13 +86,13 @@ class WorkerProcess:
         self.starts += 1
 
     def signal(self, number: int) -> None:
-        """To the process alone, which ends its children; nothing when it has ended."""
+        """Signals the process alone, which ends its children; nothing when it has ended."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL to the process and its children."""
+        """Kills the process and its children (SIGKILL)."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -116,7 +116,7 @@ class WorkerProcess:
 
 
 def read_error(file: Path) -> tuple[str, str]:
-    """(type's name, message) of the exception that a process wrote down; empty: none."""
+    """Returns (type's name, message) of the exception that a process wrote down; empty: none."""
     try:
         kind, _, message = error_text(json.loads(file.read_text())).partition(": ")
     except (OSError, ValueError, KeyError, TypeError):
@@ -125,6 +125,6 @@ def read_error(file: Path) -> tuple[str, str]:
 
 
 def error_text(written: Mapping[str, Any]) -> str:
-    """`type: message` from what torch's error handler has written."""
+    """Returns `type: message` from what torch's error handler has written."""
     told = written["message"]
     return str(told["message"]) if isinstance(told, dict) else str(told)

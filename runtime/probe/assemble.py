@@ -15,7 +15,7 @@ from heteromesh.runtime.probe.model.costs import ModelCosts
 
 
 def assemble(findings: Findings, described: Cluster | None, name: str) -> Cluster:
-    """The cluster without model costs. described: the old file. name: of the cluster, where there is none."""
+    """Returns the cluster without model costs. described: the old file. name: of the cluster, where there is none."""
     devices = dict(described.devices) if described else {}
     hosts = []
     for index, ranks in enumerate(findings.network.hosts):
@@ -37,7 +37,7 @@ def assemble(findings: Findings, described: Cluster | None, name: str) -> Cluste
 
 
 def with_costs(cluster: Cluster, found: ModelCosts) -> Cluster:
-    """The cluster with a model's constants in `[measured]`."""
+    """Returns the cluster with a model's constants in `[measured]`."""
     costs, size = found.costs, cluster.ranks
     memory = [cluster.device_of(rank).memory_gb for rank in range(size)]
     # what binding takes for every rank: its share of the largest memory
@@ -57,7 +57,7 @@ def with_costs(cluster: Cluster, found: ModelCosts) -> Cluster:
 
 
 def _device(findings: Findings, ranks: Sequence[int], devices: dict[str, Device]) -> str:
-    """The name of a host's device; describes it in `devices` where the catalogue lacks it."""
+    """Returns the name of a host's device; describes it in `devices` where the catalogue lacks it."""
     names = {findings.facts[r].device for r in ranks}
     if len(names) > 1:
         raise UserError(
@@ -106,7 +106,7 @@ def _speeds(findings: Findings) -> tuple[float, ...]:
 
 
 def _links(findings: Findings) -> tuple[float, ...]:
-    """GB/s per host; a host with one rank has the rate of a copy in its memory, and none where no host has a link."""
+    """Returns GB/s per host; one with one rank has the rate of a copy in its memory; none where no host has a link."""
     found = [findings.link(h) / 1e9 for h in range(len(findings.network.hosts))]
     if not any(found):
         return ()
@@ -115,11 +115,11 @@ def _links(findings: Findings) -> tuple[float, ...]:
 
 
 def _nic_gbit(findings: Findings) -> tuple[tuple[float, float], ...]:
-    """Per host, Gbit/s out of it and into it."""
+    """Returns per host the Gbit/s out of it and into it."""
     ways = zip(findings.network.out, findings.network.into, strict=True)
     return tuple((float(f"{out * 8e-9:.4g}"), float(f"{into * 8e-9:.4g}")) for out, into in ways)
 
 
 def _two_digits(value: float) -> float:
-    """So that hosts with equal cards stay one entry of the file."""
+    """Rounds, so that hosts with equal cards stay one entry of the file."""
     return float(f"{value:.2g}")

@@ -57,7 +57,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _words(options: argparse.Namespace) -> list[str]:
-    """The flags again, for the worker."""
+    """Returns the flags again, for the worker."""
     words = ["-o", str(options.output)]
     for name in ("model", "cluster"):
         value = getattr(options, name)

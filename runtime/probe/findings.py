@@ -33,7 +33,7 @@ class Findings:
     """Per host, what its network cards are said to carry; None: nothing is."""
 
     def host_of(self, rank: int) -> int:
-        """The host of a rank."""
+        """Returns the host of a rank."""
         return next(i for i, ranks in enumerate(self.network.hosts) if rank in ranks)
 
     @property
@@ -114,7 +114,7 @@ def check_described(described: Cluster, hosts: Sequence[Sequence[int]]) -> None:
 
 
 def find_outliers(findings: Findings) -> tuple[str, ...]:
-    """One sentence each: ranks, links and cards slower than their kind, and devices that are held back."""
+    """Says in one sentence each: ranks, links and cards slower than their kind, and devices that are held back."""
     held = [
         f"rank {rank} on {findings.names[findings.host_of(rank)]} is held back by {' and '.join(f.nvidia.held_back_by)}"
         for rank, f in enumerate(findings.facts)

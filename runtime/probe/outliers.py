@@ -25,7 +25,7 @@ class Reading:
 
 
 def outliers(readings: Sequence[Reading]) -> tuple[str, ...]:
-    """A sentence for every reading below `SLOW` of the median of its class; classes of one have no outliers."""
+    """Returns a sentence for every reading below `SLOW` of the median of its class; classes of one have no outliers."""
     classes: dict[tuple[str, str, str], list[float]] = {}
     for r in readings:
         classes.setdefault((r.kind, r.verb, r.unit), []).append(r.value)

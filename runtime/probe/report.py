@@ -14,7 +14,7 @@ from heteromesh.runtime.probe.model.costs import ModelCosts
 def report_text(
     findings: Findings, sentences: tuple[str, ...], cluster: Cluster, costs: ModelCosts | None, seconds: float
 ) -> str:
-    """For people. sentences: the outliers."""
+    """Writes the report for people. sentences: the outliers."""
     blocks = [
         f"Cluster  {cluster.name}: {cluster.ranks} ranks on {len(cluster.hosts)} hosts, probed in {seconds:.1f} s",
         _ranks(findings, cluster),
@@ -28,7 +28,7 @@ def report_text(
 def report_json(
     findings: Findings, sentences: tuple[str, ...], cluster: Cluster, costs: ModelCosts | None, seconds: float
 ) -> dict[str, Any]:
-    """Everything. Bytes, seconds, bytes per second unless the name has another unit."""
+    """Returns everything. Bytes, seconds, bytes per second unless the name has another unit."""
     return {
         "cluster": cluster.name,
         "seconds": seconds,

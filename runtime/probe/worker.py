@@ -33,7 +33,7 @@ MODEL_SECONDS = (10.0, 30.0)
 
 
 def add_flags(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """The flags that are probe's own and not torchrun's."""
+    """Adds the flags that are probe's own and not torchrun's."""
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="write the cluster file here (on rank 0)")
     add("--model", metavar="M", help="also fit the costs of this model, as `heteromesh plan --model` takes it")
@@ -57,7 +57,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """One rank of a probe."""
+    """Runs one rank of a probe."""
     parser = argparse.ArgumentParser()
     add_flags(parser)
     options = parser.parse_args(argv)
@@ -80,7 +80,7 @@ def _read(options: argparse.Namespace) -> tuple[Cluster | None, ModelSpec | None
 def _probe(
     world: World, described: Cluster | None, spec: ModelSpec | None, options: argparse.Namespace, start: float
 ) -> tuple[str, str]:
-    """(the file's text, what to print)."""
+    """Returns (the file's text, what to print)."""
     findings = collect(world, described)
     cluster = assemble(findings, described, options.output.stem)
     costs = None

@@ -34,7 +34,7 @@ _WAY_OUT = "start the script with `heteromesh run --fault-tolerance`"
 def join_options(
     *, facts: Mapping[str, str], step: int = 0, state: str = "", links: int = 1, connect_seconds: float = 10.0
 ) -> JoinOptions:
-    """How this worker joins its job; `facts`, `step`, `state`, `links`, `connect_seconds` as in `JoinOptions`.
+    """Returns how this worker joins; `facts`, `step`, `state`, `links`, `connect_seconds` as in `JoinOptions`.
 
     Raises UserError when a variable is missing or malformed.
     """
@@ -53,7 +53,7 @@ def join_options(
 
 
 def bounds_from_environment() -> Bounds:
-    """How many members the job needs and takes. Raises UserError when that is missing or malformed."""
+    """Returns how many members the job needs and takes. Raises UserError when that is missing or malformed."""
     text = _variable(MEMBERS)
     try:
         return read_bounds(text)
@@ -78,7 +78,7 @@ def environment_of(
     bounds: Bounds,
     place: int | None = None,
 ) -> dict[str, str]:
-    """What the functions above read."""
+    """Returns what the functions above read."""
     known = {} if place is None else {PLACE: str(place)}
     return known | {
         COORDINATORS: ",".join(join_address(address) for address in coordinators),
@@ -90,12 +90,12 @@ def environment_of(
 
 
 def parse_addresses(text: str, where: str) -> list[Address]:
-    """From `host:port[,host:port...]`; `where` names the flag or variable in errors. Raises UserError."""
+    """Reads `host:port[,host:port...]`; `where` names the flag or variable in errors. Raises UserError."""
     return [_parse_address(one, where) for one in text.split(",")]
 
 
 def join_address(address: Address) -> str:
-    """`host:port`; a host with colons (IPv6) in brackets."""
+    """Writes `host:port`; a host with colons (IPv6) in brackets."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -85,7 +85,7 @@ class PeerWatch:
                 raise PeerLost(sentence) from error
 
     def _watch_one_each(self) -> None:
-        """One connection to each peer will do, with keepalive probes so that there is always something to answer."""
+        """Keeps one connection to each peer, with keepalive probes so that there is always something to answer."""
         every = max(1, round(self._limit / 4))
         watched: set[int] = set()
         for connection, peer in self._connections():
@@ -100,7 +100,7 @@ class PeerWatch:
                 self._watched[connection.fileno()] = peer, connection
 
     def _connections(self) -> Iterator[tuple[socket.socket, int]]:
-        """Duplicates of this process's connections to other ranks; the caller closes them."""
+        """Yields duplicates of this process's connections to other ranks; the caller closes them."""
         for connection in _sockets():
             try:
                 peer = self._where.get(connection.getpeername()[:2])
@@ -134,7 +134,7 @@ class PeerWatch:
             connection.close()
 
     def _silent(self, limit: float) -> dict[int, float]:
-        """Seconds since the last acknowledgement, of peers that owe one for longer than `limit`."""
+        """Returns seconds since the last acknowledgement, of peers that owe one for longer than `limit`."""
         found = {}
         for peer, connection in self._watched.values():
             owes, seconds = _unanswered(connection)
@@ -170,7 +170,7 @@ class PeerWatch:
 
 
 def _sockets() -> Iterator[socket.socket]:
-    """Duplicates of this process's TCP sockets; the caller closes them."""
+    """Yields duplicates of this process's TCP sockets; the caller closes them."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
@@ -193,7 +193,7 @@ def _own_addresses() -> list[Address]:
 
 
 def _owners(told: list[tuple[str, list[Address]]], own: int) -> dict[Address, int]:
-    """The rank behind each address, given every rank's host and addresses.
+    """Returns the rank behind each address, given every rank's host and addresses.
 
     Loopback addresses count on one's own host only; what several ranks have says nothing.
     """
@@ -229,7 +229,7 @@ _DOING: Mapping[str, str] = {
 
 
 def _doing(error: BaseException) -> str:
-    """In words, what the innermost of our communicating functions was about."""
+    """Says what the innermost of our communicating functions was about."""
     found, trace = "communicating", error.__traceback__
     while trace is not None:
         found = _DOING.get(str(trace.tb_frame.f_globals.get("__name__")), found)

@@ -78,7 +78,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint."""
+        """Returns the newest whole checkpoint."""
         return max(self._whole(), default=None)
 
     def load(self, path: Path, model: nn.Module, owner: StateOwner) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _put_pieces(
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy in host memory: training goes on while it is written."""
+    """Returns a deep copy in host memory: training goes on while it is written."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Piece):
@@ -212,7 +212,7 @@ def _compare(saved: Mapping[str, list[int]], mine: Mapping[str, list[int]], path
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What went wrong on the first rank that failed."""
+    """Returns what went wrong on the first rank that failed."""
     failures = getattr(error, "failures", None)
     if failures:
         wrapped = next(iter(failures.values()))
@@ -223,7 +223,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost message in one line."""
+    """Returns the innermost message in one line."""
     inner = _innermost(error)
     text = str(inner).strip().splitlines()
     return f"{type(inner).__name__}: {text[-1][:200]}" if text else type(inner).__name__

@@ -44,7 +44,7 @@ class StepMetrics:
     passes: int
 
     def line(self, eta_seconds: float) -> str:
-        """Aligned under HEADER."""
+        """Returns the line, aligned under HEADER."""
         return (
             f"{self.step:>6} {self.loss:>8.4f} {self.grad_norm:>9.3f} {self.tokens_per_second:>9,.0f} "
             f"{self.predicted_seconds:>8.3f}s {self.measured_seconds:>8.3f}s {self.gap:>6.1%} {self.imbalance:>9.3f} "
@@ -63,7 +63,7 @@ class Tensorboard:
             self._writer = SummaryWriter(str(directory), purge_step=done_steps + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """One scalar a key."""
+        """Writes one scalar a key."""
         if self._writer is None:
             return
         for name, value in asdict(metrics).items():
@@ -147,7 +147,7 @@ class ProgressBar:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Writes 1:02:03 or 2:03."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

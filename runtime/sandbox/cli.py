@@ -93,7 +93,7 @@ def _prefix(names: list[str]) -> Sink:
 
 @contextmanager
 def _signals_raise() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the block as Ctrl-C does, with the signal's exit status."""
+    """Makes SIGTERM and a closed terminal end the block as Ctrl-C does, with the signal's exit status."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

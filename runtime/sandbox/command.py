@@ -30,7 +30,7 @@ class Seat:
     cluster_file: str = ""
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """`base` and what tells a process where it is."""
+        """Returns `base` and what tells a process where it is."""
         own = {
             "HETEROMESH_HOST": self.names[self.index],
             "HETEROMESH_HOSTS": ",".join(self.names),
@@ -48,7 +48,7 @@ class Seat:
         return dict(base) | own
 
     def command(self, words: Sequence[str]) -> list[str]:
-        """`words`, with torchrun's flags where it begins with torchrun or with what has its flags.
+        """Returns `words`, with torchrun's flags where it begins with torchrun or with what has its flags.
 
         Flags of the user's own come later and so win.
         """
@@ -68,7 +68,7 @@ class Seat:
 
 
 def _launcher(words: Sequence[str]) -> int:
-    """How many words the launcher's name has; 0: it is none."""
+    """Returns how many words the launcher's name has; 0: it is none."""
     name = words[0].rpartition("/")[2]
     if name == "torchrun":
         return 1

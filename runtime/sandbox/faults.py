@@ -54,7 +54,7 @@ class Event:
 
 
 def parse_fault(spec: str, cluster: Cluster) -> Fault:
-    """A fault from its text; raises UserError for wrong syntax, an unknown host or interface, a rate out of range."""
+    """Reads a fault; raises UserError for wrong syntax, an unknown host or interface, a rate out of range."""
     match = _SPEC.fullmatch(spec)
     where = f"--fault {spec!r}"
     if match is None:
@@ -85,7 +85,7 @@ def parse_fault(spec: str, cluster: Cluster) -> Fault:
 
 
 def schedule(faults: Sequence[Fault], sandbox: Sandbox) -> list[Event]:
-    """The faults and their ends, in the order of time."""
+    """Returns the faults and their ends, in the order of time."""
     events = []
     for fault in faults:
         host, nic = sandbox[fault.host], fault.nic

@@ -24,7 +24,7 @@ _PARENT_DEATH_SIGNAL = 1
 
 
 def main(argv: list[str]) -> int:
-    """Exit status of the command; 128 + n when signal n ended it."""
+    """Returns the exit status of the command; 128 + n when signal n ended it."""
     control, cgroup, hostname, hosts, *command = argv
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_NEW_UTS | _NEW_IPC | _NEW_PID), "unshare")

@@ -18,7 +18,7 @@ _NAME = re.compile(r"hm-(\d+)-\d+(-\d+)?")
 
 
 def free_name() -> str:
-    """A name for a sandbox of this process."""
+    """Returns a name for a sandbox of this process."""
     number = 0
     while (NAMESPACES / f"hm-{os.getpid()}-{number}").exists():
         number += 1
@@ -45,7 +45,7 @@ def remove_leftovers() -> list[str]:
 
 @contextmanager
 def _another_may_be_first(path: Path) -> Iterator[None]:
-    """Two sandboxes that start at the same time find the same leftovers."""
+    """Tolerates that two sandboxes that start at the same time find the same leftovers."""
     try:
         yield
     except (ToolError, OSError):

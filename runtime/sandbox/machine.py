@@ -16,7 +16,7 @@ class ToolError(RuntimeError):
 
 
 def why_not() -> str:
-    """Why this machine can't have a sandbox; empty if it can."""
+    """Says why this machine can't have a sandbox; empty if it can."""
     if not sys.platform.startswith("linux"):
         return f"this is {sys.platform} and a sandbox is made of Linux network namespaces: use a Linux machine"
     if os.geteuid() != 0:
@@ -35,7 +35,7 @@ def check_machine() -> None:
 
 
 def call(*words: str) -> str:
-    """Output of `ip`, `tc` or `sysctl`; raises ToolError."""
+    """Returns the output of `ip`, `tc` or `sysctl`; raises ToolError."""
     done = _run(words)
     if done.returncode != 0:
         raise ToolError(f"{' '.join(words)}: {done.stderr.strip() or done.returncode}")

@@ -44,7 +44,7 @@ class VirtualNic:
 
 
 def lay_out(cluster: Cluster) -> tuple[tuple[VirtualNic, ...], ...]:
-    """The interfaces of every host; raises UserError for what can't be emulated."""
+    """Returns the interfaces of every host; raises UserError for what can't be emulated."""
     if len(cluster.hosts) > MOST_HOSTS:
         raise UserError(
             f"the cluster has {len(cluster.hosts)} hosts and a sandbox at most {MOST_HOSTS}: leave some out"
@@ -94,7 +94,7 @@ def check_rate(gbit: float, where: str) -> None:
 
 
 def control_switch(hosts: tuple[tuple[VirtualNic, ...], ...]) -> str:
-    """The network that every host is on, Ethernet if there is one; empty for a host without NICs."""
+    """Returns the network that every host is on, Ethernet if there is one; empty for a host without NICs."""
     shared = [s for s in dict.fromkeys(i.switch for i in hosts[0]) if all(any(i.switch == s for i in h) for h in hosts)]
     ethernet = {i.switch for host in hosts for i in host if i.name.startswith(_PREFIX["ethernet"])}
     return next((s for s in shared if s in ethernet), shared[0] if shared else "")
@@ -173,7 +173,7 @@ class VirtualNetwork:
         call("ip", "-n", self.name, "link", "set", interface.port, "up" if up else "down")
 
     def set_rate(self, host: int, interface: VirtualNic, gbit: float) -> None:
-        """Another rate, both ways."""
+        """Sets another rate, both ways."""
         for namespace, device in ((self.namespaces[host], interface.name), (self.name, interface.port)):
             words = f"qdisc change dev {device} root handle 1: {_bucket(gbit)}"
             call("tc", "-n", namespace, *words.split())

@@ -64,25 +64,25 @@ class Process:
 
     @property
     def streams(self) -> tuple[IO[bytes], IO[bytes]] | None:
-        """Standard output and error, if they are piped."""
+        """Returns standard output and error, if they are piped."""
         out, err = self._popen.stdout, self._popen.stderr
         return (out, err) if out and err else None
 
     @property
     def pid(self) -> int:
-        """Of the outermost process, for waiting; signals go by `signal`."""
+        """Returns the outermost process's id, for waiting; signals go by `signal`."""
         return self._popen.pid
 
     def poll(self) -> int | None:
-        """Exit status, None while it runs; 128 + n when signal n ended it."""
+        """Returns the exit status, None while it runs; 128 + n when signal n ended it."""
         return self._popen.poll()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Exit status; raises subprocess.TimeoutExpired."""
+        """Returns the exit status; raises subprocess.TimeoutExpired."""
         return self._popen.wait(timeout)
 
     def signal(self, number: int, everyone: bool = False) -> None:
-        """A signal for the command, or for every process that it started too."""
+        """Sends a signal to the command, or to every process that it started too."""
         if self._control >= 0:
             with suppress(BrokenPipeError):
                 os.write(self._control, bytes([number | (EVERYONE if everyone else 0)]))

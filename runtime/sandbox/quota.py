@@ -52,7 +52,7 @@ class Controller:
 
 
 def find_controller(mounts: Path = Path("/proc/mounts")) -> Controller:
-    """The mounted CPU controller; raises UserError if there is none."""
+    """Returns the mounted CPU controller; raises UserError if there is none."""
     for line in mounts.read_text().splitlines():
         _, where, kind, options, *_ = line.split()
         if kind == "cgroup" and "cpu" in options.split(","):

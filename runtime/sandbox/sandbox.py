@@ -30,7 +30,7 @@ class SandboxHost:
 
     @property
     def address(self) -> str:
-        """By which all other hosts reach it; 127.0.0.1 for a host without NICs."""
+        """Returns the address by which all other hosts reach it; 127.0.0.1 for a host without NICs."""
         return next((i.address for i in self.interfaces if i.name == self._seat.interface), "127.0.0.1")
 
     def start(
@@ -55,7 +55,7 @@ class SandboxHost:
             self._network.set_up(i, False)
 
     def slow(self, gbit: float, interface: str = "") -> None:
-        """Another rate each way (Gbit/s) for one interface, or for each."""
+        """Sets another rate each way (Gbit/s) for one interface, or for each."""
         check_rate(gbit, f"host {self.name!r}: a link")
         for i in self._chosen(interface):
             self._network.set_rate(self.index, i, gbit)
@@ -77,15 +77,15 @@ class SandboxHost:
         self.resume()
 
     def kill(self) -> None:
-        """SIGKILL to every process of the host."""
+        """Sends SIGKILL to every process of the host."""
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGSTOP to every process of the host."""
+        """Sends SIGSTOP to every process of the host."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT to every process of the host."""
+        """Sends SIGCONT to every process of the host."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:

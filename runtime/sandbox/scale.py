@@ -13,7 +13,7 @@ from heteromesh.planner.cluster.files import cluster_toml
 
 
 def scaled(cluster: Cluster, factor: float) -> Cluster:
-    """The cluster with every card's rate, nominal and measured, divided by `factor` (> 0); the rest as it was.
+    """Returns the cluster with every card's rate, nominal and measured, divided by `factor` (> 0); the rest as it was.
 
     Their ratios stay, and so does what the planner decides by bandwidth; by what compute hides them no longer does.
     """
@@ -26,7 +26,7 @@ def scaled(cluster: Cluster, factor: float) -> Cluster:
 
 @contextmanager
 def scaled_file(cluster: Cluster, path: Path, factor: float) -> Iterator[tuple[Cluster, Path]]:
-    """`scaled` and a file of it, for as long as the block lasts; with a factor of 1, what was given."""
+    """Yields `scaled` and a file of it, for as long as the block lasts; with a factor of 1, what was given."""
     if factor == 1:
         yield cluster, path
         return

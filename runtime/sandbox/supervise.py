@@ -61,12 +61,12 @@ class SandboxJob:
 
     @property
     def failed(self) -> str:
-        """The first host that counts and ended with another status than 0; empty: none."""
+        """Returns the first host that counts and ended with another status than 0; empty: none."""
         counted = {h: s for h, s in self.statuses.items() if h not in self.lost} or self.statuses
         return next((host for host, status in counted.items() if status), "")
 
     def wait(self, timeout: float | None = None) -> int:
-        """The first exit status that is not 0, else 0. Ends all processes.
+        """Returns the first exit status that is not 0, else 0. Ends all processes.
 
         Raises subprocess.TimeoutExpired, and OSError where the sink can't write (nobody reads any more).
         """
@@ -82,7 +82,7 @@ class SandboxJob:
         return self.statuses[self.failed] if self.failed else 0
 
     def end(self) -> None:
-        """SIGTERM, then SIGKILL."""
+        """Sends SIGTERM, then SIGKILL."""
         running = [p for p in self._processes if p.poll() is None]
         try:
             for process in running:

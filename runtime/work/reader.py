@@ -55,7 +55,7 @@ class Reader:
         self.lengths = _lengths(data)
 
     def step_inputs(self, step: Step, sequences: Sequence[int], rank: int) -> dict[int, PassInput]:
-        """By position in the step, the input of every pass that names `rank`.
+        """Returns by position in the step the input of every pass that names `rank`.
 
         sequences[i]: index in the data of the batch's i-th sequence.
         """
@@ -83,7 +83,7 @@ class Reader:
         return PassInput(as_tensors[0], as_tensors[1], as_tensors[2], valid)
 
     def sample_tokens(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Some of the data's tokens (at most `count`, at least one)."""
+        """Returns some of the data's tokens (at most `count`, at least one)."""
         parts, have = [], 0
         for index, length in enumerate(self.lengths):
             parts.append(self._read(index, 0, length, length)[0])

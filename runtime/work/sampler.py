@@ -61,7 +61,7 @@ class Sampler:
         self._start_epoch(0)
 
     def next_batch(self) -> Batch:
-        """The next batch; never ends."""
+        """Returns the next batch; never ends."""
         if self._position == self._order.size:
             self._start_epoch(self._epoch + 1)
             self._position = 0
@@ -80,11 +80,11 @@ class Sampler:
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """State after the last batch handed out; JSON-able. With batches prefetched, use `state_after`."""
+        """Returns the state after the last batch handed out; JSON-able. With batches prefetched, use `state_after`."""
         return self._state(self._index, self._epoch, self._position)
 
     def state_after(self, batch: Batch) -> dict[str, int | str]:
-        """State to continue behind `batch`, however many later ones were already handed out."""
+        """Returns the state to continue behind `batch`, however many later ones were already handed out."""
         return self._state(batch.index + 1, batch.epoch, batch.position)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:

@@ -39,7 +39,7 @@ class Assignment:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the plan's sequences, in tokens."""
+        """Returns the lengths of the plan's sequences, in tokens."""
         return tuple(self.batch.lengths[i] for i in self.places)
 
 
@@ -75,7 +75,7 @@ class WorkSource(Protocol):
         """
 
     def committed(self, world: World, number: int, last: bool) -> None:
-        """Step `number` has been applied: the next call of `plan`, unless it was the `last`, is for the batch after."""
+        """Notes that step `number` is applied: the next `plan`, unless it was the `last`, is for the batch after."""
 
     def restart(self) -> None:
         """Forgets the batch at hand: the sampler was set to another place."""

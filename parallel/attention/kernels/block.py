@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def forward_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of one block.
+    """Returns (out, lse) of one block.
 
     The last dimension must be dense and neither side empty (torch's CPU kernel is silently wrong on the one and kills
     the process on the other); causal blocks must be square (kernels differ in how they align others).
@@ -42,7 +42,7 @@ def backward_block(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of one block, given the out and lse of the whole rows. Limits as in `forward_block`."""
+    """Returns (dq, dk, dv) of one block, given the out and lse of the whole rows. Limits as in `forward_block`."""
     _guard(q, k, v, causal)
     return _kernel(q, k, causal).backward(grad, q, k, v, out, lse, causal, scale)
 
@@ -72,7 +72,7 @@ def _kernel(q: torch.Tensor, k: torch.Tensor, causal: bool) -> Kernel:
 
 @cache
 def _cuda_kernel(kind: Kind) -> Kernel:
-    """Checked once a process."""
+    """Checks the kernel once a process."""
     with torch.no_grad():
         return checked(FLASH, FORMULA, kind)
 
@@ -103,7 +103,7 @@ def _cpu_backward(
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
-    """(B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
+    """Returns (B, Hk, G, Sq, Sk) scaled scores, G query heads per key head, at least float32."""
     wide = accumulation_dtype(q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1)).to(wide)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped, k.to(wide)) * scale

@@ -53,7 +53,7 @@ class Kind(NamedTuple):
 
 
 def checked(candidate: Kernel, formula: Kernel, kind: Kind) -> Kernel:
-    """The candidate if it computes this kind of blocks as the formula does, else the formula, with a warning."""
+    """Returns the candidate if it computes such blocks as the formula does, else the formula, with a warning."""
     try:
         fault = _disagreement(candidate, formula, kind)
     except Exception as error:  # whatever a private operator may raise
@@ -71,7 +71,7 @@ def checked(candidate: Kernel, formula: Kernel, kind: Kind) -> Kernel:
 
 
 def _disagreement(candidate: Kernel, formula: Kernel, kind: Kind) -> str | None:
-    """What differs in a small random block, in words; None where nothing does."""
+    """Returns what differs in a small random block, in words; None where nothing does."""
     scale, keys = 1 / math.sqrt(kind.head_dim), ROWS if kind.causal else KEYS
     generator = torch.Generator().manual_seed(0)
 
@@ -135,7 +135,7 @@ def _backward(
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Without it the operator adds up dq in the order in which its threads happen to finish."""
+    """Asks for fixed order: without it the operator adds up dq in the order in which its threads happen to finish."""
     was, only_warns = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

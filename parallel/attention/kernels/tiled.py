@@ -18,17 +18,17 @@ from heteromesh.parallel.attention.kernels.tiles import Tile as Tile
 
 
 def rows_first(x: torch.Tensor) -> torch.Tensor:
-    """(1, H, n, D) as (n, H, D), contiguous."""
+    """Returns (1, H, n, D) as (n, H, D), contiguous."""
     return x[0].transpose(0, 1).contiguous()
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(n, H, D) as (1, H, n, D), a view."""
+    """Returns (n, H, D) as (1, H, n, D), a view."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
 def default_scale(scale: float | None, dim: int) -> float:
-    """1 / sqrt(dim) unless given."""
+    """Returns 1 / sqrt(dim) unless given."""
     return 1.0 / math.sqrt(dim) if scale is None else scale
 
 
@@ -56,14 +56,14 @@ class RowSum:
                 mine += part
 
     def result(self) -> torch.Tensor:
-        """The sums in the dtype of `like`."""
+        """Returns the sums in the dtype of `like`."""
         return self.total.to(self._dtype)
 
 
 def forward_tile(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: Tile, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (rows, H, D), lse (rows, H)) of one tile; q, k and v rows first."""
+    """Returns (out (rows, H, D), lse (rows, H)) of one tile; q, k and v rows first."""
     keys = slice(t.k0, t.k1)
     out, lse = forward_block(heads_first(q[t.q0 : t.q1]), heads_first(k[keys]), heads_first(v[keys]), t.causal, scale)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
@@ -79,7 +79,7 @@ def backward_tile(
     t: Tile,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv) of the tile's rows; everything rows first. out and lse: of whole rows, over all keys."""
+    """Returns (dq, dk, dv) of the tile's rows; everything rows first. out and lse: of whole rows, over all keys."""
     rows, keys = slice(t.q0, t.q1), slice(t.k0, t.k1)
     grad, q, k, v, out = (heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows]))
     parts = backward_block(grad, q, k, v, out, lse[rows].transpose(0, 1).unsqueeze(0), t.causal, scale)
@@ -90,7 +90,7 @@ def backward_tile(
 def forward_tiles(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse), rows first. Every row must be in some tile; two tiles share all of their query rows or none."""
+    """Returns (out, lse), rows first. Every row must be in a tile; two tiles share all of their query rows or none."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
     for (first, last), group in _by_rows(tiles).items():
@@ -130,7 +130,7 @@ class _TileAttention(torch.autograd.Function):
 def tile_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float | None = None
 ) -> torch.Tensor:
-    """Attention of q (1, H, Sq, D) over the keys that the tiles name, (1, H, Sq, D); differentiable.
+    """Computes attention of q (1, H, Sq, D) over the keys that the tiles name, (1, H, Sq, D); differentiable.
 
     Tiles with equal query rows are merged; every query row must be in some tile, and no tile may be empty.
     """

@@ -34,7 +34,7 @@ class _Placed:
 
 
 def tiles_between(queries: Sequence[Segment], keys: Sequence[Segment], *, causal: bool) -> tuple[Tile, ...]:
-    """The tiles of a block of queries and a block of keys, each laid out in memory segment by segment.
+    """Returns the tiles of a block of queries and a block of keys, each laid out in memory segment by segment.
 
     Two segments of one sequence must be equal or disjoint. Neighbouring tiles are joined where that is exact.
     """
@@ -81,7 +81,7 @@ def _of_sequence(queries: list[_Placed], keys: list[_Placed], causal: bool) -> I
 
 
 def _joined_queries(queries: list[_Placed], keys: list[_Placed]) -> list[tuple[Rows, list[Rows]]]:
-    """(query rows, the ranges of keys that lie wholly before them), neighbours with equal ranges as one."""
+    """Returns (query rows, the ranges of keys that lie wholly before them), neighbours with equal ranges as one."""
     joined: list[tuple[Rows, list[Rows]]] = []
     for q in queries:
         before = _runs([k for k in keys if k.segment.end <= q.segment.start])
@@ -97,7 +97,7 @@ def _rising(placed: Sequence[_Placed]) -> bool:
 
 
 def _runs(placed: Sequence[_Placed]) -> list[Rows]:
-    """The rows of the segments, neighbours in memory as one range."""
+    """Returns the rows of the segments, neighbours in memory as one range."""
     runs: list[Rows] = []
     for p in placed:
         if runs and runs[-1][1] == p.row:

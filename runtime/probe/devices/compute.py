@@ -31,7 +31,7 @@ class Compute:
 
     @property
     def best_tflops(self) -> float:
-        """Of the faster dtype."""
+        """Returns the rate of the faster dtype."""
         return max(self.tflops.values())
 
 
@@ -55,7 +55,7 @@ def measure_compute(world: World) -> Compute:
 
 
 def sustained(world: World, act: Callable[[], object]) -> tuple[float, float]:
-    """(seconds of one `act` in a row of them, CPU cores used): medians of trials that begin on all ranks together."""
+    """Times (seconds of one `act` in a row, CPU cores used): medians of trials that begin on all ranks together."""
     _timed(world, act, 1)
     count = 1
     while (seconds := _timed(world, act, count)[0]) < FIRST_SECONDS:

@@ -13,7 +13,7 @@ MEMORY_TOLERANCE = 0.15
 
 
 def catalogue_name(maker: str, memory_bytes: float, catalogue: Mapping[str, Device] = CATALOG) -> str | None:
-    """The catalogue's name of the device that its maker calls so; None: it is not there.
+    """Returns the catalogue's name of the device that its maker calls so; None: it is not there.
 
     All words of the catalogue's name but its memory must be in the maker's, and the memory must agree; of several the
     one with the most words is meant, then the one with the nearest memory.
@@ -30,7 +30,7 @@ def catalogue_name(maker: str, memory_bytes: float, catalogue: Mapping[str, Devi
 
 
 def describe(tflops: Sequence[float], memory_bytes: Sequence[float], memory: Sequence[float], link: float) -> Device:
-    """A device from what its ranks measured (TFLOP/s, bytes, GB/s); link: GB/s between two of them, 0: not known."""
+    """Makes a device of what its ranks measured (TFLOP/s, bytes, GB/s); link: GB/s between two of them, 0: unknown."""
     copied = statistics.median(memory)
     return Device(
         tflops=_round(statistics.median(tflops)),

@@ -66,7 +66,7 @@ def collect_facts(world: World) -> Facts:
 
 
 def cpu_model(proc: Path = PROC) -> str:
-    """The CPU's name as the kernel has it."""
+    """Returns the CPU's name as the kernel has it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", (proc / "cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -104,7 +104,7 @@ def host_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> float:
 
 
 def _walk(root: Path, path: str, read: object) -> list[float]:
-    """What `read` finds in the group and all above it up to the root."""
+    """Returns what `read` finds in the group and all above it up to the root."""
     group, found = root / path.lstrip("/"), []
     assert callable(read)
     while True:
@@ -134,6 +134,6 @@ def _quota_v2(group: Path) -> float | None:
 
 
 def _slug(text: str) -> str:
-    """Lower case, words joined by dashes, without marks and clock rates."""
+    """Returns the name in lower case, words joined by dashes, without marks and clock rates."""
     plain = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b|\bwith\b.*", "", text.lower())
     return "-".join(re.findall(r"[a-z0-9.]+", plain)) or "cpu"

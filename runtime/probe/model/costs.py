@@ -47,7 +47,7 @@ class ModelCosts:
 def measure_model(
     world: World, spec: ModelSpec, tflops: Mapping[str, float], rate: LinkModel | None, seconds: float
 ) -> ModelCosts:
-    """Every rank of the world must call it. tflops: this rank's matrix rates. rate: of exchanges, where measured.
+    """Measures; every rank of the world must call it. tflops: this rank's matrix rates. rate: of exchanges, if known.
     seconds: for a calibration, roughly; the least of the ranks' counts.
 
     A model that does not fit the memory or the time is timed with fewer layers, twice; everything is linear in

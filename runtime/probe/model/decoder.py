@@ -65,7 +65,7 @@ class _Layer(nn.Module):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (arXiv 2104.09864); x (B, H, S, D), cos and sin (B, 1, S, D / 2); an odd last column stays."""
+    """Rotates x (B, H, S, D) by position (arXiv 2104.09864), cos and sin (B, 1, S, D / 2); an odd last column stays."""
     half = x.shape[-1] // 2
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
