@@ -40,13 +40,13 @@ class Recorder:
     """Of these, what passes exchanged."""
 
     @contextmanager
-    def span(self, name: str, category: Category, bytes_sent: int = 0) -> Iterator[None]:
+    def span(self, name: str, category: Category) -> Iterator[None]:
         """Records the block, also when it raises."""
         start, clock = time.time_ns(), time.perf_counter_ns()
         try:
             yield
         finally:
-            self.add(name, category, start, time.perf_counter_ns() - clock, bytes_sent)
+            self.add(name, category, start, time.perf_counter_ns() - clock)
 
     def add(self, name: str, category: Category, start_ns: int, duration_ns: int, bytes_sent: int = 0) -> None:
         """Records a span that was timed elsewhere."""

@@ -64,7 +64,6 @@ class Fixed:
         self._world, self._number = world, 0
 
     def start(self) -> World:
-        """Returns the world."""
         return self._world
 
     def commit(

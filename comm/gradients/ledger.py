@@ -79,11 +79,9 @@ class StepLedger:
         return self._shares.setdefault(members, LedgerShare())
 
     def drop(self, members: Members) -> None:
-        """Drops a share."""
         self._shares.pop(members, None)
 
     def clear(self) -> None:
-        """Drops all shares."""
         self._shares.clear()
         self.settled = frozenset()
 

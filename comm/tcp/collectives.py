@@ -74,23 +74,6 @@ def all_reduce(
 
 
 @recorded
-def reduce_scatter(
-    transport: TcpTransport, source: torch.Tensor, target: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES
-) -> int:
-    """Sums `source` of all ranks and leaves in `target` this rank's shard (`shards` of the flat source) of the sum."""
-    run = DirectSum(transport, chunk_bytes=chunk_bytes)
-    flat = source.reshape(-1)
-    cuts = shards(flat.numel(), transport.size)
-    start, end = cuts[transport.rank]
-    if target.numel() != end - start:
-        raise ValueError(f"rank {transport.rank}'s shard has {end - start} elements, its target {target.numel()}")
-    if transport.size == 1:
-        target.view(-1).copy_(flat)
-        return run.mine
-    return run.sharded(flat, target.view(-1), cuts, gather=False).mask
-
-
-@recorded
 def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor], tag: int = Tag.MOVE) -> None:
     """Fills `parts[i]` with rank i's `parts[i]`, whose sizes may differ and may be zero."""
     others = [p for p in range(transport.size) if p != transport.rank]
@@ -127,19 +110,6 @@ def broadcast(transport: TcpTransport, tensor: torch.Tensor, root: int) -> None:
     if mine is not None:
         transport.recv(root, mine, Tag.MOVE).wait()
         works += [transport.send(p, mine, Tag.MOVE) for p in receivers if p != transport.rank]
-    wait_all(works)
-
-
-@recorded
-def all_to_all(transport: TcpTransport, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]) -> None:
-    """Sends `sends[i]` to rank i and fills `receives[i]` from rank i; sizes may differ and may be zero."""
-    if not len(sends) == len(receives) == transport.size:
-        raise ValueError(f"{len(sends)} sends and {len(receives)} receives for {transport.size} ranks")
-    rank, size = transport.rank, transport.size
-    receives[rank].copy_(sends[rank])
-    order = [(rank + i) % size for i in range(1, size)]
-    works = [transport.recv(p, receives[p], Tag.MOVE) for p in order if receives[p].numel()]
-    works += [transport.send(p, sends[p], Tag.MOVE) for p in order if sends[p].numel()]
     wait_all(works)
 
 

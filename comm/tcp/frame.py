@@ -15,8 +15,6 @@ _HEADER = struct.Struct("!IIqIIQQQ32s")
 HEADER = _HEADER.size
 _MAGIC = 0x484D4658
 _WORD = (1 << 64) - 1
-MAX_MEMBERS = 256
-"""Bits of the contributor mask."""
 
 
 class FrameError(ConnectionError):

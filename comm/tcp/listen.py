@@ -79,8 +79,8 @@ class _Handshake:
 class Listener:
     """Accepts in a thread of its own until `close`. `addresses`: where peers reach this process, (host, port) each."""
 
-    def __init__(self, secret: bytes, hosts: Sequence[str] = ("127.0.0.1",), ports: Sequence[int] = ()) -> None:
-        """Opens one socket per host address of this machine; port 0 (the default) takes a free one.
+    def __init__(self, secret: bytes, hosts: Sequence[str] = ("127.0.0.1",)) -> None:
+        """Opens one socket per host address of this machine, on a free port.
 
         Raises OSError when an address cannot be bound.
         """
@@ -92,10 +92,7 @@ class Listener:
         self._heard: dict[tuple[str, int], Callable[[], None]] = {}
         self.counts: Counter[str] = Counter()
         """Connections by what became of them: accepted, foreign, stale."""
-        self._sockets = [
-            socket.create_server((host, port), backlog=256)
-            for host, port in zip(hosts, [*ports, *[0] * (len(hosts) - len(ports))], strict=True)
-        ]
+        self._sockets = [socket.create_server((host, 0), backlog=256) for host in hosts]
         self.addresses: tuple[tuple[str, int], ...] = tuple(s.getsockname()[:2] for s in self._sockets)
         self._wake, self._woken = socket.socketpair()
         for sock in (*self._sockets, self._woken):

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 from heteromesh.comm.tcp.auth import AuthError, Connector, HandshakeEnded
@@ -73,9 +72,7 @@ class Search:
     def __enter__(self) -> Search:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for dial in self._dials.values():
             dial.sock.close()
         self._dials.clear()

@@ -143,7 +143,6 @@ class PackStage(PipelineStage):
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Sends them on."""
         return super().get_fwd_send_ops(fwd_chunk_id) if self._has(fwd_chunk_id) else []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:

@@ -31,13 +31,7 @@ def bind(constants: Constants, cluster: Cluster) -> Costs:
             f"{constants.tokens_per_device} for the largest memory, raise it or leave that host out of the cluster file"
         )
     return Costs(
-        seconds_per_token2=constants.seconds_per_token2,
-        seconds_per_token=constants.seconds_per_token,
-        seconds_per_pass=constants.seconds_per_pass,
-        seconds_per_split_pass=constants.seconds_per_split_pass,
-        seconds_per_round=constants.seconds_per_round,
-        seconds_per_tile=constants.seconds_per_tile,
-        seconds_per_step=constants.seconds_per_step,
+        **constants.seconds,
         speeds=cluster.speeds(),
         capacity=capacity,
         methods=(Method(name=constants.method, bytes_per_token=constants.bytes_per_token),),

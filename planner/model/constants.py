@@ -7,7 +7,7 @@ Seconds are for the fastest device of the cluster, tokens for the one with the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ class Constants:
     bytes_per_second: dict[int, float] = field(default_factory=dict)
     """The rate of a device each way, by degree of the pass."""
     method: str = "ulysses"
+
+    @property
+    def seconds(self) -> dict[str, Any]:
+        """The constants that `Costs` has under the same names."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("seconds_")}
 
 
 def constants_from_table(table: Mapping[str, Any], where: str) -> Constants:

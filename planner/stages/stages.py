@@ -32,11 +32,6 @@ class Stage:
         t = self.tensor_parallel
         return tuple(self.ranks[i : i + t] for i in range(0, len(self.ranks), t))
 
-    @property
-    def data_parallel_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks that hold the same parameters, one group for each place in a replica: gradients are summed in these."""
-        return tuple(self.ranks[i :: self.tensor_parallel] for i in range(self.tensor_parallel))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:

@@ -93,24 +93,12 @@ class HuggingFaceTokenizer:
             ) from None
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._name = path.name
+        self.name = path.name
         # ids may have holes, so the number of entries is not the size an embedding needs
-        self._vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        if not self._vocab_size:
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if not self.vocab_size:
             raise UserError(f"tokenizer file {path} has an empty vocabulary: train it first, or use {BYTES!r}")
-        self._fingerprint = "hf-" + hashlib.blake2b(data, digest_size=16).hexdigest()
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
+        self.fingerprint = "hf-" + hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def encode(self, text: str) -> TokenIds:
         return self.encode_batch([text])[0]

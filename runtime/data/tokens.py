@@ -79,6 +79,9 @@ class TokenStore:
         data = np.memmap(path, dtype=np.uint8, mode="r")
         footer, body = _read_footer(data)
         self._footer = footer
+        self.vocab_size, self.report = footer.vocab_size, footer.report
+        self.fingerprint = footer.fingerprint
+        """Equal on two machines exactly when they hold the same sequences."""
         dtype = np.dtype(footer.dtype)
         token_bytes, offset_start, end = _layout(footer.tokens, footer.sequences, dtype)
         if end != body:
@@ -98,20 +101,6 @@ class TokenStore:
 
     def __getitem__(self, index: int) -> Int64s:
         return self.sequence(index)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._footer.vocab_size
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the contents: equal on two machines exactly when they hold the same sequences."""
-        return self._footer.fingerprint
-
-    @property
-    def report(self) -> Report:
-        """Documents read and skipped when the store was built."""
-        return self._footer.report
 
     def sequence(self, index: int) -> Int64s:
         """All ids of a sequence, shape (lengths[index],); raises IndexError outside [0, len)."""

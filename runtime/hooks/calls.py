@@ -36,7 +36,6 @@ class HookCalls:
         return Stop(failure=self._failure) if self._failure else None
 
     def step_committed(self, step: StepCommitted) -> None:
-        """Tells all hooks."""
         self._step, self._where = step.metrics.step, step.world.names[step.world.rank]
         self._tell("step_committed", lambda hook: hook.step_committed(step))
 
@@ -59,15 +58,12 @@ class HookCalls:
         return found
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Tells all hooks."""
         self._tell("evaluated", lambda hook: hook.evaluated(step, values))
 
     def checkpoint_saved(self, step: int, path: Path) -> None:
-        """Tells all hooks."""
         self._tell("checkpoint_saved", lambda hook: hook.checkpoint_saved(step, path))
 
     def end(self, report: TrainingReport) -> None:
-        """Tells all hooks, once."""
         if not self._ended:
             self._ended = True
             self._tell("end", lambda hook: hook.end(report))

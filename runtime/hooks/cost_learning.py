@@ -55,7 +55,6 @@ class CostLearning(Hook):
         self._base, self._learns = base, learns
         self._learner = Learner(waits_known=waits_known)
         self._overheads: deque[float] = deque(maxlen=9)
-        self._seconds_per_step = seconds_per_step
         self._known: tuple[tuple[int, ...], Correction] = (), Correction(seconds_per_step=seconds_per_step)
         self._cached: tuple[tuple[int, ...], Costs] | None = None
 

@@ -48,26 +48,21 @@ class HookWorld(World):
         return result
 
     def gather(self, value: Any) -> list[Any]:
-        """See World."""
         everyone = self._inner.gather((True, value))
         if not all(present for present, _ in everyone):
             raise PeerRaised("the hook has raised on another rank")
         return [value for _, value in everyone]
 
     def broadcast(self, value: Any) -> Any:
-        """See World."""
         return self.gather(value if self.rank == 0 else None)[0]
 
     def broadcast_tensors(self, tensors: Iterable[torch.Tensor], source: int = 0) -> None:
-        """See World."""
         self.barrier()
         self._inner.broadcast_tensors(tensors, source)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
-        """See World."""
         self.barrier()
         return self._inner.sum(vector)
 
     def barrier(self) -> None:
-        """See World."""
         self.gather(None)

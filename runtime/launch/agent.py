@@ -13,19 +13,17 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.runtime.launch.countdown import Countdown
 from heteromesh.runtime.launch.reaper import Reaper
 from heteromesh.runtime.launch.worker import ExitStatus, WorkerProcess
-from heteromesh.runtime.process.interrupt import AGAIN_SECONDS
+from heteromesh.runtime.process.interrupt import AGAIN_SECONDS, handled
 
 _PAUSE = 1.0
 """Seconds before a worker is started again."""
@@ -86,7 +84,8 @@ class Agent:
             stack.callback(reaper.close)
             stack.callback(self._clean)
             stack.enter_context(self._selector)
-            signals = stack.enter_context(_Signals(self._spec.signals))
+            signals = _Signals()
+            stack.enter_context(signals.caught(self._spec.signals))
             self._selector.register(signals, selectors.EVENT_READ, signals)
             self._workers = [WorkerProcess(rank, name, folder, reaper) for rank, name in enumerate(self._spec.names)]
             while any(worker.open for worker in self._workers):
@@ -250,29 +249,23 @@ class Agent:
 
 
 class _Signals:
-    """While entered, signals are bytes to be read instead of what they usually do. For the main thread."""
+    """Signals as bytes to be read, while `caught` is entered, instead of what they usually do. For the main thread."""
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self._numbers = numbers
+    def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno())
-        for number in self._numbers:
-            self._before[number] = signal.signal(number, lambda *_: None)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        self._reader.close()
-        self._writer.close()
+    @contextmanager
+    def caught(self, numbers: Sequence[int]) -> Iterator[None]:
+        """Takes these signals; closes the sockets at the end."""
+        with self._reader, self._writer:
+            wakeup = signal.set_wakeup_fd(self._writer.fileno())
+            try:
+                with handled(numbers, lambda *_: None):
+                    yield
+            finally:
+                signal.set_wakeup_fd(wakeup)
 
     def fileno(self) -> int:
         return self._reader.fileno()

@@ -6,11 +6,23 @@ import os
 import signal
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 
 AGAIN_SECONDS = 2.0
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Lets `handler` have these signals inside of the block. For the main thread, the only one Python allows it."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Interrupt:
@@ -20,24 +32,18 @@ class Interrupt:
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self.signal: int | None = None
         self._asked = 0.0
-        self._before: dict[int, Any] = {}
+        self._handled = ExitStack()
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self._before[number] = signal.signal(number, self._remember)
+            self._handled.enter_context(handled((signal.SIGINT, signal.SIGTERM), self._remember))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *_: object) -> None:
+        self._handled.close()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -40,7 +40,6 @@ class PieceSavePlanner(DefaultSavePlanner):
         return SavePlan([*plan.items, *items], planner_data=plan.planner_data)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Returns the tensor to write."""
         value = self.state_dict[index.fqn]
         if isinstance(value, Piece):
             assert index.offset is not None
@@ -67,7 +66,6 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         return plan
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """Returns where to read to."""
         if index.fqn in self._pieces:
             assert index.offset is not None
             return self._pieces[index.fqn].box(index.offset)

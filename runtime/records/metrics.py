@@ -63,7 +63,6 @@ class Tensorboard:
             self._writer = SummaryWriter(str(directory), purge_step=done_steps + 1)
 
     def write(self, metrics: StepMetrics) -> None:
-        """Writes one scalar a key."""
         if self._writer is None:
             return
         for name, value in asdict(metrics).items():
@@ -77,7 +76,6 @@ class Tensorboard:
                 self._writer.add_scalar(f"evaluation/{name}", value, step)
 
     def close(self) -> None:
-        """Flushes."""
         if self._writer is not None:
             self._writer.close()
 
@@ -89,11 +87,9 @@ class JsonLines:
         self._file = path.open("a", buffering=1)
 
     def write(self, value: dict[str, Any]) -> None:
-        """Appends one line."""
         self._file.write(json.dumps(value) + "\n")
 
     def close(self) -> None:
-        """Closes the file."""
         self._file.close()
 
 
@@ -132,7 +128,6 @@ class ProgressBar:
         self._on = sys.stderr.isatty()
 
     def show(self, done: int, eta_seconds: float) -> None:
-        """Redraws the bar."""
         if self._on:
             filled = 30 * done // self._total
             bar = "=" * filled + " " * (30 - filled)
@@ -140,7 +135,6 @@ class ProgressBar:
             sys.stderr.flush()
 
     def clear(self) -> None:
-        """Takes the bar off the line."""
         if self._on:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()

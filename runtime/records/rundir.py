@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,6 @@ class RunDirectory:
             write_trace(self.path / TRACE, spans, dropped)
 
     def close(self) -> None:
-        """Closes the files."""
         for name in ("_plans", "_metrics", "_ledger", "_evaluations", "_tensorboard"):
             if getattr(self, name, None) is not None:
                 getattr(self, name).close()
@@ -96,18 +96,13 @@ class RunDirectory:
                 probe.flush()
 
 
-class _named:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     """Turns an OSError on the run directory into a sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"run directory {self._path} can't be written ({error.strerror}): "
-                "free disk space, mend its permissions or choose another directory"
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run directory {path} can't be written ({error.strerror}): "
+            "free disk space, mend its permissions or choose another directory"
+        ) from error

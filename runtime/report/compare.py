@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +243,7 @@ def compare_run(run: Run) -> Comparison:
 
 def _parts(run: Run) -> Parts:
     reasons = [explain_step(s.plan, run.costs_of(s)) for s in run.steps]
-    return Parts(
-        compute=sum(r.compute for r in reasons),
-        exchange=sum(r.exchange for r in reasons),
-        fixed=sum(r.fixed for r in reasons),
-        idle=sum(r.idle for r in reasons),
-        step_fixed=sum(r.step_fixed for r in reasons),
-    )
+    return Parts(**{f.name: sum(getattr(r, f.name) for r in reasons) for f in fields(Parts)})
 
 
 def _ranks(steps: Sequence[MeasuredStep]) -> tuple[RankComparison, ...]:

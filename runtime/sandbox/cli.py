@@ -6,14 +6,15 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.runtime.cli.arguments import Parser, number
+from heteromesh.runtime.process.interrupt import handled
 from heteromesh.runtime.sandbox.faults import SYNTAX, parse_fault
 from heteromesh.runtime.sandbox.machine import check_machine
 from heteromesh.runtime.sandbox.network import lay_out
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if command[0] != "heteromesh" and not shutil.which(command[0]):
         raise UserError(f"COMMAND {command[0]!r} is not found: give a program in PATH or a path of one")
     with (
-        _signals_raise(),
+        handled((signal.SIGTERM, signal.SIGHUP), _end),
         scaled_file(described, options.cluster, options.scale) as (cluster, path),
         Sandbox(
             cluster,
@@ -91,18 +92,6 @@ def _prefix(names: list[str]) -> Sink:
     return write
 
 
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Makes SIGTERM and a closed terminal end the block as Ctrl-C does, with the signal's exit status."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
-        number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the command as Ctrl-C does, with the signal's exit status."""
+    raise SystemExit(128 + number)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import IO
 
@@ -35,7 +35,6 @@ class SandboxJob:
         command: Sequence[str],
         *,
         faults: Sequence[Fault] = (),
-        environment: Mapping[str, str] | None = None,
         sink: Sink | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -49,7 +48,7 @@ class SandboxJob:
         self._lock = threading.Lock()
         self._deaf: OSError | None = None
         self._began = time.monotonic()
-        self._processes = sandbox.start(command, environment=environment, piped=sink is not None)
+        self._processes = sandbox.start(command, piped=sink is not None)
         self._readers = [
             threading.Thread(target=self._read, args=(stream, sink, process.host, error), daemon=True)
             for process in self._processes

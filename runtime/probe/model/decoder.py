@@ -31,7 +31,6 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Logits."""
         half = torch.arange(0, self.dim - 1, 2, device=position_ids.device) / self.dim
         angles = position_ids[:, None, :, None] / 10_000.0**half
         x = self.embed(input_ids)

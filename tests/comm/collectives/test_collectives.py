@@ -12,8 +12,8 @@ import torch.distributed as dist
 from heteromesh.comm.collectives.gloo import GlooTransport
 from heteromesh.comm.collectives.uneven import UnevenCollectives, open_collectives
 from heteromesh.planner.reduction.reduction import Reduction, plan_reduction
-from heteromesh.planner.reduction.schedule import sent_bytes
 from ranks import World, run_ranks
+from reduction_bytes import sent_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 SIZES = (0, 1, 7, 4096, 150_001)

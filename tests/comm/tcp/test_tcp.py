@@ -76,19 +76,11 @@ def test_other_collectives():
             collectives.all_gather(transport, parts)
             word = torch.full((50_000,), rank)
             collectives.broadcast(transport, word, 2)
-            got = [torch.empty(rank + 1) for _ in range(size)]
-            collectives.all_to_all(transport, [torch.full((p + 1,), 10.0 * rank + p) for p in range(size)], got)
-            source = torch.arange(1000.0)
-            start, end = collectives.shards(1000, size)[rank]
-            shard = torch.empty(end - start)
-            collectives.reduce_scatter(transport, source, shard)
-            return parts, word, got, torch.equal(shard, 4 * source[start:end])
+            return parts, word
 
-        for rank, (parts, word, got, scattered) in enumerate(everywhere(pool, act, transports)):
+        for parts, word in everywhere(pool, act, transports):
             assert all(bool((part == r).all()) for r, part in enumerate(parts))
             assert bool((word == 2).all())
-            assert all(bool((t == 10 * r + rank).all()) for r, t in enumerate(got))
-            assert scattered
 
 
 def test_message_before_its_receive_does_not_hold_up_others():
@@ -219,8 +211,6 @@ def test_sizes_that_differ_abort():
         (lambda t: t.send(5, torch.ones(1), 0), "no peer"),
         (lambda t: t.send(1, torch.ones(0), 0), "empty"),
         (lambda t: t.send(1, torch.ones(4, 4).t(), 0), "contiguous"),
-        (lambda t: collectives.all_to_all(t, [], []), "for 2 ranks"),
-        (lambda t: collectives.reduce_scatter(t, torch.ones(64), torch.ones(3)), "shard has 32"),
     ],
 )
 def test_bad_arguments(act, text):

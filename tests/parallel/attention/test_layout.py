@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from heteromesh.comm.exchange import Exchange
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import prepare_pass
-from heteromesh.parallel.attention.layout import convert
 from heteromesh.planner.splitting.heads import head_shares
-from heteromesh.planner.splitting.layout import Layout, Segment, contiguous, inner_degree, method_layout, zigzag
-from packs import SPLIT, Pack, make_pack, own_rows
-from ranks import World, run_ranks
+from heteromesh.planner.splitting.layout import Layout, Segment, inner_degree, method_layout, zigzag
+from packs import SPLIT, Pack, make_pack
+from ranks import World
 
 PACKS = [make_pack(i, 1 + i % 4) for i in range(80)]
 
@@ -52,38 +49,6 @@ def test_inner_degree() -> None:
 def test_unknown_methods_and_degrees_are_refused(method: str) -> None:
     with pytest.raises(UserError, match=method):
         method_layout(method, [8], [[4], [4]])
-
-
-def move(world: World, packs: list[Pack]) -> None:
-    for pack in packs:
-        if world.rank not in pack.ranks:
-            continue
-        exchange = Exchange(world, pack.ranks)
-        layouts = [build(pack.lengths, pack.shards) for build in (contiguous, zigzag)]
-        layouts.append(contiguous(pack.lengths, pack.shards[::-1]))
-        whole = torch.arange(2.0 * sum(pack.lengths), dtype=torch.float64).view(-1, 2)
-        for old in layouts:
-            x = whole[own_rows(old, exchange.member)].requires_grad_()
-            for new in layouts:
-                moved = convert(x, old, new, exchange)
-                expected = whole[own_rows(new, exchange.member)]
-                assert torch.equal(moved, expected)
-                (back,) = torch.autograd.grad(moved, x, 3 * expected)
-                assert torch.equal(back, 3 * x)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_conversion_moves_every_row_to_its_place_and_back(size: int) -> None:
-    run_ranks(size, move, [make_pack(i, size) for i in range(12)])
-
-
-def test_conversions_that_do_not_fit_are_refused() -> None:
-    exchange = Exchange(World(), [0])
-    layout, other = contiguous([5], [[5]]), contiguous([6], [[6]])
-    with pytest.raises(ValueError, match="same sequences and members"):
-        convert(torch.zeros(5, 1), layout, other, exchange)
-    with pytest.raises(ValueError, match="holds 5 tokens"):
-        convert(torch.zeros(4, 1), layout, layout, exchange)
 
 
 @pytest.mark.parametrize("shards", [((3,), (1,)), ((6,), (-1,)), ((5,),), ((5, 0), (0, 0))])

@@ -16,8 +16,9 @@ from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic, load_cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.reduction.reduction import Reduction, plan_reduction, reduction_for
-from heteromesh.planner.reduction.schedule import pieces, representatives, sent_bytes
+from heteromesh.planner.reduction.schedule import pieces, representatives
 from heteromesh.planner.solver import Program
+from reduction_bytes import sent_bytes
 
 GBIT = 125e6
 FAST = 1e12

@@ -1,5 +1,4 @@
 import random
-from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from types import SimpleNamespace
@@ -18,8 +17,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.planner.reduction.flows import Flow, spread
-from heteromesh.planner.stages.fabric import RankGroup, check_groups, groups, network_of
-from heteromesh.planner.stages.stages import Placement, Stage
+from heteromesh.planner.stages.fabric import network_of
 
 RDMA, WIRE = Nic(kind="infiniband", gbit=200), Nic(kind="ethernet", gbit=25)
 
@@ -37,63 +35,41 @@ BOTH = (RDMA, WIRE)
 MIXED = cluster(("ib", 2, BOTH), ("ib", 2, BOTH), ("roce", 2, BOTH), ("roce", 2, BOTH), ("", 1, (WIRE,)))
 
 
-def test_groups_of_a_mixed_cluster():
-    made = {g.name: g for g in groups(MIXED)}
-    assert made["world"] == RankGroup(name="world", ranks=tuple(range(9)), network="socket")
-    assert made["fabric ib"] == RankGroup(name="fabric ib", ranks=(0, 1, 2, 3), network="rdma")
-    assert made["fabric roce"].network == "rdma"
-    assert made["host h0"].ranks == (0, 1)
-    assert "host h4" not in made, "one rank is no group"
+@pytest.mark.parametrize(
+    ("ranks", "network"),
+    [
+        (range(9), "socket"),
+        (range(4), "rdma"),
+        (range(4, 8), "rdma"),
+        ((2, 6), "socket"),
+        ((1, 3), "rdma"),
+        ((0, 1), "rdma"),
+        ((8,), "socket"),
+    ],
+)
+def test_networks_of_sets_of_a_mixed_cluster(ranks, network):
+    """Holmes: gradient sums on RDMA inside a fabric, what goes on to the next stage over sockets."""
+    assert network_of(MIXED, ranks) == network
 
 
 def test_the_world_of_one_fabric_uses_rdma_and_that_of_none_sockets():
-    assert groups(cluster(("ib", 1, BOTH), ("ib", 1, BOTH)))[0].network == "rdma"
-    assert groups(cluster(("", 1, BOTH), ("", 1, BOTH)))[0].network == "socket"
+    assert network_of(cluster(("ib", 1, BOTH), ("ib", 1, BOTH)), range(2)) == "rdma"
+    assert network_of(cluster(("", 1, BOTH), ("", 1, BOTH)), range(2)) == "socket"
     # a fabric named, but no card for it
-    assert groups(cluster(("ib", 1, BOTH), ("ib", 1, (WIRE,))))[0].network == "socket"
+    assert network_of(cluster(("ib", 1, BOTH), ("ib", 1, (WIRE,))), range(2)) == "socket"
 
 
-def test_groups_of_a_pipeline_across_fabrics():
-    """Holmes: gradient sums on RDMA inside a fabric, what goes on to the next stage over sockets."""
-    placement = Placement(
-        stages=(Stage(ranks=(0, 1, 2, 3), layers=2), Stage(ranks=(4, 5, 6, 7), layers=1)), micro_batches=(1, 1, 1, 1)
-    )
-    made = {g.name: g for g in groups(MIXED, placement)}
-    assert [made[f"stage {s} sum 0"].network for s in (0, 1)] == ["rdma", "rdma"]
-    assert made["pipeline 2"] == RankGroup(name="pipeline 2", ranks=(2, 6), network="socket")
-
-
-def test_groups_of_a_sum_across_fabrics():
-    placement = Placement(
-        stages=(Stage(ranks=(0, 1, 2, 3, 4, 5, 6, 7), layers=2, tensor_parallel=2),), micro_batches=(1, 1, 1, 1)
-    )
-    made = {g.name: g for g in groups(MIXED, placement)}
-    assert made["stage 0 replica 1"].ranks == (2, 3)
-    assert made["stage 0 sum 1"] == RankGroup(name="stage 0 sum 1", ranks=(1, 3, 5, 7), network="socket")
-    assert made["stage 0 sum 1 in ib"] == RankGroup(name="stage 0 sum 1 in ib", ranks=(1, 3), network="rdma")
-    assert made["stage 0 sum 1 across 0"] == RankGroup(name="stage 0 sum 1 across 0", ranks=(1, 5), network="socket")
-
-
-@given(st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 3), st.booleans()), min_size=1, max_size=6))
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "a", "b"]), st.integers(1, 3), st.booleans()), min_size=1, max_size=6),
+    st.data(),
+)
 @settings(max_examples=60)
-def test_no_rdma_group_spans_fabrics(described):
+def test_no_set_on_rdma_spans_fabrics(described, data):
     some = cluster(*((fabric, count, BOTH if rdma else (WIRE,)) for fabric, count, rdma in described))
-    ranks = tuple(range(some.ranks))
-    made = groups(some, Placement(stages=(Stage(ranks=ranks, layers=1),), micro_batches=(1,) * len(ranks)))
-    for group in made:
-        hosts = [some.host_of(r) for r in group.ranks]
-        if group.network == "rdma":
-            assert len({h.fabric for h in hosts}) == 1
-            assert hosts[0].fabric
-    if len({h.fabric for h in some.hosts}) > 1:
-        assert network_of(some, ranks) == "socket"
-
-
-def test_an_rdma_group_across_fabrics_is_an_assertion():
-    with pytest.raises(AssertionError, match="group bad would use RDMA across the fabrics"):
-        check_groups(MIXED, [RankGroup(name="bad", ranks=(0, 4), network="rdma")])
-    with pytest.raises(AssertionError, match="group none"):
-        check_groups(MIXED, [RankGroup(name="none", ranks=(8,), network="rdma")])
+    ranks = data.draw(st.sets(st.integers(0, some.ranks - 1), min_size=1))
+    hosts = [some.host_of(r) for r in ranks]
+    one = len({h.fabric for h in hosts}) == 1 and bool(hosts[0].fabric) and all(RDMA in h.nics for h in hosts)
+    assert network_of(some, ranks) == ("rdma" if one else "socket")
 
 
 # flows over cards
@@ -188,11 +164,6 @@ def test_nccl_gets_the_name_of_its_network(network, name):
     assert group_options(network, "nccl").config.net_name == name
 
 
-def test_a_host_alone_may_use_rdma_names():
-    alone = replace(MIXED, hosts=MIXED.hosts[:1])
-    assert groups(alone)[0].network == "rdma"
-
-
 # which groups get which options, with a torch that is said to have NCCL and a device
 
 
@@ -237,7 +208,9 @@ def nccl(monkeypatch):
         monkeypatch.setattr(world, "pick_device", lambda: torch.device(device))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
+        monkeypatch.setattr(world, "_own_store", lambda *_: None)
         monkeypatch.setenv("WORLD_SIZE", str(size))
+        monkeypatch.setenv("RANK", "0")
         return fake
 
     return pretend

@@ -33,7 +33,6 @@ def stage(*ranks, layers=1, tensor=1):
 def test_a_placement_knows_its_pipelines_and_groups():
     placement = Placement(stages=(stage(0, 1, 2, 3, layers=5, tensor=2), stage(4, 5, layers=3)), micro_batches=(4, 4))
     assert placement.pipelines == (((0, 1), (4,)), ((2, 3), (5,)))
-    assert placement.stages[0].data_parallel_groups == ((0, 2), (1, 3))
     assert (placement.layers, placement.first_layers) == (8, (0, 5))
     assert [placement.stage_of(r) for r in (0, 3, 4)] == [0, 0, 1]
     assert [placement.in_flight(s, 0) for s in (0, 1)] == [2, 1]
