@@ -1,7 +1,7 @@
-"""Groups of ranks by fabric: RDMA inside one, sockets wherever a group spans several.
+"""Which network a set of ranks uses: RDMA inside one fabric, sockets wherever it spans several.
 
 RDMA does not leave a fabric, and NCCL can't use both networks in one communicator (NVIDIA/nccl#878); a communicator
-that mixes them hangs at its first use. So a group uses RDMA only where one fabric reaches all of its hosts.
+that mixes them hangs at its first use. So a set uses RDMA only where one fabric reaches all of its hosts.
 """
 
 from __future__ import annotations
