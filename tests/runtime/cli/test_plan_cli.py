@@ -116,7 +116,9 @@ def test_memory_is_the_fullest_pass_of_each_rank(run):
     full = plans.plan_from_json(
         json.loads(run("--json", cost=None, cluster=EXAMPLES / "clusters/mixed-3-hosts.toml")[1])
     )
-    assert min(full.memory_bytes) > full.layout["parameters"]["state_bytes_per_rank"] > 4 * 6.8e9
+    state = full.layout["parameters"]["state_bytes_per_rank"]
+    # a rank may have no pass in these steps: how far the search gets depends on the processor
+    assert max(full.memory_bytes) > min(full.memory_bytes) >= state > 4 * 6.8e9
 
 
 def test_batches_by_tokens_and_the_end_of_a_file(run):
