@@ -144,8 +144,8 @@ def _cost(windows: Mapping[int, Window], cell: Cell, delay: float, ratio: float)
 
 
 def _place(matrix: Collection[Cell], hot: Mapping[Cell, float], worst: Cell) -> tuple[Place, tuple[int, ...]]:
-    """The hottest row or column through the worst cell. Where both of a member are hot, one may only be the other's
-    echo: acknowledgements wait in the same queue."""
+    """Finds the hottest row or column through the worst cell. Where both of a member are hot, one may only be the
+    other's echo: acknowledgements wait in the same queue."""
     heat: dict[tuple[int, int], float] = {}
     for member in worst:
         for end in (0, 1):

@@ -189,7 +189,7 @@ class FragmentedOptimizer:
             group["params"] = list(own)
 
     def _load(self, states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """states: by position among the fragments. Torch's own loading does the rest."""
+        """Loads states, by position among the fragments. Torch's own loading does the rest."""
         numbered: list[dict[str, Any]] = []
         for group, own in zip(groups, self._fragments, strict=True):
             start = sum(len(g["params"]) for g in numbered)

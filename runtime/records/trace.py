@@ -14,7 +14,7 @@ TRACKS = ("pass", "comm", "wait", "optimizer", "plan", "data", "checkpoint")
 
 
 def write_trace(path: Path, spans: Mapping[int, Sequence[Span]], dropped: int = 0) -> None:
-    """spans: by rank; dropped: how many more there were. Times in the file are microseconds since the earliest span."""
+    """Writes spans by rank; dropped: how many more there were. Times are microseconds since the earliest span."""
     origin = min((s.start_ns for rank in spans.values() for s in rank), default=0)
     with written_whole(path) as part, part.open("w") as file:
         file.write(f'{{"displayTimeUnit": "ms", "otherData": {{"dropped_spans": {dropped}}}, "traceEvents": [\n')

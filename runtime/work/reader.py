@@ -67,7 +67,7 @@ class Reader:
         return inputs
 
     def pass_input(self, layout: Layout, indices: Sequence[int], member: int) -> PassInput:
-        """indices[j]: index in the data of the layout's j-th sequence."""
+        """Reads a pass's input; indices[j]: index in the data of the layout's j-th sequence."""
         segments = layout.segments[member]
         tokens = [np.empty(0, np.int64)]
         labels = [np.empty(0, np.int64)]

@@ -1,12 +1,29 @@
 """A job of members in this process, for tests."""
 
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.deadlines import Timing
+
+
+def free_addresses(count):
+    """`count` addresses of this machine on which nobody listens."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[:2] for sock in sockets]
+
+
+def wait_until(true, seconds=30.0):
+    """Waits until `true()`; fails after so many seconds."""
+    limit = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from members import free_addresses, wait_until
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.election import Election
@@ -28,17 +29,11 @@ from heteromesh.faults.wire.control import connect
 from heteromesh.faults.wire.deadlines import Timing
 
 
-def free_ports(count):
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [sock.getsockname()[:2] for sock in sockets]
-
-
 @pytest.fixture
 def jobs():
     """Makes members of a job with three addresses for its coordinator; ends them all."""
     with ExitStack() as stack:
-        addresses, members = free_ports(3), []
+        addresses, members = free_addresses(3), []
         terms = JoinOptions(coordinators=addresses, secret=b"s", name="")
 
         def make(size, fewest, **timing):
@@ -83,13 +78,6 @@ def begin(pool, members):
     list(pool.map(lambda s: s.start(), steps))
     list(pool.map(lambda s: s.reduce([torch.ones(10)]), steps))
     return steps
-
-
-def wait_until(true, seconds=20.0):
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit
-        time.sleep(0.005)
 
 
 def test_coordinator_is_lost_in_the_middle_of_steps(jobs):
@@ -146,7 +134,7 @@ def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs,
     server, members = jobs(5, fewest=2)
     with ThreadPoolExecutor(5) as pool:
         steps = begin(pool, members)
-        apart = free_ports(1)
+        apart = free_addresses(1)
         for index, member in enumerate(members):
             reachable = [server.address] if index < 2 else apart
             member.options = replace(member.options, coordinators=[*reachable, ("127.0.0.1", 1)])
@@ -198,7 +186,7 @@ def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs):
 
 
 def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
-    address = free_ports(1)[0]
+    address = free_addresses(1)[0]
     candidate = Coordinator(b"s", host=address[0], port=address[1], election=Election()).start()
     with ThreadPoolExecutor(1) as pool:
         terms = JoinOptions(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=20.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from members import free_addresses, wait_until
 
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
@@ -116,21 +117,6 @@ def started(folder, *words, **variables):
     finally:
         agent.process.kill()
         agent.process.join()
-
-
-def free_ports(count):
-    sockets = [socket.create_server((LOCAL, 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-def wait_for(condition, seconds=30.0):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def alive(pid):
@@ -270,7 +256,7 @@ SLEEPER = """
 
 
 def family(folder):
-    wait_for(lambda: len(list(folder.glob("*.pids"))) == 2)
+    wait_until(lambda: len(list(folder.glob("*.pids"))) == 2)
     return [int(pid) for path in folder.glob("*.pids") for pid in path.read_text().split()]
 
 
@@ -297,14 +283,14 @@ def test_nothing_outlives_a_killed_agent(tmp_path):
     with started(tmp_path, "--nproc-per-node", 2, script(tmp_path, SLEEPER), tmp_path, "deaf") as agent:
         pids = family(tmp_path)
         os.kill(agent.pid, signal.SIGKILL)
-        wait_for(lambda: not [pid for pid in pids if alive(pid)])
+        wait_until(lambda: not [pid for pid in pids if alive(pid)])
         assert agent.end() == (-signal.SIGKILL, "")
 
 
 @pytest.mark.alone
 def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(member, tmp_path):
     """Two agents on loopback stand for two hosts."""
-    ports = free_ports(2)
+    ports = [port for _, port in free_addresses(2)]
     endpoint = ",".join(f"{LOCAL}:{port}" for port in ports)
     words = ["--nnodes", "1:3", "--min-ranks", 1, "--rdzv-endpoint", endpoint]
     job = [member, tmp_path / "logs", [3] * 3 + [2] * 3]
@@ -316,9 +302,9 @@ def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(mem
     (tmp_path / "secret").write_text(SECRET)
     with ExitStack() as stack:
         one = stack.enter_context(started(tmp_path, *words, "--nproc-per-node", 1, *job))
-        wait_for(lambda: listens(ports[0]))
+        wait_until(lambda: listens(ports[0]))
         two = stack.enter_context(started(tmp_path, *words, "--nproc-per-node", 2, *job))
-        wait_for(lambda: any(path.read_text().count(" 3 ") >= 3 for path in logs()))
+        wait_until(lambda: any(path.read_text().count(" 3 ") >= 3 for path in logs()))
         os.kill(one.pid, signal.SIGKILL)
         code, told = two.end(60)
     assert code == 0, told
@@ -361,7 +347,7 @@ def test_a_port_of_another_program_is_named():
 def test_a_blocked_port_is_named_from_where_to_where(monkeypatch):
     monkeypatch.setattr("heteromesh.runtime.launch.rendezvous.is_here", lambda host: False)
     told = []
-    port = free_ports(1)[0]
+    port = free_addresses(1)[0][1]
     with pytest.raises(
         PeerLost, match=rf"reaches no coordinator at {LOCAL}:{port} \(.*refused.*tried from {LOCAL} for 0.6 s"
     ):
