@@ -55,8 +55,8 @@ class StageRunner:
         self._recomputed = recompute_layers(find_layers(self.model)[1]) if checkpoint_activations else []
         self._randomness = stage_randomness(self.model, first, self.is_last)
         self.groups = join_pipeline(world, [s.ranks for s in placement.stages])
-        self.pipeline = self.groups.replica
-        """Which of the placement's pipelines this rank is in."""
+        self.entry = placement.stages[0].ranks[self.groups.replica]
+        """The rank that this rank's pipeline begins with: micro-batches are named by it."""
         self._schedules: dict[int, tuple[PackStage, Schedule1F1B]] = {}
         self._divisor = 1
 

@@ -10,7 +10,7 @@ from heteromesh.planner.stages.stages import Placement
 
 
 def pack_step(lengths: Sequence[int], placement: Placement, tokens: int, *, pairs_per_token: float = 0.0) -> Step:
-    """Packs a step into micro-batches as passes. A pass's one rank is the number of its pipeline, its method `local`.
+    """Packs a step into micro-batches as passes of method `local`, whose one rank is their pipeline's first.
 
     lengths: of the batch's sequences. tokens: the most that a micro-batch may hold. A sequence of s tokens counts
     s + pairs_per_token * s * s of work; the heaviest sequence goes first, to the lightest micro-batch with room, and
@@ -33,7 +33,8 @@ def pack_step(lengths: Sequence[int], placement: Placement, tokens: int, *, pair
         packs[i].append(k)
         room[i] -= batch[k]
         load[i] += batch[k] * (1.0 + pairs_per_token * batch[k])
-    passes = tuple(_pass(pipeline, packs[i], batch) for pipeline, i in _deal(load, placement) if packs[i])
+    entries = placement.stages[0].ranks
+    passes = tuple(_pass(entries[pipeline], packs[i], batch) for pipeline, i in _deal(load, placement) if packs[i])
     return Step(passes=passes, seconds=0.0, bound_seconds=0.0, gap=0.0, solve_seconds=0.0, batch=batch)
 
 
@@ -63,6 +64,6 @@ def _deal(load: Sequence[float], placement: Placement) -> list[tuple[int, int]]:
     return dealt
 
 
-def _pass(pipeline: int, sequences: Sequence[int], batch: Sequence[int]) -> Pass:
+def _pass(rank: int, sequences: Sequence[int], batch: Sequence[int]) -> Pass:
     shards = (tuple(batch[k] for k in sequences),)
-    return Pass(ranks=(pipeline,), method="local", sequences=tuple(sequences), shards=shards, seconds=0.0)
+    return Pass(ranks=(rank,), method="local", sequences=tuple(sequences), shards=shards, seconds=0.0)

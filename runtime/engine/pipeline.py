@@ -18,7 +18,7 @@ from heteromesh.runtime.work.source import Assignment
 
 
 class Pipeline:
-    """The `Engine` of pipeline stages. A pass of the plan is a micro-batch of the pipeline that its one rank names."""
+    """The `Engine` of pipeline stages. A pass of the plan is a micro-batch of the pipeline that begins on its rank."""
 
     def __init__(self, runner: StageRunner) -> None:
         self._runner = runner
@@ -38,9 +38,11 @@ class Pipeline:
                 share.loss += sum(float(losses.double().sum()) for losses in work.losses.values())
                 share.valid += sum(assignment.inputs[position].valid for position, _ in mine)
         return Measurements(
+            # what the plan says of a pass is about the rank that it names
             passes=tuple(
                 PassMeasure(position, world.rank, seconds, 0.0, 0)
-                for (position, _), seconds in zip(mine, work.seconds, strict=True)
+                for (position, plan), seconds in zip(mine, work.seconds, strict=True)
+                if world.rank in plan.ranks
             ),
             busy_seconds=sum(work.seconds),
             non_finite=_non_finite(assignment, world, [plan for _, plan in mine], work),
@@ -50,13 +52,13 @@ class Pipeline:
         self._runner.close()
 
     def _is_mine(self, position: int, plan: Pass) -> bool:
-        pipelines = len(self._runner.placement.micro_batches)
-        if len(plan.ranks) != 1 or plan.ranks[0] >= pipelines:
+        first = self._runner.placement.stages[0].ranks
+        if len(plan.ranks) != 1 or plan.ranks[0] not in first:
             raise UserError(
-                f"pass {position} of the step names {plan.ranks}: under a pipeline a pass is a micro-batch of one "
-                f"of the pipelines 0 to {pipelines - 1}; make the step with pack_step"
+                f"pass {position} of the step names {plan.ranks}: under a pipeline a pass is a micro-batch that begins "
+                f"on one of the first stage's ranks {first}; make the step with pack_step"
             )
-        return plan.ranks[0] == self._runner.pipeline
+        return plan.ranks[0] == self._runner.entry
 
     def _micro_batch(self, assignment: Assignment, position: int, plan: Pass) -> MicroBatch:
         device, given = self._runner.world.device, assignment.inputs[position]

@@ -39,7 +39,7 @@ from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.work.feed import PlanFeed
-from heteromesh.runtime.work.packed import PackedPipeline
+from heteromesh.runtime.work.packed import PackedPipeline, work_of
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 from heteromesh.runtime.work.source import WorkSource
@@ -194,15 +194,18 @@ class Stages(Mode):
         """See Mode."""
         costs, batch = self._costs, self._plan.steps[0].batch
         pairs = costs.seconds_per_token2 / costs.seconds_per_token
-        work = sum(n * (1.0 + pairs * n) for n in batch)
+        basis, first = self._basis, self._basis.placement.stages[0]
+        work = work_of(batch, pairs)
+        stage = first.layers * basis.work.layer_seconds * basis.work.micro_batches / work
         return PackedPipeline(
             self._job.sampler,
             self._job.reader,
-            self._basis.placement,
-            self._runner.pipeline,
+            basis.placement,
+            self._runner.entry,
             pairs_per_token=pairs,
             tokens=self._job.config.tokens_per_device,
-            seconds_per_work=self._basis.seconds / work,
+            step_seconds=basis.seconds / work,
+            pass_seconds={rank: stage / costs.speeds[rank] for rank in first.ranks},
         )
 
     def resolved(self) -> dict[str, Any]:

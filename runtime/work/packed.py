@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.pipeline.packs import pack_step
+from heteromesh.planner.plan import Step
 from heteromesh.planner.stages.stages import Placement
 from heteromesh.runtime.work.reader import PassInput, Reader
 from heteromesh.runtime.work.sampler import Batch, Sampler
@@ -20,9 +22,10 @@ _Packed = tuple[Batch, Assignment | UserError]
 class PackedPipeline:
     """The `WorkSource` of a placement: the next batch is packed and read while a step runs.
 
-    pipeline: whose tensors are read. pairs_per_token: work of a sequence of s tokens is s + pairs_per_token * s * s.
-    tokens: the most that a micro-batch may hold; None: twice what an even one of the batch would. seconds_per_work:
-    predicted of a step, by the batch's work.
+    entry: the rank whose micro-batches are read. pairs_per_token: work of a sequence of s tokens is
+    s + pairs_per_token * s * s. tokens: the most that a micro-batch may hold; None: twice what an even one of the batch
+    would. step_seconds, pass_seconds: predicted for a unit of work, of a step and of a micro-batch on its first stage
+    (by rank).
     """
 
     def __init__(
@@ -30,14 +33,16 @@ class PackedPipeline:
         sampler: Sampler,
         reader: Reader,
         placement: Placement,
-        pipeline: int,
+        entry: int,
         *,
         pairs_per_token: float,
         tokens: int | None,
-        seconds_per_work: float,
+        step_seconds: float,
+        pass_seconds: Mapping[int, float],
     ) -> None:
-        self._sampler, self._reader, self._placement, self._pipeline = sampler, reader, placement, pipeline
-        self._pairs, self._tokens, self._seconds_per_work = pairs_per_token, tokens, seconds_per_work
+        self._sampler, self._reader, self._placement, self._entry = sampler, reader, placement, entry
+        self._pairs, self._tokens = pairs_per_token, tokens
+        self._step_seconds, self._pass_seconds = step_seconds, pass_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-packs")
         self._next: Future[_Packed] | None = None
         self._current: _Packed | None = None
@@ -72,14 +77,25 @@ class PackedPipeline:
             step = pack_step(batch.lengths, self._placement, room, pairs_per_token=self._pairs)
         except UserError as error:
             return batch, error
-        work = sum(n * (1.0 + self._pairs * n) for n in batch.lengths)
-        inputs: dict[int, PassInput] = self._reader.step_inputs(step, batch.sequences, self._pipeline)
+        inputs: dict[int, PassInput] = self._reader.step_inputs(step, batch.sequences, self._entry)
         return batch, Assignment(
             number=0,
             batch=batch,
             places=tuple(range(len(batch.lengths))),
-            step=replace(step, seconds=work * self._seconds_per_work),
+            step=self._timed(step),
             inputs=inputs,
             # the valid tokens of the batch are known when all have read theirs; the loop makes up for the difference
             divisor=max(1, batch.tokens),
         )
+
+    def _timed(self, step: Step) -> Step:
+        work = [work_of(p.shards[0], self._pairs) for p in step.passes]
+        passes = (
+            replace(p, seconds=w * self._pass_seconds[p.ranks[0]]) for p, w in zip(step.passes, work, strict=True)
+        )
+        return replace(step, passes=tuple(passes), seconds=sum(work) * self._step_seconds)
+
+
+def work_of(lengths: Sequence[int], pairs_per_token: float) -> float:
+    """Returns the work of sequences of these lengths."""
+    return sum(n * (1.0 + pairs_per_token * n) for n in lengths)

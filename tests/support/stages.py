@@ -47,7 +47,7 @@ class StagedSteps:
     ) -> None:  # fmt: skip
         self.world = world
         self.runner = StageRunner(model, world, placement, checkpoint_activations=checkpoint_activations, seed=seed)
-        self.model, self.pipeline, self.stage = self.runner.model, self.runner.pipeline, self.runner.stage
+        self.model, self.entry, self.stage = self.runner.model, self.runner.entry, self.runner.stage
         self.engine, self.exchange = Pipeline(self.runner), StageExchange(self.runner)
         optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
         self.owner = StageOwner(optimizer, model, self.runner, self.exchange.buckets)

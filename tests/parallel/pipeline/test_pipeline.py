@@ -65,7 +65,7 @@ def check_step(world: World, executor: StagedSteps, model: Llama, step: Step, dt
     loss, gradients = reference(model, data)
     norm = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
     expected = dict(zip(dict(model.named_parameters()), gradients, strict=True))
-    inputs = Reader(data).step_inputs(step, range(len(data)), executor.pipeline)
+    inputs = Reader(data).step_inputs(step, range(len(data)), executor.entry)
     result = executor.run(step, inputs)
     assert result.loss == pytest.approx(loss, rel=TOLERANCE[dtype])
     assert result.valid_tokens == sum(n - 1 for n in step.batch)
@@ -106,11 +106,11 @@ def train(world: World, placement: Placement, tied: bool) -> tuple[int, int, lis
     losses = []
     for _ in range(5):
         step = pack_step([len(s) for s in data], placement, 64)
-        inputs = Reader(data).step_inputs(step, range(len(data)), executor.pipeline)
+        inputs = Reader(data).step_inputs(step, range(len(data)), executor.entry)
         losses.append(executor.run(step, inputs, limit=0.5).loss)
         executor.owner.update()
     executor.close()
-    return executor.stage, executor.pipeline, losses, {k: v.numpy() for k, v in executor.model.state_dict().items()}
+    return executor.stage, executor.entry, losses, {k: v.numpy() for k, v in executor.model.state_dict().items()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -159,7 +159,7 @@ def run_transformers(world: World, placement: Placement, name: str) -> float:
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     executor = StagedSteps(model, world, placement)
     step = pack_step([len(s) for s in data], placement, 20)
-    result = executor.run(step, Reader(data).step_inputs(step, range(3), executor.pipeline))
+    result = executor.run(step, Reader(data).step_inputs(step, range(3), executor.entry))
     worst = abs(result.loss - total) / total
     for parameter_name, parameter in executor.model.named_parameters():
         like = expected[parameter_name if parameter_name in expected else "model.embed_tokens.weight"]
