@@ -122,7 +122,7 @@ class PeerWatch:
                 return
             # whoever ends because a third is silent is not to blame
             silent = self._silent(self._limit / 2 if events else self._limit)
-            gone = tuple(sorted(self._watched[number][0] for number in events))
+            gone = tuple(sorted(self._watched[n][0] for n in events if not self._watch_another(n, poll)))
             if silent:
                 self.lost = Lost(ranks=tuple(sorted(silent)), silent_seconds=max(silent.values()))
             elif gone:
@@ -132,6 +132,28 @@ class PeerWatch:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
+
+    def _watch_another(self, number: int, poll: select.poll) -> bool:
+        """Returns whether another connection to the same peer is still open, and watches that from now on.
+
+        A connection may have ended because it was one of an earlier `fit` in these processes, whose groups are closed
+        one rank after the other; those of a process that ends all end.
+        """
+        peer, ended = self._watched[number]
+        found: socket.socket | None = None
+        for connection, other in self._connections():
+            if found is None and other == peer and not _has_ended(connection):
+                found = connection
+            else:
+                connection.close()
+        if found is None:
+            return False
+        poll.unregister(number)
+        del self._watched[number]
+        ended.close()
+        self._watched[found.fileno()] = peer, found
+        poll.register(found, select.POLLRDHUP)
+        return True
 
     def _silent(self, limit: float) -> dict[int, float]:
         """Returns seconds since the last acknowledgement, of peers that owe one for longer than `limit`."""
@@ -167,6 +189,13 @@ class PeerWatch:
         hosts = list(dict.fromkeys(self._hosts[rank] for rank in ranks))
         several = "s" if len(ranks) > 1 else ""
         return f"rank{several} {', '.join(map(str, ranks))} (host{'s' if len(hosts) > 1 else ''} {', '.join(hosts)})"
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the peer has closed its end."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _sockets() -> Iterator[socket.socket]:
