@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class PassMajor:
     def run(self, assignment: Assignment, world: World, exchange: GradientExchange) -> Measurements:
         assert assignment.step is not None
         mine = assignment.step.passes_of(world.rank)
-        timer, found = _PassTimer(world), []
+        timer, ran = _PassTimer(world), []
         for position, plan in mine:
             members = tuple(world.members[rank] for rank in plan.ranks)
             places = tuple(assignment.places[i] for i in plan.sequences)
@@ -66,8 +67,13 @@ class PassMajor:
             ):
                 if position == mine[-1][0]:
                     exchange.last_backward()
-                found += self._pass(assignment, world, plan, position, places, share)
-        return timer.measurements(tuple(found))
+                ran.append((plan, places, self._pass(assignment, world, plan, position, places, share)))
+        measured = timer.measurements()
+        # asked once a step and when the passes are through: on a device the answer has to be waited for
+        if not ran or bool(torch.stack([losses.sum() for _, _, losses in ran]).isfinite().all()):
+            return measured
+        found = [n for plan, places, losses in ran for n in _non_finite(assignment, world, plan, places, losses)]
+        return replace(measured, non_finite=tuple(found))
 
     def forward_backward(
         self,
@@ -102,27 +108,23 @@ class PassMajor:
 
     def _pass(
         self, assignment: Assignment, world: World, plan: Pass, position: int, places: Sequence[int], share: Share
-    ) -> list[NonFinite]:
+    ) -> torch.Tensor:
+        """Runs a pass into a share; returns its losses by token."""
         lengths, batch = [assignment.batch.lengths[i] for i in places], assignment.inputs[position]
         context = prepare_pass(plan, lengths, world, assignment.speeds)
         losses = self.forward_backward(
             context, batch, assignment.divisor, world, plan.offload, assignment.number, places
         )
-        total = losses.double().sum()
-        share.loss += total
+        share.loss += losses.double().sum()
         share.valid += batch.valid
-        return (
-            []
-            if world.device.type == "cpu" and math.isfinite(total)
-            else _non_finite(world, plan, places, losses, lengths)
-        )
+        return losses
 
 
 def _non_finite(
-    world: World, plan: Pass, places: Sequence[int], losses: torch.Tensor, lengths: Sequence[int]
+    assignment: Assignment, world: World, plan: Pass, places: Sequence[int], losses: torch.Tensor
 ) -> list[NonFinite]:
     """Returns the pass's sequences whose losses on this rank are not finite."""
-    found, row = [], 0
+    found, row, lengths = [], 0, [assignment.batch.lengths[i] for i in places]
     for segment in layout_of(plan, lengths).segments[plan.ranks.index(world.rank)]:
         value = float(losses[row : row + len(segment)].sum())
         row += len(segment)
@@ -158,7 +160,7 @@ class _PassTimer:
             self._events[position][1].record()
         self._waited[position] = recorder.take_comm_seconds()
 
-    def measurements(self, non_finite: tuple[NonFinite, ...]) -> Measurements:
+    def measurements(self) -> Measurements:
         """Returns what all passes took; waits for the device."""
         for position, (start, end) in self._events.items():
             end.synchronize()
@@ -168,7 +170,7 @@ class _PassTimer:
             for position, seconds in self._seconds.items()
         )
         busy = max(0.0, sum(self._seconds.values()) - sum(self._waited.values()))
-        return Measurements(passes=passes, busy_seconds=busy, non_finite=non_finite)
+        return Measurements(passes=passes, busy_seconds=busy)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

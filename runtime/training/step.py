@@ -76,15 +76,10 @@ class TrainStep(Transaction):
         self._busy = busy
         self._current = _Current(0)
         self._norm = 0.0
-        self._reports: tuple[World | None, tuple[MemberReport, ...]] = None, ()
-        """The newest, and the world in which they were committed."""
+        self._known: World | None = None
+        """The world whose ranks know what the others hold: that in which the last step was committed."""
         self._members: dict[int, str] = {}
         self._mark = time.perf_counter()
-
-    @property
-    def reports(self) -> tuple[MemberReport, ...]:
-        """The newest, by rank of the world of the last attempt."""
-        return self._reports[1]
 
     def start(self) -> None:
         """The first step's time begins now."""
@@ -100,11 +95,10 @@ class TrainStep(Transaction):
             self._current = _Current(number)
         parameters = parts.state.refresh(world)
         parts.exchange.begin(number, world)
-        if self._reports[0] is not world:
+        if self._known is not world:
             # after a change of members nobody knows what the others hold
-            reports = tuple(world.gather(self._report()))
-            self._reports = None, reports
-            parts.exchange.settle({m: r.held for m, r in zip(world.members, reports, strict=True)})
+            held = world.gather(parts.exchange.held())
+            parts.exchange.settle(dict(zip(world.members, held, strict=True)))
         assignment = self._work(number, world)
         parts.exchange.flush()
         reports = tuple(world.gather(self._report()))
@@ -188,7 +182,7 @@ class TrainStep(Transaction):
         self._progress.done = number
         self._progress.sampled = self._job.sampler.state_after(result.assignment.batch)
         self._progress.stop = next((r.stop for r in result.reports if r.stop is not None), None)
-        self._reports = world, result.reports
+        self._known = world
 
     def _check(self, number: int, loss: float, result: _Result) -> None:
         if not math.isfinite(loss):
