@@ -1,10 +1,11 @@
-"""A Trainer step against a bare PyTorch loop's on the same batches, in one process.
+"""A Trainer step against a bare PyTorch loop's on the same batch, in one process.
 
-    python benchmarks/trainer_overhead.py [--pairs 5] [--steps 12]
+    python benchmarks/trainer_overhead.py [--steps 30]
 
-Runs take turns in one process, on one thread; both sides train from the same weights. Reported are seconds of a step
-by the wall clock and by the process's CPU clock (which a busy machine disturbs less), without each run's first two
-steps. The Trainer does all that it does otherwise: planning, metrics, trace, clipping, checkpoint at the end.
+After each of the Trainer's steps the bare loop makes the same step, from the same weights, on one thread: what disturbs
+the machine for longer than a few seconds disturbs both. Reported is the median over the steps, without the first two,
+of the ratio of each step's CPU seconds and of its wall seconds. The Trainer does all that it does otherwise: planning,
+metrics, trace, clipping.
 """
 
 from __future__ import annotations
@@ -29,78 +30,83 @@ from llama import Llama, LlamaConfig
 WARM = 2
 LENGTHS = (2048, 96, 700, 1500, 333, 1024, 64, 2000)
 BATCH_TOKENS = 4096
+RATE = 1e-3
+Seconds = tuple[float, float]
 
 
-class Clock(torch.optim.AdamW):
-    """AdamW that notes the clocks at the end of each update: the same mark on both sides."""
+class Turns(torch.optim.AdamW):
+    """The Trainer's optimizer: at the end of each of its updates the bare loop has its turn at the same step."""
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        self.marks: list[tuple[float, float]] = []
+    def __init__(self, model: Llama, bare: BareLoop) -> None:
+        super().__init__(model.parameters(), lr=RATE)
+        self._bare = bare
+        self._mark = clocks()
+        self.ours: list[Seconds] = []
+        self.theirs: list[Seconds] = []
 
     def step(self, closure: None = None) -> None:
         super().step(closure)
-        self.marks.append((time.perf_counter(), time.process_time()))
-
-    def seconds(self) -> tuple[float, float]:
-        """(wall, CPU) of a step, without the first steps."""
-        first, last = self.marks[WARM - 1], self.marks[-1]
-        steps = len(self.marks) - WARM
-        return (last[0] - first[0]) / steps, (last[1] - first[1]) / steps
+        start = clocks()
+        self.ours.append(difference(self._mark, start))
+        self._bare.step()
+        self._mark = clocks()
+        self.theirs.append(difference(start, self._mark))
 
 
-def trainer_run(model: Llama, data: list[torch.Tensor], steps: int) -> tuple[tuple[float, float], float]:
-    """((wall, CPU) seconds of a step, last loss)."""
-    optimizer = Clock(model.parameters(), lr=1e-3)
-    with tempfile.TemporaryDirectory() as folder:
-        config = hm.TrainerConfig(batch_tokens=BATCH_TOKENS, max_steps=steps, run_dir=Path(folder) / "run")
-        report = hm.Trainer(model, optimizer, data, config).fit()
-    return optimizer.seconds(), report.losses[-1]
-
-
-def bare_run(model: Llama, data: list[torch.Tensor], steps: int) -> tuple[tuple[float, float], float]:
+class BareLoop:
     """The loop that one would write by hand: sequence by sequence, loss by all valid tokens, clip, step."""
-    optimizer = Clock(model.parameters(), lr=1e-3)
-    sampler = Sampler([len(s) for s in data], batch_tokens=BATCH_TOKENS, seed=0)
-    loss = 0.0
-    for _ in range(steps):
-        batch = [data[i] for i in sampler.next_batch().sequences]
+
+    def __init__(self, model: Llama, data: list[torch.Tensor]) -> None:
+        self._model, self._data = model, data
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        self._sampler = Sampler([len(s) for s in data], batch_tokens=BATCH_TOKENS, seed=0)
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        batch = [self._data[i] for i in self._sampler.next_batch().sequences]
         valid = sum(len(s) - 1 for s in batch)
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         loss = 0.0
         for tokens in batch:
-            logits = model(tokens[None])[0]
+            logits = self._model(tokens[None])[0]
             part = functional.cross_entropy(logits[:-1], tokens[1:], reduction="sum") / valid
             part.backward()
             loss += float(part.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return optimizer.seconds(), loss
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self.losses.append(loss)
+
+
+def clocks() -> Seconds:
+    """(wall, CPU time of this process)"""
+    return time.perf_counter(), time.process_time()
+
+
+def difference(start: Seconds, end: Seconds) -> Seconds:
+    return end[0] - start[0], end[1] - start[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=30)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    start = Llama(LlamaConfig())
+    model = Llama(LlamaConfig())
     data = [torch.randint(256, (n,)) for n in LENGTHS * 4]
-    ratios: list[tuple[float, float]] = []
-    for pair in range(chosen.pairs):
-        sides = [trainer_run, bare_run] if pair % 2 else [bare_run, trainer_run]
-        results = {side: side(copy.deepcopy(start), data, chosen.steps) for side in sides}
-        (ours, our_loss), (theirs, their_loss) = results[trainer_run], results[bare_run]
-        assert abs(our_loss - their_loss) < 1e-3 * their_loss, (our_loss, their_loss)
-        ratios.append((ours[0] / theirs[0], ours[1] / theirs[1]))
-        print(
-            f"pair {pair}: Trainer {ours[0] * 1e3:.1f} ms, bare loop {theirs[0] * 1e3:.1f} ms a step "
-            f"({ratios[-1][0]:.3f}x by the wall, {ratios[-1][1]:.3f}x by CPU time)",
-            flush=True,
-        )
-    for name, values in zip(("wall", "CPU time"), zip(*ratios, strict=True), strict=True):
-        print(f"{name}: median {statistics.median(values):.3f}x, {min(values):.3f}x to {max(values):.3f}x")
+    bare = BareLoop(copy.deepcopy(model), data)
+    turns = Turns(model, bare)
+    with tempfile.TemporaryDirectory() as folder:
+        config = hm.TrainerConfig(batch_tokens=BATCH_TOKENS, max_steps=chosen.steps, run_dir=Path(folder) / "run")
+        report = hm.Trainer(model, turns, data, config).fit()
+    for ours, theirs in zip(report.losses, bare.losses, strict=True):
+        assert abs(ours - theirs) < 1e-3 * theirs, (ours, theirs)
+    pairs = list(zip(turns.ours, turns.theirs, strict=True))[WARM:]
+    for name, i in (("wall", 0), ("CPU time", 1)):
+        ratios = sorted(ours[i] / theirs[i] for ours, theirs in pairs)
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        whole = sum(ours[i] for ours, _ in pairs) / sum(theirs[i] for _, theirs in pairs)
+        print(f"{name}: median of {len(ratios)} steps {statistics.median(ratios):.3f}x (quartiles {low:.3f}x to {high:.3f}x), sum {whole:.3f}x")
 
 
 if __name__ == "__main__":
