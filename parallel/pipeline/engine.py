@@ -96,7 +96,7 @@ class StageRunner:
         for index in range(len(work.batches)):
             with work.forward(index) as batch:
                 losses = self._module(batch.tokens, batch.positions, batch.labels)
-            work.losses[index] = losses.detach()
+            work.losses[index], work.outputs[index] = losses.detach(), losses
             with work.backward(index):
                 self._loss(losses).backward()
 

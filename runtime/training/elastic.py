@@ -24,6 +24,7 @@ from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Fenced, Stopped
+from heteromesh.parallel.model.pass_buffers import unexpand
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
@@ -45,6 +46,7 @@ from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job_check import check_job
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
@@ -58,6 +60,7 @@ from heteromesh.runtime.training.transactions import (
     Save,
     Transaction,
 )
+from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 
@@ -73,6 +76,8 @@ class ElasticJob:
 
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
+        check_job(job)
+        unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
         self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
@@ -83,10 +88,13 @@ class ElasticJob:
             checkpoint_activations=config.checkpoint_activations,
         )
         stack.callback(self.engine.close)
+        try_model(job.model, job.reader)
         self.exchange = GradientReducer(job.model.parameters(), keep=True)
         stack.callback(self.exchange.close)
         self.recorder = World().recorder
-        self.executor = StepExecutor.of(self.engine, self.exchange, World(recorder=self.recorder), scatter=False)
+        alone = World(recorder=self.recorder)
+        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=False)
+        self.buffers = learn_buffers(self.engine, job.reader, alone)
         self.state: StateOwner = self._state()
         stack.callback(self.state.close)
         self.records = RunRecords(
@@ -95,6 +103,7 @@ class ElasticJob:
         stack.callback(self.records.close)
         self.console = Console(config.max_steps, 0, str(config.run_dir))
         self.writer = self._writer()
+        self._notes: list[str] = []
         if config.resume or (self.records.restarted and self.writer.latest() is not None):
             self._resume()
         check_travels(self._state_of_job())
@@ -115,7 +124,9 @@ class ElasticJob:
         ours = [self.costs, self.records, self.console]
         hooks = HookCalls(ours, job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
-        parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
+        parts = StepParts(
+            work=self.work, engine=self.engine, exchange=self.exchange, state=self.state, buffers=self.buffers
+        )
         step = TrainStep(
             job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed, busy=session.busy
         )
@@ -156,7 +167,7 @@ class ElasticJob:
 
     def _resume(self) -> None:
         _, state = self.writer.resume()
-        self.job.load_trainer_state(state)
+        self._notes = self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
 
@@ -222,6 +233,9 @@ class ElasticJob:
 
     def _create(self) -> None:
         self.records.create()
+        for note in (*self._notes, self.job.reader.facts.warning()):
+            if note:
+                self.console.say(note)
         self.console.begin()
 
     def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
@@ -234,6 +248,7 @@ class ElasticJob:
             "cluster": described,
             "costs": costs_to_json(costs),
             "gradient_compression": self.job.config.gradient_compression,
+            "optimizer": self.job.described(),
         }
 
     def _hint(self) -> str:
