@@ -20,7 +20,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from pace import pace
@@ -32,8 +34,8 @@ from heteromesh.runtime.data.tokens import TokenStore, open_tokens
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"
-BATCH_TOKENS = 16_384
-MAX_LENGTH = 16_384
+BATCH_TOKENS = 12_288
+MAX_LENGTH = 8_192
 STEPS, LAST_STEP, KILLED_AFTER = 8, 20, 11
 COMPARED = 3
 SLOW = 0.5
@@ -84,9 +86,7 @@ def run(options: argparse.Namespace, part: str, *flags: str) -> int:
 
 def load() -> TokenStore:
     """Returns the token store of the definitions, made where it is missing."""
-    return open_tokens(
-        open_corpus(definitions(CACHE)), load_tokenizer(), max_length=MAX_LENGTH, cache_dir=CACHE
-    )
+    return open_tokens(open_corpus(definitions(CACHE)), load_tokenizer(), max_length=MAX_LENGTH, cache_dir=CACHE)
 
 
 def definitions(folder: Path) -> Path:
@@ -132,8 +132,7 @@ def worker(options: argparse.Namespace) -> None:
     hooks = [Death(options.run_dir / "killed.json")] if survive and local == options.ranks - 1 else []
     report = hm.Trainer(model, None, store, config, hooks=hooks).fit()
     if local == 0 and report.comparisons:
-        rows = [{"layout": c.layout, "ratios": c.ratios, "ratio": c.ratio, "difference": c.largest_loss_difference} for c in report.comparisons]
-        (options.run_dir / "comparisons.json").write_text(json.dumps(rows))
+        (options.run_dir / "comparisons.json").write_text(json.dumps([asdict(found) for found in report.comparisons]))
 
 
 class Death(hm.Hook):
@@ -153,9 +152,10 @@ def closing_screen(folder: Path, ranks: int) -> str:
     metrics = rows(folder / "metrics.jsonl")
     lines = ["What happened", "-------------"]
     for found in json.loads((folder / "comparisons.json").read_text()):
+        ratios, difference = found["ratios"], found["largest_loss_difference"]
         lines.append(
-            f"planned against {found['layout']}: {found['ratio']:.2f}x as fast on the same {len(found['ratios'])} batches "
-            f"({min(found['ratios']):.2f}x to {max(found['ratios']):.2f}x), losses equal to {found['difference']:.0e}"
+            f"planned against {found['layout']}: {found['ratio']:.2f}x as fast on the same {len(ratios)} batches "
+            f"({min(ratios):.2f}x to {max(ratios):.2f}x), losses equal to {difference:.0e}"
         )
     off = [abs(m["predicted_seconds"] / m["measured_seconds"] - 1) for m in metrics[1:STEPS]]
     lines.append(f"step seconds were predicted to within {statistics.median(off):.0%} (median of {len(off)} steps)")
@@ -168,20 +168,21 @@ def closing_screen(folder: Path, ranks: int) -> str:
 def survived(folder: Path, ranks: int) -> list[str]:
     """Returns what became of the death, by the ledger of who trained what."""
     killed = json.loads((folder / "killed.json").read_text())
-    ledger = rows(folder / "ledger.jsonl")
+    ledger, sequences = rows(folder / "ledger.jsonl"), 0
     for row in ledger:
         trained = sorted(place for places in row["trained"].values() for place in places)
         assert trained == list(range(len(trained))), f"step {row['step']} trained {trained}"
+        sequences += len(trained)
     together = {row["step"]: {m for members in row["trained"] for m in members.split("+")} for row in ledger}
-    back = next((step for step, members in together.items() if step > killed["step"] and len(members) == ranks), None)
+    back = next((s for s, members in together.items() if s > killed["step"] and len(members) == ranks), None)
     return [
-        f"a rank ({killed['member']}) was killed in step {killed['step']}; the others did the whole of that step and went on, "
+        f"a rank ({killed['member']}) was killed in step {killed['step']}: the others did all of it and went on, "
         + (f"and it was back in step {back}" if back else "and the run ended before it was back"),
-        f"each of the {sum(map(len, (p for row in ledger for p in row['trained'].values()))):,} sequences of those steps was trained once",
+        f"each of the {sequences:,} sequences of these {len(ledger)} steps was trained once",
     ]
 
 
-def rows(path: Path) -> list[dict]:
+def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

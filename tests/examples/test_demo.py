@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import demo
 import pace
@@ -41,8 +43,8 @@ def test_a_paced_process_never_runs_more_than_its_share() -> None:
 
 
 def test_pacing_ends_with_the_process_even_if_that_is_killed() -> None:
-    code = f"import sys; sys.path.insert(0, {str(Path(pace.__file__).parent)!r}); import pace, time; pace.pace(0.5); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code])
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); import pace; pace.pace(0.5); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(Path(pace.__file__).parent)])
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
         paced = _eventually(lambda: children.read_text().split())
@@ -59,7 +61,7 @@ def _runs(process: str) -> bool:
         return False
 
 
-def _eventually(found):  # type: ignore[no-untyped-def]
+def _eventually(found: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if result := found():
@@ -78,7 +80,7 @@ def make_run(folder: Path, trained: list[dict[str, list[int]]]) -> None:
     write(folder / "metrics.jsonl", [{"loss": 5.5 - step / 10, **seconds} for step in range(demo.LAST_STEP)])
     write(folder / "ledger.jsonl", [{"step": first + i, "trained": row} for i, row in enumerate(trained)])
     (folder / "killed.json").write_text(json.dumps({"step": demo.KILLED_AFTER + 1, "member": "host:1"}))
-    compared = {"layout": "static data parallel", "ratios": [1.4, 1.6], "ratio": 1.5, "difference": 2e-7}
+    compared = {"layout": "static data parallel", "ratios": [1.4, 1.6], "ratio": 1.5, "largest_loss_difference": 2e-7}
     (folder / "comparisons.json").write_text(json.dumps([compared]))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_plans import write_stage_plan
+from stages import simple
 from torch import nn
 
 import heteromesh as hm
@@ -28,8 +30,6 @@ from heteromesh.runtime.process.environment import environment_of
 from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from ranks import run_processes, run_ranks
-from stage_plans import write_stage_plan
-from stages import simple
 from steps import TINY
 from trainers import DATA
 
