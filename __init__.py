@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from heteromesh.runtime.engine.executor import StepExecutor
     from heteromesh.runtime.engine.passes import PassMajor
     from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
+    from heteromesh.runtime.process.environment import is_first
     from heteromesh.runtime.trainer import Trainer
     from heteromesh.runtime.training.planned_steps import planned_steps
     from heteromesh.runtime.work.reader import Reader
@@ -40,6 +41,7 @@ __all__ = [
     "UserError",
     "World",
     "attention",
+    "is_first",
     "join_world",
     "linear_attention",
     "plan_step",
@@ -61,6 +63,7 @@ _HOME = {
     "UserError": "heteromesh.errors",
     "World": "heteromesh.comm.world",
     "attention": "heteromesh.parallel.attention.api",
+    "is_first": "heteromesh.runtime.process.environment",
     "join_world": "heteromesh.comm.world",
     "linear_attention": "heteromesh.parallel.attention.api",
     "plan_step": "heteromesh.planner.sequences.step",

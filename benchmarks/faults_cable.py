@@ -66,7 +66,17 @@ def _round(options: argparse.Namespace, lost: str) -> tuple[float | None, int]:
     cluster = Cluster(name="cable", hosts=hosts, devices={"cpu": CATALOG["cpu"]})
     secret = {SECRET: os.urandom(16).hex()}
     with tempfile.TemporaryDirectory() as folder, Sandbox(cluster, quota=False) as sandbox:
-        words = [sys.executable, "-m", "heteromesh.faults.coordinator", "--port", str(_PORT), "--members", "2:3"]
+        words = [
+            sys.executable,
+            "-m",
+            "heteromesh.faults.coordinator",
+            "--host",
+            "0.0.0.0",
+            "--port",
+            str(_PORT),
+            "--members",
+            "2:3",
+        ]
         sandbox["a"].start(words, environment=secret, piped=True).streams[0].readline()  # type: ignore[index]
         addresses = ",".join(host.address for host in sandbox.hosts)
         files = {name: Path(folder) / name for name in _NAMES}

@@ -15,7 +15,6 @@ import torch
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, active_pass, attention
-from heteromesh.parallel.attention.scope import never_compiled
 
 NAME = "heteromesh"
 
@@ -29,9 +28,8 @@ def register() -> None:
         raise UserError(
             "transformers is not installed, or older than 5: install it with `pip install heteromesh[transformers]`"
         ) from None
-    # no part of compiled graphs: each pass attends in another way
-    AttentionInterface.register(NAME, never_compiled(_forward))
-    AttentionMaskInterface.register(NAME, never_compiled(_mask))
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def _forward(

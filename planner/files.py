@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
+import os
 import tomllib
 import types
 import typing
@@ -44,13 +46,30 @@ def read_text(path: Path, what: str) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields where to write what is to become the file when the block ends; a block that raises leaves nothing."""
+    """Yields where to write what is to become the file when the block ends; a block that raises leaves nothing.
+
+    A power cut leaves the old file or the new one.
+    """
     part = path.with_name(path.name + ".part")
     try:
         yield part
+        make_durable(part)
         part.replace(path)
+        make_durable(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def make_durable(path: Path) -> None:
+    """Returns when a file's bytes, or the names in a folder, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't do it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:

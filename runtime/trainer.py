@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -14,12 +15,12 @@ from heteromesh.comm.world import join_world
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.process.environment import COORDINATORS
+from heteromesh.runtime.process.failure import RunFinished
 from heteromesh.runtime.training.build import DRY_RUN_VARIABLE, described_cluster
 from heteromesh.runtime.training.dry_run import dry_run
 from heteromesh.runtime.training.elastic import ElasticJob
 from heteromesh.runtime.training.fixed import FixedJob
-from heteromesh.runtime.training.job import Job, settings_of
-from heteromesh.runtime.training.job_check import in_training
+from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.work.reader import Reader, Sequences
 from heteromesh.runtime.work.sampler import Sampler
 
@@ -27,12 +28,10 @@ from heteromesh.runtime.work.sampler import Sampler
 class Trainer:
     """Trains `model` on `data` as `config` says. `fit()` does all of it.
 
-    model: an nn.Module as `StepExecutor` takes it; one in eval() is trained in train() and put back at the end, modules
-    that are in eval() inside a model in train() stay so. data: `data[i]` is a 1-D sequence of token ids, or a mapping
-    with `input_ids`, `labels` (`TrainerConfig.labels` says of which kind) and perhaps `attention_mask`, whose padded
-    ends are cut off; a `TokenStore` is read in part. optimizer: any torch optimizer over the model's parameters; None:
-    AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called after steps, for
-    evaluations, checkpoints and at the end (`Hook`).
+    model: an nn.Module as `StepExecutor` takes it. data: `data[i]` is a 1-D sequence of token ids (or a mapping with
+    `input_ids` and `labels`); a `TokenStore` is read in part. optimizer: any torch optimizer over the model's
+    parameters; None: AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called
+    after steps, for evaluations, checkpoints and at the end (`Hook`).
 
     Works in one process, under `heteromesh run` and under plain torchrun.
     """
@@ -49,7 +48,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.schedule, self.hooks = model, config, schedule, tuple(hooks)
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-        self.data, self.reader = data, Reader(data, config.labels)
+        self.data, self.reader = data, Reader(data)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
 
     def fit(self) -> TrainingReport:
@@ -57,20 +56,21 @@ class Trainer:
 
         Raises UserError for bad input, for a loss that is not finite (the last whole checkpoint stays) and for a hook
         that raised (the run is saved), and SystemExit(128 + signal) after Ctrl-C or SIGTERM, when the state has been
-        saved. Under `heteromesh run --dry-run` it prints the plan of the first steps and ends with SystemExit(0).
+        saved. With fault tolerance it ends a process that was started again after the end with SystemExit(0).
+        Under `heteromesh run --dry-run` it prints the plan of the first steps and ends with SystemExit(0).
         """
         job = self._job()
-        with in_training(self.model):
-            return self._fit(job)
-
-    def _fit(self, job: Job) -> TrainingReport:
         if DRY_RUN_VARIABLE in os.environ:
             dry_run(job)
             raise SystemExit(0)
         with ExitStack() as stack:
             # a process that nothing has launched is a job of its own
             if self.config.fault_tolerance and (COORDINATORS in os.environ or "WORLD_SIZE" in os.environ):
-                report = ElasticJob(job, stack).run()
+                try:
+                    report = ElasticJob(job, stack).run()
+                except RunFinished as finished:
+                    print(f"heteromesh: {finished}: this process, started again, has nothing to do", file=sys.stderr)
+                    raise SystemExit(0) from None
             else:
                 timeout = timedelta(seconds=self.config.timeout_seconds)
                 world = stack.enter_context(join_world(timeout, described_cluster(self.config)))
@@ -88,6 +88,5 @@ class Trainer:
             sampler=self.sampler,
             data_fingerprint=getattr(self.data, "fingerprint", ""),
             config=self.config,
-            given=settings_of(self.optimizer),
             hooks=self.hooks,
         )

@@ -5,21 +5,31 @@ Foreign traffic is dropped and counted; connections for an epoch that this proce
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import selectors
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor, AuthError
 
 HANDSHAKE_SECONDS = 5.0
-MAX_HANDSHAKES = 1024
+_PAUSE = 0.05
+"""Seconds before connections are accepted again when no descriptors were left."""
+_MOST, _SHARE = 256, 8
+"""At most so many connections at once have not proved themselves, and no more than this part of the descriptors that
+the process may have: the others are for its own files and for connections that have."""
+
+
+def most_handshakes() -> int:
+    """Returns how many connections that have proved nothing yet a listener keeps at once."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if limit == resource.RLIM_INFINITY else max(4, min(_MOST, limit // _SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +50,7 @@ class Claim:
         """Raises AuthError for anything else."""
         try:
             group, epoch, rank, link = json.loads(data)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise AuthError(f"a claim that is no claim: {error}") from None
         if not (isinstance(group, str) and all(type(v) is int and v >= 0 for v in (epoch, rank, link))):
             raise AuthError("a claim with fields of wrong types")
@@ -84,7 +94,7 @@ class Listener:
 
         Raises OSError when an address cannot be bound.
         """
-        self._secret = secret
+        self._secret, self._most = secret, most_handshakes()
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self._ready: dict[tuple[str, int], dict[tuple[int, int], socket.socket]] = {}
@@ -134,29 +144,36 @@ class Listener:
                 self._ready.clear()
 
     def _turn(self) -> bool:
-        pending = any(key.data is not None for key in self._selector.get_map().values())
+        pending = bool(self._handshakes())
         for key, _ in self._selector.select(1.0 if pending else None):
             if key.fileobj is self._woken:
                 return False
             if key.data is None:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
-            else:
+            elif key.data.sock.fileno() >= 0:  # not refused in this turn
                 self._advance(key.data)
         if pending:
             self._expire()
         return True
 
     def _accept(self, listening: socket.socket) -> None:
-        with suppress(OSError):
+        try:
             sock, _ = listening.accept()
-            if len(self._selector.get_map()) > MAX_HANDSHAKES:
-                self._refuse(sock)
-                return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(_PAUSE)  # it would be ready again at once
+            return
+        waiting = self._handshakes()
+        if len(waiting) >= self._most:
+            # the one that has waited for longest: a flood of silent ones must not keep others out
+            oldest = min(waiting, key=lambda one: one.until)
+            self._selector.unregister(oldest.sock)
+            self._refuse(oldest.sock)
+        try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                self._selector.register(sock, selectors.EVENT_READ, _Handshake(sock, self._secret))
-            except OSError:
-                self._refuse(sock)
+            self._selector.register(sock, selectors.EVENT_READ, _Handshake(sock, self._secret))
+        except OSError:
+            self._refuse(sock)
 
     def _advance(self, handshake: _Handshake) -> None:
         try:
@@ -189,11 +206,13 @@ class Listener:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for key in list(self._selector.get_map().values()):
-            data: Any = key.data
-            if data is not None and data.until < now:
-                self._selector.unregister(data.sock)
-                self._refuse(data.sock)
+        for handshake in self._handshakes():
+            if handshake.until < now:
+                self._selector.unregister(handshake.sock)
+                self._refuse(handshake.sock)
+
+    def _handshakes(self) -> list[_Handshake]:
+        return [key.data for key in self._selector.get_map().values() if key.data is not None]
 
     def _refuse(self, sock: socket.socket) -> None:
         self.counts["foreign"] += 1

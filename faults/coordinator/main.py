@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--host", default="0.0.0.0", help="address of this machine to listen on (default: all)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address of this machine to listen on; for members on other hosts the one that they reach, or 0.0.0.0 "
+        "for all (default: 127.0.0.1, this host alone)",
+    )
     parser.add_argument("--port", type=int, default=29400, help="0: any free one (default: 29400)")
     parser.add_argument("--members", default="1:256", metavar="MIN:MAX", help="how many the job needs and takes")
     parser.add_argument("--secret-file", type=Path, metavar="FILE", help=f"default: environment variable {SECRET}")
@@ -92,6 +98,12 @@ def read_secret(file: Path | None) -> bytes:
     else:
         where = f"--secret-file {file}"
         try:
+            mode = file.stat().st_mode
+            if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise UserError(
+                    f"{where} can be read by other users (mode {stat.S_IMODE(mode):o}): take that from them with "
+                    f"chmod 600 {file}"
+                )
             secret = file.read_bytes().rstrip(b"\r\n")
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror}): give a file that this user may read") from None

@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from heteromesh.comm.tcp.auth import ANSWER_HEAD, Acceptor
 from heteromesh.comm.tcp.info import tcp_info
+from heteromesh.comm.tcp.listen import most_handshakes
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.ballot import Ballot
 from heteromesh.faults.coordinator.election import Election
@@ -25,6 +27,7 @@ from heteromesh.faults.membership.membership import Bounds, LossReason, Membersh
 from heteromesh.faults.wire.codec import Wire, encode
 from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.faults.wire.messages import (
+    LOST_STATE,
     Alive,
     ControlMessage,
     EndJob,
@@ -85,16 +88,13 @@ class Coordinator:
         bounds: Bounds | None = None,
         timing: Timing | None = None,
         election: Election | None = None,
-        own: int | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `own`: the
-        member in this process. `monitor`: gathers reports and says diagnoses; without one the lines go to the log and
-        events stay in memory."""
+        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `monitor`:
+        gathers reports and says diagnoses; without one the lines go to the log and events stay in memory."""
         self._secret, self._host, self._port = secret, host, port
         self.timing = timing or Timing()
         self.membership = Membership(bounds or Bounds(), electing=election is not None)
-        self._own = own
         self._ballot = Ballot(election, self.timing, self._conclude, self._give_up) if election is not None else None
         self.monitor = monitor or Monitor()
         self.address = (host, port)
@@ -102,6 +102,8 @@ class Coordinator:
         """Why it ended by itself: members that may have elected another coordinator outvote those it has left."""
         self._lines: dict[int, _Line] = {}
         self._writers: set[asyncio.StreamWriter] = set()
+        self._unproved: dict[asyncio.StreamWriter, None] = {}
+        """Connections that have not proved themselves, the oldest first."""
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -137,7 +139,10 @@ class Coordinator:
         return self._thread is not None and self._thread.is_alive()
 
     async def _listen(self) -> asyncio.Server:
-        server = await asyncio.start_server(self._serve, self._host, self._port, limit=_READ, backlog=256)
+        self._loop.set_exception_handler(self._wrong)
+        # so many are accepted at once before any of them is looked at
+        backlog = most_handshakes()
+        server = await asyncio.start_server(self._serve, self._host, self._port, limit=_READ, backlog=backlog)
         self.address = server.sockets[0].getsockname()[:2]
         return server
 
@@ -165,10 +170,15 @@ class Coordinator:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        self._unproved[writer] = None
+        if len(self._unproved) > most_handshakes():
+            # the one that has waited for longest: a flood of silent ones must not keep members out
+            next(iter(self._unproved)).transport.abort()
         line: _Line | None = None
         try:
             async with asyncio.timeout(self.timing.leave):
                 line = await self._prove(reader, writer)
+            del self._unproved[writer]
             while data := await reader.read(_READ):
                 for message in line.wire.feed(data):
                     self._heard(line, message)
@@ -178,9 +188,16 @@ class Coordinator:
                 self.membership.counts["foreign"] += 1
         finally:
             self._writers.discard(writer)
+            self._unproved.pop(writer, None)
             if line is not None and line.member is not None:
                 self._gone(line.member, "died")
             writer.transport.abort()
+
+    def _wrong(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "out of system resource" in str(context.get("message")):
+            self.membership.counts["exhausted"] += 1  # asyncio accepts again in a second
+        else:
+            loop.default_exception_handler(context)
 
     async def _prove(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Line:
         acceptor = Acceptor(self._secret)
@@ -227,10 +244,11 @@ class Coordinator:
                 self._loop.call_later(self.timing.verdict, self._failed, member, message)
             case MemberDied(dead):
                 self._gone(dead, "died")
-            case Leave():
+            case Leave(finished):
+                self.membership.finished = self.membership.finished or finished
                 self._gone(member, "left")
             case EndJob(reason):
-                self._end(reason)
+                self._end(reason, LOST_STATE)
             case OperationReport():
                 self.monitor.heard(member, message, now)
             case _:
@@ -311,8 +329,7 @@ class Coordinator:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        # a commit that only the member in this process had heard of would be lost with both
-        orders, self._held = sorted(self._held, key=lambda order: order[0] == self._own), []
+        orders, self._held = self._held, []
         sets = self.membership.say()
         gone: list[int] = []
         bodies: dict[int, bytes] = {}  # most messages go to many members: each is encoded once
@@ -334,7 +351,7 @@ class Coordinator:
                 line.writer.close()
         reason = self.membership.lost_state()
         if reason is not None:
-            self._end(reason)
+            self._end(reason, LOST_STATE)
 
     def _hold(self, reason: str) -> None:
         """Says nothing more: ends, unless those who are left may still turn out to be a quorum of a newer epoch."""
@@ -343,14 +360,13 @@ class Coordinator:
         elif self._patience is None:
             self._patience = self._loop.call_later(self.timing.silence, self._step_down, reason)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, cause: str = "") -> None:
         self.monitor.ended(reason)
-        for member, line in list(self._lines.items()):
-            line.send(JobStopped(reason))
-            del self.membership.people[member]
+        for line in self._lines.values():
+            line.send(JobStopped(reason, cause))
             line.writer.close()
         self._lines.clear()
-        self.membership.world.members = []
+        self.membership.end()
 
     async def _watch(self) -> None:
         period = min(self.timing.heartbeat, self.timing.silence / 10)
@@ -375,6 +391,8 @@ class Coordinator:
     def _inspect(self, now: float) -> None:
         liveness = {m: line.liveness for m, line in self._lines.items()}
         quiet = [m for m in silent(liveness, now) if not self.monitor.moves(m, now)]
+        spared = self.membership.last_holders(quiet)
+        quiet = [m for m in quiet if m not in spared or self._is_gone(m, now)]
         for member in quiet:
             self.monitor.hung(self.membership, "silent", [member], deaf=self._lines[member].deaf())
         self._lost(quiet, "silent")
@@ -393,6 +411,11 @@ class Coordinator:
         for member in self.monitor.slow(self.membership, now):
             self._gone(member, "slow")
         self._count_down(now)
+
+    def _is_gone(self, member: int, now: float) -> bool:
+        """Whether one without whom nobody would hold the state is not to be waited for any more."""
+        line = self._lines[member]
+        return line.deaf() or now - line.liveness.seen > self.timing.patience
 
     def _count_down(self, now: float) -> None:
         world = self.membership.world

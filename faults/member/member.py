@@ -17,7 +17,7 @@ from heteromesh.faults.member.group import EpochGroup
 from heteromesh.faults.member.host_watch import HostPeers
 from heteromesh.faults.member.rejoin import candidate, refusal, rejoin
 from heteromesh.faults.membership.liveness import CoordinatorLiveness
-from heteromesh.faults.membership.view import Fenced, Stopped, View, view_of
+from heteromesh.faults.membership.view import Fenced, View, stop_of, view_of
 from heteromesh.faults.wire.codec import WireError
 from heteromesh.faults.wire.control import Address, enrol
 from heteromesh.faults.wire.messages import (
@@ -213,11 +213,14 @@ class Member:
         with self._lock:
             return self._state.committed, self._state.chain
 
-    def close(self) -> None:
-        """Leaves the job in order and closes its group; no thread may use it any more. Again does nothing."""
+    def close(self, *, finished: bool = False) -> None:
+        """Leaves the job in order and closes its group; no thread may use it any more. Again does nothing.
+
+        `finished`: all that the job was to do is done, so that whoever joins now is told so.
+        """
         if self._closing.error is not None:
             return
-        self.send(Leave())
+        self.send(Leave(finished=finished))
         self._closing.set(GroupAborted("the member left"))
         self._thread.join()
         self._group.close()
@@ -277,7 +280,7 @@ class Member:
         return ""
 
     def _stand(self) -> Coordinator | None:
-        self._candidate = candidate(self.options.coordinators, self.options.secret, self._bounds, self._timing, self.id)
+        self._candidate = candidate(self.options.coordinators, self.options.secret, self._bounds, self._timing)
         return self._candidate
 
     def _report(self, view: View) -> EpochReport:
@@ -308,7 +311,9 @@ class Member:
 
     def _attend(self, poll: select.epoll) -> None:
         due = time.monotonic()
-        coordinator = CoordinatorLiveness(self._timing, due)
+        # where no other can be elected nothing is won by giving up one that was stopped and may wake up
+        alone, floor = len(self.options.coordinators) < 2, self._timing.hang
+        coordinator = CoordinatorLiveness(self._timing, due, max(floor, self._timing.patience) if alone else floor)
         while self._closing.error is None and self._over is None:
             now = time.monotonic()
             coordinator.compensate(now - due)
@@ -357,8 +362,8 @@ class Member:
                 self._abort(f"only {have} of at least {need} members are left")
             case Evicted(reason):
                 self._end(Fenced(f"member {self.id} was put out of the job: {reason}"))
-            case JobStopped(reason):
-                self._end(Stopped(reason))
+            case JobStopped():
+                self._end(stop_of(message))
             case Malformed("epoch" | "commit" | "short" | "fenced" | "stop" as kind):
                 raise WireError(f"a message of the kind {kind} that is malformed")
 

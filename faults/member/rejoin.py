@@ -62,16 +62,12 @@ def refusal(answer: ControlMessage) -> str:
     return answer.reason if isinstance(answer, Refused) else "the coordinator did not welcome this process"
 
 
-def candidate(
-    addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing, own: int
-) -> Coordinator | None:
-    """Returns a coordinator on the first of these addresses that is of this host and free. `own`: this member."""
+def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:
+    """Returns a coordinator on the first of these addresses that is of this host and free."""
     for host, port in addresses:
         try:
-            election = Election()
-            return Coordinator(
-                secret, host=host, port=port, bounds=bounds, timing=timing, election=election, own=own
-            ).start()
+            server = Coordinator(secret, host=host, port=port, bounds=bounds, timing=timing, election=Election())
+            return server.start()
         except UserError:
             continue
     return None

@@ -16,7 +16,7 @@ from heteromesh.faults.member.commit import Steps
 from heteromesh.faults.member.group import EpochGroup
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.world import EpochWorld
-from heteromesh.faults.membership.view import Stopped
+from heteromesh.faults.membership.view import StateLost
 from heteromesh.planner.ownership.ownership import LostState
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Elastic:
     """A `Session` over a member of a job, which it closes. All methods raise Fenced and Stopped.
 
     An attempt that a loss interrupts is made again in the next epoch, by whoever is left, in another world. One that
-    raises LostState, because nobody left has a part of the state, ends the job for all.
+    raises LostState, because nobody left has a part of the state, raises StateLost on all members.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Elastic:
         self._world: EpochWorld | None = None
         self._committed_in = -1
         """The epoch of this member's last commit."""
+        self.finished = False
+        """Whether all that the job was to do is done; told to whoever joins afterwards."""
 
     def start(self) -> EpochWorld:
         """Returns when this member takes part and has the job's state."""
@@ -72,7 +74,7 @@ class Elastic:
             except LostState as error:
                 # all are to hear of the first cause, not of who then gives up
                 group.end_job(str(error))
-                raise Stopped(str(error)) from None
+                raise StateLost(str(error)) from None
             return (made.result, world), made.digest
 
         done = self._steps.atomic(body, None if overlap is None else lambda made: overlap(made[0]))
@@ -103,7 +105,7 @@ class Elastic:
         """Leaves the epoch and the job; in the thread that made the member."""
         self.member.group().close()
         self._end_epoch()
-        self.member.close()
+        self.member.close(finished=self.finished)
 
     def _world_of(self, group: EpochGroup) -> EpochWorld:
         """Returns the epoch's world: the same one as long as the epoch lasts."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from heteromesh.comm.codec import decode, encode
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.tcp.abort import GroupAborted
@@ -68,7 +68,7 @@ class EpochWorld(World):
             opened.close()
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns every rank's picklable `value`, in rank order, on every rank."""
+        """Returns every rank's `value` (comm/codec.py says of what), in rank order, on every rank."""
         if self.size == 1:
             return [value]
         mine = _bytes(value)
@@ -78,10 +78,10 @@ class EpochWorld(World):
             mine if rank == self.rank else torch.empty(int(size), dtype=torch.uint8) for rank, size in enumerate(sizes)
         ]
         self._group.all_gather(parts)
-        return [pickle.loads(part.numpy().tobytes()) for part in parts]
+        return [decode(part.numpy().tobytes()) for part in parts]
 
     def broadcast(self, value: Any) -> Any:
-        """Returns rank 0's picklable `value` on every rank."""
+        """Returns rank 0's `value` on every rank."""
         if self.size == 1:
             return value
         data = _bytes(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
@@ -90,7 +90,7 @@ class EpochWorld(World):
         if self.rank != 0:
             data = torch.empty(int(size), dtype=torch.uint8)
         self._group.broadcast(data, 0)
-        return value if self.rank == 0 else pickle.loads(data.numpy().tobytes())
+        return value if self.rank == 0 else decode(data.numpy().tobytes())
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Sums a CPU vector over the ranks, in place: equal bits on all of them."""
@@ -104,4 +104,4 @@ class EpochWorld(World):
 
 
 def _bytes(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)

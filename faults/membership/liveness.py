@@ -56,8 +56,9 @@ class MemberLiveness:
 class CoordinatorLiveness:
     """A member's watch over its coordinator. One that is stopped or hangs keeps its connections and says nothing."""
 
-    def __init__(self, timing: Timing, now: float) -> None:
-        self._seen, self._gaps = now, Intervals(timing.hang, timing)
+    def __init__(self, timing: Timing, now: float, floor: float) -> None:
+        """`floor`: seconds of silence that are always waited for."""
+        self._seen, self._gaps = now, Intervals(floor, timing)
 
     def heard(self, now: float) -> None:
         self._gaps.add(now - self._seen)

@@ -11,9 +11,11 @@ from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.quorum import holds
 from heteromesh.faults.wire.bounds import Bounds as Bounds
 from heteromesh.faults.wire.messages import (
+    FINISHED,
     Evicted,
     FromCoordinator,
     Healed,
+    JobStopped,
     JoinInfo,
     LinkFailed,
     TooFew,
@@ -40,6 +42,8 @@ class Membership:
     last: int = 0
     """The highest id given so far; ids are never used again."""
     started: bool = False
+    finished: bool = False
+    """Whether a member has left because all was done."""
     electing: bool = False
     """No epoch begins before a majority of the last one's members has reported (faults/coordinator/election.py)."""
     elective: bool = False
@@ -98,6 +102,8 @@ class Membership:
     def admit(self) -> list[Order]:
         """Starts the job, or an epoch with the waiting members when nobody is in the middle of a step."""
         ready = self._admissible()
+        if self.finished and not self.world.members:
+            return [(m, JobStopped("all steps of the job are done", FINISHED)) for m in self.waiting]
         if not ready or self.electing or self.lost_quorum():
             return []
         if not self.world.members:
@@ -259,6 +265,17 @@ class Membership:
                 "all that did are gone; start again from the last checkpoint"
             )
         return None
+
+    def last_holders(self, lost: Collection[int]) -> set[int]:
+        """Returns those who hold the state, if nobody else would hold it when these members were lost."""
+        holders = self.world.current & set(self.world.members)
+        return holders if holders <= set(lost) else set()
+
+    def end(self) -> None:
+        """Forgets all members: those who come next begin a job of their own, with the state that they bring."""
+        self.people.clear()
+        self.world.members = []
+        self.quorum_sets, self._open, self._known = [], [], {}
 
     def _rebuild(self) -> list[Order]:
         self.world.change(self._in_order(self.world.members))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from heteromesh.faults.wire.codec import WireError
-from heteromesh.faults.wire.messages import NewEpoch
+from heteromesh.faults.wire.messages import FINISHED, LOST_STATE, JobStopped, NewEpoch
 
 
 class Fenced(RuntimeError):
@@ -14,6 +14,14 @@ class Fenced(RuntimeError):
 
 class Stopped(RuntimeError):
     """The job cannot go on (too few members, nobody holds the state); the message says what to do."""
+
+
+class StateLost(Stopped):
+    """No member holds the state any more: the job can begin again from a checkpoint, with whoever is started again."""
+
+
+class Finished(Stopped):
+    """The job was done before this member could take part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +52,12 @@ class View:
     def contributors(self, mask: int) -> tuple[int, ...]:
         """Returns the members whose bits are set."""
         return tuple(member for rank, member in enumerate(self.members) if mask >> rank & 1)
+
+
+def stop_of(message: JobStopped) -> Stopped:
+    """Returns what a member raises when the coordinator has said this."""
+    kinds: dict[str, type[Stopped]] = {LOST_STATE: StateLost, FINISHED: Finished}
+    return kinds.get(message.cause, Stopped)(message.reason)
 
 
 def view_of(message: NewEpoch, member: int) -> View:

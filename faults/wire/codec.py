@@ -58,7 +58,7 @@ def decode(body: bytes) -> ControlMessage:
     """Returns the message, or Malformed. Raises WireError for what is no object with a kind."""
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
         raise WireError("a message that is no JSON object with a kind")
@@ -66,7 +66,7 @@ def decode(body: bytes) -> ControlMessage:
         cls: Any = _KINDS[data["kind"]]
         given = {name: _value(hint, data[name]) for name, hint in _fields(cls) if name in data}
         message: ControlMessage = cls(**given)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return Malformed(data["kind"])
     return message
 

@@ -146,10 +146,13 @@ class MemberDied:
 class Leave:
     """The member leaves in order."""
 
+    finished: bool = False
+    """Whether all that the job was to do is done."""
+
 
 @dataclass(frozen=True, slots=True)
 class EndJob:
-    """The job can't go on, for a reason that only its members can see."""
+    """A part of the state is lost, which only the members can see."""
 
     reason: str
 
@@ -250,6 +253,8 @@ class JobStopped:
     """The job is over."""
 
     reason: str
+    cause: str = ""
+    """LOST_STATE, FINISHED, or nothing that the members have to tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +269,9 @@ class Malformed:
     kind: str
 
 
+LOST_STATE, FINISHED = "lost state", "finished"
+"""Causes of `JobStopped`: nobody holds the state any more, so that the job can begin again from a checkpoint; or all
+that was to be done is done, so that nothing must."""
 FromMember = Join | Rejoin | Heartbeat | Vote | Healed | LinkFailed | MemberDied | Leave | EndJob | OperationReport
 FromCoordinator = Welcome | Refused | NewEpoch | CommitNotice | TooFew | Evicted | JobStopped | Alive
 ControlMessage = FromMember | FromCoordinator | Malformed

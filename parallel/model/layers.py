@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from heteromesh.parallel.model.call import plain_name
-
 
 def outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the elements of the model's outermost module lists, by qualified name; {} where it has none.
-
-    torch.compile's wrappers are no part of the names: a compiled model draws what it draws uncompiled.
-    """
+    """Returns the elements of the model's outermost module lists, by qualified name; {} where it has none."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return {plain_name(f"{name}.{child}"): layer for name in outer for child, layer in lists[name].named_children()}
+    return {f"{name}.{child}": layer for name in outer for child, layer in lists[name].named_children()}

@@ -11,7 +11,6 @@ from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.model.call import IGNORED
 from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.randomness import PassRandomness
-from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.parallel.pipeline.cut import cut
 from heteromesh.parallel.pipeline.engine import boundary_of, stage_randomness
 from heteromesh.parallel.pipeline.stage import StageModule
@@ -52,9 +51,8 @@ def _run(module: StageModule, randomness: PassRandomness, x: torch.Tensor, conte
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None]
     labels = torch.full_like(positions, IGNORED)
     labels[0, :-1] = 0
-    places = token_places(context.layout.segments[0], (0, 1), x.device)
     try:
-        with undisturbed(module), context.active(), randomness.during(0, 0, places):
+        with context.active(), randomness.during(0, 0, token_places(context.layout.segments[0], (0, 1), x.device)):
             out: torch.Tensor = module(x, positions, labels)
             return out
     finally:

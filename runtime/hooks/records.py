@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
@@ -37,13 +37,14 @@ class RunRecords(Hook):
         recorder: Recorder,
         resolved: Callable[[tuple[int, ...]], Mapping[str, Any]],
         *,
-        resume: bool,
+        resume: bool | Literal["auto"],
         together: World | None,
+        job: str = "",
     ) -> None:
         """`resolved`: what config.json is to have, for a job of these members. `together`: the world of ranks that
-        stay, which write one trace."""
+        stay, which write one trace. `job`: see runtime/records/run_lock.py."""
         self.path, self._recorder, self._resolved = path, recorder, resolved
-        self._resume, self._together = resume, together
+        self._resume, self._together, self._job = resume, together, job
         self.restarted = int(os.environ.get(RESTARTS, "0")) > 0
         """Whether this process replaces one that may have begun the run."""
         self._recent: deque[StepCommitted] = deque(maxlen=_REMEMBERED)
@@ -54,7 +55,7 @@ class RunRecords(Hook):
     def create(self) -> None:
         """Makes the directory of a new or resumed run, on the rank that writes. Raises UserError where it can't be."""
         begun = self.restarted and (self.path / CONFIG).exists()
-        self._directory = RunDirectory(self.path, resume=self._resume or begun)
+        self._directory = RunDirectory(self.path, resume=self._resume or begun, job=self._job)
 
     def open(self, members: tuple[int, ...], done: int) -> None:
         """Opens the files, without the lines of steps after `done`; takes over from a writer that was lost,
@@ -62,7 +63,7 @@ class RunRecords(Hook):
         resolved: Mapping[str, Any] = self._resolved(members)
         self._written = done
         if self._directory is None:
-            self._directory = RunDirectory(self.path, resume=True)
+            self._directory = RunDirectory(self.path, resume=True, job=self._job)
             self._written = last_step(self.path / METRICS)
             with suppress(OSError, ValueError):
                 # what the job was started with stays, whoever is left of it
@@ -94,6 +95,11 @@ class RunRecords(Hook):
             spans, dropped = {0: self._recorder.spans}, self._recorder.dropped
         if self._directory is not None and self._directory.started:
             self._directory.trace(spans, dropped)
+
+    def finished(self, report: TrainingReport) -> None:
+        """Marks the run as finished, on the rank that writes, where nothing has stopped it."""
+        if report.signal is None and self._directory is not None and self._directory.started:
+            self._directory.finished(report.last_step)
 
     def trace_of_a_failure(self) -> None:
         """Writes this rank's own spans, when the others can't be asked."""

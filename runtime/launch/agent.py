@@ -79,8 +79,9 @@ class Agent:
     def run(self) -> int:
         """Returns the exit code when every worker has ended. Raises UserError when the command can't be started."""
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heteromesh-")))
             reaper = Reaper()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="heteromesh-")))
+            reaper.remove_at_the_end(str(folder))
             stack.callback(reaper.close)
             stack.callback(self._clean)
             stack.enter_context(self._selector)
@@ -142,9 +143,9 @@ class Agent:
         """Whether no worker of the job can go on, so that starting one again won't help."""
         if status.code != 1 or status.kind not in ("JobOver", "PeerLost"):
             return False
-        job = self._coordinator.membership if self._coordinator is not None else None
-        # PeerLost alone may mean that the others have put out this one worker
-        return status.kind == "JobOver" or (job is not None and job.started and not job.world.members)
+        # PeerLost may mean that the others have put out this one worker, or that nobody holds the state any more: those
+        # that are started again begin at the last checkpoint. Without a coordinator they have nothing to join.
+        return status.kind == "JobOver" or (self._coordinator is not None and not self._coordinator.running)
 
     def _lost(self, worker: WorkerProcess, status: ExitStatus) -> None:
         worker.lost, used = True, worker.starts - 1

@@ -1,8 +1,9 @@
 """`heteromesh run`: torchrun's own parser and launcher, and some flags more.
 
 A script that knows nothing of Heteromesh runs as under torchrun. A `Trainer` finds the cluster and plan files in the
-environment. Failures are told once: a user's mistake as its sentence (exit code 2), anything else as torchrun's table
-of failed ranks (exit code 1). With --fault-tolerance the agent of runtime/launch/elastic.py starts the workers.
+environment. A job of one host listens on the loopback interface only. Failures are told once: a user's mistake as its
+sentence (exit code 2), anything else as torchrun's table of failed ranks (exit code 1). With --fault-tolerance the
+agent of runtime/launch/elastic.py starts the workers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,8 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import load_cluster
 from heteromesh.planner.plan import load
 from heteromesh.runtime.launch.elastic import add_arguments, launch, refuse_arguments
+from heteromesh.runtime.launch.loopback import stay_on_loopback
+from heteromesh.runtime.launch.reaper import Reaper
 from heteromesh.runtime.launch.worker import error_text
 from heteromesh.runtime.process.failure import UNDER_HETEROMESH_RUN
 from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE, PLAN_VARIABLE
@@ -45,17 +49,29 @@ def main(argv: list[str]) -> int:
         return launch(options, environment)
     refuse_arguments(options)
     options.max_restarts, options.node_rank = options.max_restarts or 0, options.node_rank or 0
-    os.environ.update(environment | {UNDER_HETEROMESH_RUN: "1"})
+    stay_on_loopback(options)
+    return _launch(options, environment)
+
+
+def _launch(options: argparse.Namespace, environment: dict[str, str]) -> int:
+    """Lets torchrun start the workers, none of which outlives this process; returns the exit code."""
+    job = secrets.token_hex(8)
+    os.environ.update(environment | {UNDER_HETEROMESH_RUN: job})
     if "LOGLEVEL" not in os.environ:
         # the failure is told below, once; the launcher's log would tell it again in ten lines
         for name in ("torch.distributed.elastic", "torch.distributed.run"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    reaper = Reaper()
+    reaper.watch_environment(f"{UNDER_HETEROMESH_RUN}={job}")
     try:
         torchrun(options)
     except SignalException as signal:
         return 128 + int(signal.sigval)
     except ChildFailedError as error:
         return _tell(error)
+    finally:
+        reaper.forget_environment(f"{UNDER_HETEROMESH_RUN}={job}")
+        reaper.close()
     return 0
 
 

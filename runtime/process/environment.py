@@ -14,6 +14,7 @@ A script started by hand joins a running job when it sets the same variables.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 
@@ -67,6 +68,27 @@ def place_from_environment() -> int | None:
     if text and not text.isdecimal():
         raise UserError(f"{PLACE}={text} is no rank: give 0 for the first process of the first host, or leave it out")
     return int(text) if text else None
+
+
+def job_from_environment() -> str:
+    """Returns what all processes of this job have in common, and no others; it tells nothing of the secret.
+
+    Raises UserError when a variable is missing.
+    """
+    told = hashlib.blake2b(_variable(COORDINATORS).encode(), key=hashlib.blake2b(_secret()).digest(), digest_size=16)
+    return told.hexdigest()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that does what is to be done once for the whole job, before it trains.
+
+    Under torchrun and `heteromesh run` that is rank 0; with --fault-tolerance, where ranks change, the process of the
+    first place; alone it is this process.
+    """
+    place = place_from_environment()
+    if place is None and COORDINATORS not in os.environ:
+        return int(os.environ.get("RANK", "0")) == 0
+    return (int(os.environ.get("LOCAL_RANK", "0")) if place is None else place) == 0
 
 
 def environment_of(

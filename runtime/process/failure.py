@@ -19,6 +19,10 @@ class JobOver(PeerLost):
     """Nobody can go on, so that starting this process again won't help."""
 
 
+class RunFinished(RuntimeError):
+    """The job was done before this process could take part: nothing is left to do, and nothing is wrong."""
+
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torch's error handler writes down why a process failed."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"

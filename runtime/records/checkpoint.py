@@ -1,14 +1,12 @@
 """Checkpoints: torch.distributed.checkpoint in the background, whole or not there at all, the last N kept.
 
-A checkpoint is a directory `step-00000040` with the shards and `meta.json`. It is written as `step-00000040.part`
-and renamed when every rank has written its share; a `.part` that a killed run left is removed at the next start. All
-ranks must see the same file system.
+A checkpoint is a directory `step-00000040` (runtime/records/checkpoint_files.py says how it is written). All ranks must
+see the same file system. Whoever only reads changes nothing there; the one that writes removes what is left over.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import secrets
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +22,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.state.fragments import Piece
 from heteromesh.parallel.state.owner import StateOwner
+from heteromesh.runtime.records.checkpoint_files import (
+    PART,
+    MetadataReader,
+    PartWriter,
+    Superseded,
+    damage,
+    read_meta,
+    remove,
+    remove_parts,
+)
 from heteromesh.runtime.records.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, Stored, stored_state
 
-META = "meta.json"
 # one process without a process group is what this module asks for when it says no_dist
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -49,10 +55,11 @@ class Checkpoints:
         self._directory, self._world, self._keep, self._model = directory, world, keep, whole
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
         self._pending: Future[None] | None = None
-        if world.rank == 0:
-            for part in directory.glob("*.part"):
-                shutil.rmtree(part)
-        world.barrier()
+        self._token: str = world.once(lambda: secrets.token_hex(4))
+        """Of this writer's unfinished checkpoints: one that has taken over for it uses other names."""
+        self._cleaned = False
+        self._good: set[str] = set()
+        """Checkpoints that this process has written or checked."""
 
     def save(self, step: int, model: nn.Module, owner: StateOwner, trainer: Mapping[str, Any]) -> None:
         """Starts writing the state after `step` updates; returns when it has been copied.
@@ -62,12 +69,7 @@ class Checkpoints:
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
             state = _copied(_state(model, owner))
-        meta = {
-            "schema": 1,
-            "step": step,
-            "parameters": _shapes(model if self._model is None else self._model),
-            "trainer": dict(trainer),
-        }
+        meta = {"schema": 2, "step": step, "parameters": _shapes(self._model or model), "trainer": dict(trainer)}
         self._pending = self._thread.submit(self._write, step, state, meta)
 
     def wait(self) -> None:
@@ -84,8 +86,24 @@ class Checkpoints:
             self._thread.shutdown()
 
     def latest(self) -> Path | None:
-        """Returns the newest whole checkpoint."""
+        """Returns the newest checkpoint that was whole when it was written."""
         return max(self._whole(), default=None)
+
+    def newest_whole(self) -> tuple[Path | None, list[str]]:
+        """Returns the newest checkpoint whose files are as they were written, and what is wrong with newer ones.
+
+        The ranks read a share of the files each. Those of before digests were kept are taken as they are.
+        """
+        names: list[str] = self._world.once(lambda: [path.name for path in sorted(self._whole(), reverse=True)])
+        wrong: list[str] = []
+        for name in names:
+            found = self._world.gather(damage(self._directory / name, self._world.rank, self._world.size))
+            if not any(found):
+                self._good.add(name)
+                return self._directory / name, wrong
+            if self._world.once((self._directory / name).is_dir):  # not removed meanwhile, as an old one
+                wrong.append(f"checkpoint {name} is damaged ({next(filter(None, found))})")
+        return None, wrong
 
     def load(self, path: Path, model: nn.Module, owner: StateOwner) -> dict[str, Any]:
         """Restores model and optimizer; returns what `save` was given as `trainer`.
@@ -94,8 +112,8 @@ class Checkpoints:
 
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
-        meta = _read_meta(path)
-        _compare(meta["parameters"], _shapes(model if self._model is None else self._model), path)
+        meta = read_meta(path)
+        _compare(meta["parameters"], _shapes(self._model or model), path)
         try:
             stored = stored_state(path)
             buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
@@ -103,7 +121,7 @@ class Checkpoints:
             state = {"model": get_model_state_dict(model), "optimizer": buffers}
             load(
                 state,
-                checkpoint_id=path,
+                storage_reader=MetadataReader(path),
                 planner=PieceLoadPlanner(pieces),
                 process_group=self._world.checkpoint,
                 no_dist=self._world.size == 1,
@@ -120,39 +138,57 @@ class Checkpoints:
         return trainer
 
     def _whole(self) -> list[Path]:
-        return [p for p in self._directory.glob("step-*") if p.suffix != ".part" and p.is_dir()]
+        return [p for p in self._directory.glob("step-*") if p.suffix != PART and p.is_dir()]
 
     def _write(self, step: int, state: dict[str, Any], meta: Mapping[str, Any]) -> None:
-        final = self._directory / step_directory(step)
-        part = final.with_name(final.name + ".part")
+        final, first = self._directory / step_directory(step), self._world.rank == 0
+        part = final.with_name(f"{final.name}.{self._token}{PART}")
+        writer = PartWriter(part, final, meta, first=first)
+        if first and not self._cleaned:
+            self._cleaned = True
+            remove_parts(self._directory)
         try:
             with self._world.recorder.span("checkpoint write", "checkpoint"):
                 save(
                     state,
-                    checkpoint_id=part,
+                    storage_writer=writer,
                     planner=PieceSavePlanner(),
                     process_group=self._world.checkpoint,
                     no_dist=self._world.size == 1,
                 )
-                if self._world.rank == 0:
-                    (part / META).write_text(json.dumps(meta))
-                    shutil.rmtree(final, ignore_errors=True)
-                    part.rename(final)
-                    for old in sorted(self._whole())[: -self._keep]:
-                        shutil.rmtree(old)
+            if first:
+                self._prune(final.name)
         except (Exception, CheckpointException) as error:
-            if self._world.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            inner = _innermost(error)
-            # torch's archive writer says nothing but that its position is off when the disk took less than it gave
-            if not isinstance(inner, OSError) and "inline_container" not in str(inner):
-                raise
-            latest = self.latest()
-            kept = f"{latest.name} is kept" if latest else "there is none before it"
-            raise UserError(
-                f"the checkpoint of step {step} can't be written to {self._directory} ({_reason(error)}): "
-                f"free disk space or mend the directory and resume; {kept}"
-            ) from error
+            if writer.superseded:
+                raise Superseded(f"{part.name} was removed while this rank wrote it: another one writes now") from error
+            self._refuse(step, error)
+            raise
+        finally:
+            writer.close()
+
+    def _prune(self, written: str) -> None:
+        """Removes what is older than the last N checkpoints that this process knows to be whole."""
+        whole = sorted(self._whole())
+        self._good.add(written)
+        good = [path for path in whole if path.name in self._good]
+        if len(good) >= self._keep:
+            for old in whole[: whole.index(good[-self._keep])]:
+                remove(old)
+
+    def _refuse(self, step: int, error: BaseException) -> None:
+        """Raises UserError where the disk is at fault."""
+        inner = _innermost(error)
+        short = "inline_container" in str(inner) or "unexpected pos" in str(inner)
+        if not isinstance(inner, OSError) and not short:
+            return
+        # torch's archive writer says nothing but that its position is off when the disk took less than it gave
+        reason = "the disk took fewer bytes than it was given, as a full one does" if short else _reason(error)
+        latest = self.latest()
+        kept = f"{latest.name} is kept" if latest else "there is none before it"
+        raise UserError(
+            f"the checkpoint of step {step} can't be written to {self._directory} ({reason}): "
+            f"free disk space or mend the directory and resume; {kept}"
+        ) from error
 
 
 def _state(model: nn.Module, owner: StateOwner) -> dict[str, Any]:
@@ -193,19 +229,7 @@ def _copied(value: Any) -> Any:
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {plain_name(name): list(p.shape) for name, p in model.named_parameters()}
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((path / META).read_text())
-        _ = meta["parameters"], meta["trainer"], meta["step"]
-        return meta
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"checkpoint {path} is incomplete ({META} is missing or damaged): "
-            "remove it to resume from the one before, or start anew in another run directory"
-        ) from error
+    return {name: list(p.shape) for name, p in model.named_parameters()}
 
 
 def _compare(saved: Mapping[str, list[int]], mine: Mapping[str, list[int]], path: Path) -> None:

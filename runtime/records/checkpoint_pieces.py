@@ -5,24 +5,31 @@ A checkpoint of a sharded optimizer has the entries of an unsharded one, so that
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from heteromesh.parallel.state.fragments import Piece
+from heteromesh.runtime.records.checkpoint_files import MetadataReader
 
 STATE = ("optimizer", "state")
 
@@ -65,6 +72,12 @@ class PieceLoadPlanner(DefaultLoadPlanner):
             plan.items.extend(create_read_items_for_chunk_list(key, stored, _chunks(piece)))
         return plan
 
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        # torch's own would run what a pickle says: this raises where it says more than plain values
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         if index.fqn in self._pieces:
             assert index.offset is not None
@@ -82,7 +95,7 @@ class Stored(NamedTuple):
 
 def stored_state(path: Path) -> dict[str, dict[str, Stored]]:
     """Returns what a checkpoint has of optimizer state, by parameter name and key."""
-    metadata: Metadata = FileSystemReader(path).read_metadata()
+    metadata = MetadataReader(path).read_metadata()
     found: dict[str, dict[str, Stored]] = {}
     for flat, entry in metadata.state_dict_metadata.items():
         where = (metadata.planner_data or {}).get(flat, ())

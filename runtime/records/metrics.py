@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -81,13 +82,21 @@ class Tensorboard:
 
 
 class JsonLines:
-    """A file of one JSON object a line, each written whole."""
+    """A file of one JSON object a line, each written whole, or not at all where the disk is full."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, value: dict[str, Any]) -> None:
-        self._file.write(json.dumps(value) + "\n")
+        """Appends a line. Raises OSError."""
+        line = json.dumps(value).encode() + b"\n"
+        before, written = self._file.seek(0, os.SEEK_END), 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            self._file.truncate(before)
+            raise
 
     def close(self) -> None:
         self._file.close()

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from heteromesh.comm.records import Span
 from heteromesh.errors import UserError
 from heteromesh.planner.files import written_whole
 from heteromesh.planner.plan import Step, to_json
 from heteromesh.runtime.records.metrics import JsonLines, StepMetrics, Tensorboard, truncate_lines
+from heteromesh.runtime.records.run_lock import RunLock
 from heteromesh.runtime.records.trace import write_trace
 
 CONFIG, PLANS, METRICS, TRACE, CHECKPOINTS = "config.json", "plan.jsonl", "metrics.jsonl", "trace.json", "checkpoints"
-LEDGER, EVALUATIONS = "ledger.jsonl", "evaluations.jsonl"
+LEDGER, EVALUATIONS, FINISHED = "ledger.jsonl", "evaluations.jsonl", "finished.json"
 
 
 class RunDirectory:
-    """Opens (or, with `resume`, reopens) the directory of a run.
+    """Opens (or, with `resume`, reopens) the directory of a run, which no other job writes meanwhile.
 
-    Raises UserError when it can't be written, holds a run already, or holds none to resume.
+    Raises UserError when it can't be written, holds a run already, holds none to resume, or another job writes it.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool | Literal["auto"], job: str = "") -> None:
+        """`resume`: "auto" takes a directory with or without a run. `job`: see RunLock."""
         self.path = path
         with _named(path):
             existing = (path / CONFIG).exists()
@@ -35,13 +37,17 @@ class RunDirectory:
             raise UserError(
                 f"run directory {path} already holds a run: resume it (resume=True) or choose another directory"
             )
-        if resume and not existing:
+        if resume is True and not existing:
             raise UserError(f"run directory {path} holds no run to resume: check the path or start without resume")
-        self._prepare()
+        with _named(path):
+            (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            _probe(path)
+            self._lock = RunLock(path, job)
 
     def start(self, config: Mapping[str, Any], done_steps: int) -> None:
         """Writes config.json and opens the files, without the lines of steps after `done_steps`."""
         with _named(self.path):
+            (self.path / FINISHED).unlink(missing_ok=True)
             for name in (PLANS, METRICS, LEDGER, EVALUATIONS):
                 truncate_lines(self.path / name, done_steps)
             with written_whole(self.path / CONFIG) as part:
@@ -83,17 +89,37 @@ class RunDirectory:
         with _named(self.path):
             write_trace(self.path / TRACE, spans, dropped)
 
+    def finished(self, step: int) -> None:
+        """Marks the run as finished after so many steps: no process that comes later trains over it by itself."""
+        with _named(self.path), written_whole(self.path / FINISHED) as part:
+            part.write_text(json.dumps({"step": step}) + "\n")
+
     def close(self) -> None:
         for name in ("_plans", "_metrics", "_ledger", "_evaluations", "_tensorboard"):
             if getattr(self, name, None) is not None:
                 getattr(self, name).close()
+        self._lock.close()
 
-    def _prepare(self) -> None:
-        with _named(self.path):
-            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path, prefix=".writable-") as probe:
-                probe.write(b"\0" * 4096)
-                probe.flush()
+
+def finished_step(path: Path) -> int | None:
+    """Returns after how many steps the run in this directory was finished; None: it was not."""
+    try:
+        return int(json.loads((path / FINISHED).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _probe(path: Path) -> None:
+    """Raises OSError where a file can't be written there."""
+    probe = path / f".writable-{os.getpid()}"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        os.write(descriptor, b"\0" * 4096)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            probe.unlink()
 
 
 @contextmanager

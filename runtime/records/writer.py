@@ -52,27 +52,28 @@ class CheckpointWriter:
         if self._checkpoints is not None:
             self._checkpoints.wait()
 
-    def resume(self) -> tuple[Path, dict[str, Any]]:
+    def resume(self, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
         """Loads the newest whole checkpoint into model and state owner; returns where it is and the trainer's state.
 
-        Raises UserError where there is none.
+        `say` gets a line where newer ones are damaged. Raises UserError where none is whole.
         """
         checkpoints = self._opened()
-        path: Path | None = (
-            self._together.once(checkpoints.latest) if self._together is not None else checkpoints.latest()
-        )
+        path, wrong = checkpoints.newest_whole()
+        damaged = "; ".join(wrong)
         if path is None:
-            raise UserError(
-                f"run directory {self.run_dir} has no whole checkpoint to resume: start anew in another one"
-            )
-        loaded = checkpoints.load(path, self._model, self._state)
-        if self._together is None:
-            self.close()
-        return path, loaded
+            said = f": {damaged}; start anew in another one" if wrong else " to resume: start anew in another one"
+            raise UserError(f"run directory {self.run_dir} has no whole checkpoint{said}")
+        if wrong:
+            say(f"{damaged}: going on from {path.name}, the newest one that is whole")
+        return path, checkpoints.load(path, self._model, self._state)
+
+    def holds_any(self) -> bool:
+        """Whether there is a checkpoint to resume from, whole or not; equal on ranks that write together."""
+        return bool(self._together.once(self.latest) if self._together is not None else self.latest())
 
     def latest(self) -> Path | None:
         """Returns the newest whole checkpoint, as this rank sees the file system."""
-        return max(self._directory.glob("step-*[0-9]"), default=None)
+        return self._opened().latest()
 
     def path_of(self, done: int) -> Path:
         """Returns where the checkpoint after `done` steps is or will be."""

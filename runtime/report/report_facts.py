@@ -16,6 +16,7 @@ from typing import Any
 from heteromesh.errors import UserError
 
 FILES = ("metrics.jsonl", "plan.jsonl", "events.jsonl")
+_HUGE = 1e100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,10 +186,10 @@ def _finite(value: object) -> bool:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None for anything else."""
+    """A finite number, or None for anything else, as one that no run measures and that would make sums overflow."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if -_HUGE < value < _HUGE else None
 
 
 def _table(line: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -23,8 +23,7 @@ from heteromesh.errors import UserError
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.member.world import EpochWorld
-from heteromesh.faults.membership.view import Fenced, Stopped
-from heteromesh.parallel.model.pass_buffers import unexpand
+from heteromesh.faults.membership.view import Fenced, Finished, StateLost, Stopped
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
@@ -39,14 +38,21 @@ from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
 from heteromesh.runtime.hooks.cost_learning import CostLearning
 from heteromesh.runtime.hooks.records import RunRecords
-from heteromesh.runtime.process.environment import COORDINATORS, bounds_from_environment, join_options
-from heteromesh.runtime.process.failure import JobOver, PeerLost
+from heteromesh.runtime.process.environment import (
+    COORDINATORS,
+    bounds_from_environment,
+    is_first,
+    job_from_environment,
+    join_options,
+)
+from heteromesh.runtime.process.failure import JobOver, PeerLost, RunFinished
 from heteromesh.runtime.process.interrupt import Interrupt
+from heteromesh.runtime.records.checkpoint_files import Superseded
+from heteromesh.runtime.records.rundir import finished_step
 from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
-from heteromesh.runtime.training.job_check import check_job
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
@@ -60,7 +66,6 @@ from heteromesh.runtime.training.transactions import (
     Save,
     Transaction,
 )
-from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 
@@ -71,13 +76,12 @@ JOINED = "HETEROMESH_MEMBER_JOINED"
 class ElasticJob:
     """One call of `Trainer.fit` with fault tolerance. Everything it opens is closed by `stack`.
 
-    Raises UserError for bad input, PeerLost when the job can't go on with this member, JobOver when it can't at all.
+    Raises UserError for bad input, PeerLost when the job can't go on with this member, JobOver when it can't at all,
+    and RunFinished in a process that was started again when all was done.
     """
 
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
-        check_job(job)
-        unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
         self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
@@ -88,23 +92,28 @@ class ElasticJob:
             checkpoint_activations=config.checkpoint_activations,
         )
         stack.callback(self.engine.close)
-        try_model(job.model, job.reader)
         self.exchange = GradientReducer(job.model.parameters(), keep=True)
         stack.callback(self.exchange.close)
         self.recorder = World().recorder
-        alone = World(recorder=self.recorder)
-        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=False)
-        self.buffers = learn_buffers(self.engine, job.reader, alone)
+        self.executor = StepExecutor.of(self.engine, self.exchange, World(recorder=self.recorder), scatter=False)
         self.state: StateOwner = self._state()
         stack.callback(self.state.close)
         self.records = RunRecords(
-            Path(config.run_dir), self.recorder, self._resolved, resume=config.resume, together=None
+            Path(config.run_dir),
+            self.recorder,
+            self._resolved,
+            resume=config.resume,
+            together=None,
+            job=job_from_environment(),
         )
         stack.callback(self.records.close)
+        self._check_unfinished()
         self.console = Console(config.max_steps, 0, str(config.run_dir))
         self.writer = self._writer()
-        self._notes: list[str] = []
-        if config.resume or (self.records.restarted and self.writer.latest() is not None):
+        self._unreadable: UserError | None = None
+        """Why this process, which was started again, has no state of its own; those it joins have."""
+        wanted = config.resume == "auto" or self.records.restarted
+        if config.resume is True or (wanted and self.writer.holds_any()):
             self._resume()
         check_travels(self._state_of_job())
         self._join()
@@ -113,7 +122,16 @@ class ElasticJob:
         """Trains, saves."""
         try:
             report = self._run()
+            self.records.finished(report)
+            self.session.finished = report.signal is None
+        except Finished as error:
+            raise RunFinished(str(error)) from None
+        except Superseded as error:
+            raise PeerLost(str(error)) from None
         except Fenced as error:
+            raise PeerLost(f"{error}; {self._hint()}") from None
+        except StateLost as error:
+            # whoever is started again begins at the last checkpoint
             raise PeerLost(f"{error}; {self._hint()}") from None
         except Stopped as error:
             raise JobOver(f"{error}; {self._hint()}") from None
@@ -124,9 +142,7 @@ class ElasticJob:
         ours = [self.costs, self.records, self.console]
         hooks = HookCalls(ours, job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
-        parts = StepParts(
-            work=self.work, engine=self.engine, exchange=self.exchange, state=self.state, buffers=self.buffers
-        )
+        parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
         step = TrainStep(
             job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed, busy=session.busy
         )
@@ -142,7 +158,23 @@ class ElasticJob:
             step,
         ]
         loop.transactions = transactions
-        return loop.run(step.start)
+
+        def start() -> None:
+            self._tell_joined()
+            step.start()
+
+        return loop.run(start)
+
+    def _check_unfinished(self) -> None:
+        """Raises RunFinished in a process that was started again although the run is done: it would train over it."""
+        done = finished_step(self.records.path) if self.records.restarted else None
+        if done is not None and done >= self.job.config.max_steps:
+            raise RunFinished(f"all {done} steps of the run in {self.records.path} are done")
+
+    def _tell_joined(self) -> None:
+        if self.records.restarted and self.progress.begun:
+            name = self.session.member.options.name
+            self.console.say(f"worker {name}, started again, has joined after step {self.progress.done}")
 
     def _state(self) -> StateOwner:
         job, buckets = self.job, self.exchange.buckets
@@ -166,8 +198,14 @@ class ElasticJob:
         return writer
 
     def _resume(self) -> None:
-        _, state = self.writer.resume()
-        self._notes = self.job.load_trainer_state(state)
+        try:
+            _, state = self.writer.resume(self.console.say if is_first() else lambda _: None)
+        except UserError as error:
+            if not self.records.restarted:
+                raise
+            self._unreadable = error
+            return
+        self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
 
@@ -230,12 +268,13 @@ class ElasticJob:
         self.work.restart()
         self.costs.adopt(state["costs"])
         self.members.links = self.progress.links
+        self._unreadable = None
 
     def _create(self) -> None:
+        if self._unreadable is not None:
+            raise self._unreadable
+        self._check_unfinished()
         self.records.create()
-        for note in (*self._notes, self.job.reader.facts.warning()):
-            if note:
-                self.console.say(note)
         self.console.begin()
 
     def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
@@ -248,7 +287,6 @@ class ElasticJob:
             "cluster": described,
             "costs": costs_to_json(costs),
             "gradient_compression": self.job.config.gradient_compression,
-            "optimizer": self.job.described(),
         }
 
     def _hint(self) -> str:

@@ -47,14 +47,13 @@ class FixedJob:
         self.mode: Mode = self._mode()
         self.writer = self._writer()
         self.console = Console(config.max_steps, config.print_plans, str(config.run_dir))
-        if config.resume:
+        wanted = config.resume == "auto" or self.records.restarted
+        if config.resume is True or (wanted and self.writer.holds_any()):
             self._resume()
         self.measured = self.mode.start(self.progress.done)
         world.recorder.spans.clear()
         if world.rank == 0:
             self.records.open(world.members, self.progress.done)
-            if warning := job.reader.facts.warning():
-                self.console.say(warning)
 
     def run(self) -> TrainingReport:
         """Trains, saves, compares."""
@@ -64,7 +63,7 @@ class FixedJob:
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(self.job.config.run_dir))
         mode, state = self.mode, self.mode.state
         work = mode.work(progress.done)
-        parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state, buffers=mode.buffers)
+        parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state)
         step = TrainStep(
             self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed, busy=session.busy
         )
@@ -80,6 +79,7 @@ class FixedJob:
             report = loop.run(step.start)
         finally:
             work.close()
+        self.records.finished(report)
         return report if report.signal is not None else report.with_comparisons(mode.compare(self._asked))
 
     def _records(self) -> RunRecords:
@@ -114,19 +114,18 @@ class FixedJob:
         return writer
 
     def _resume(self) -> None:
-        path, state = self.writer.resume()
-        notes = self.job.load_trainer_state(state)
+        path, state = self.writer.resume(self.console.say if self.world.rank == 0 else lambda _: None)
+        self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
         if self.world.rank == 0:
-            self.console.say("\n".join((f"resumed from {path} at step {state['step']}", *notes)))
+            self.console.say(f"resumed from {path} at step {state['step']}")
 
     def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
         return {
             "trainer": asdict(self.job.config),
             "ranks": self.world.size,
             "cluster": {"name": self.cluster.name, "fingerprint": self.cluster.fingerprint},
-            "optimizer": self.job.described(),
             **self.mode.resolved(),
         }
 

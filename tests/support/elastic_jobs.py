@@ -21,7 +21,7 @@ from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.cost.devices import DeviceCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.process.environment import environment_of
-from heteromesh.runtime.process.failure import PeerLost
+from heteromesh.runtime.process.failure import RESTARTS, PeerLost
 from heteromesh.runtime.work.sampler import Sampler
 from trainers import DATA, make_trainer
 
@@ -50,9 +50,16 @@ class Job:
         self.coordinator.stop()
 
     def start(
-        self, index: int, *, dies_in: int = 0, waits_in: int = 0, place: int | None = None, **changes: Any
+        self,
+        index: int,
+        *,
+        dies_in: int = 0,
+        waits_in: int = 0,
+        place: int | None = None,
+        restarts: int = 0,
+        **changes: Any,
     ) -> None:
-        """`place`: which rank of the job it is; it has two addresses then."""
+        """`place`: which rank of the job it is; it has two addresses then. `restarts`: as an agent counts them."""
         source, sink = context.Pipe(duplex=False)
         environment = environment_of(
             coordinators=[self.coordinator.address],
@@ -61,7 +68,7 @@ class Job:
             hosts=["127.0.0.1"] if place is None else [f"127.0.{place}.1", f"127.0.{place}.2"],
             bounds=Bounds(),
             place=place,
-        )
+        ) | {RESTARTS: str(restarts)}
         arguments = (environment, self.folder, dies_in, waits_in, sink, changes)
         self.processes[index] = context.Process(target=member, args=arguments)
         self.processes[index].start()

@@ -1,5 +1,6 @@
 """The TCP data plane: sums, messages in any order, abort as a state, foreign traffic."""
 
+import resource
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ from heteromesh.comm.tcp.auth import ANSWER_HEAD, HELLO, Acceptor, AuthError, Co
 from heteromesh.comm.tcp.connect import Place, build
 from heteromesh.comm.tcp.frame import Frame, FrameError, checksum, unpack
 from heteromesh.comm.tcp.link import Link, Message, Outbox
-from heteromesh.comm.tcp.listen import Listener
+from heteromesh.comm.tcp.listen import Claim, Listener, most_handshakes
 
 
 @pytest.mark.parametrize(("size", "count", "links"), [(1, 10, 1), (2, 7, 1), (3, 100_001, 1), (5, 300_000, 2)])
@@ -231,6 +232,52 @@ def test_foreign_traffic_is_dropped_and_counted():
     assert listener.counts["foreign"] == 2
     assert not listener.counts["accepted"]
     listener.close()
+
+
+def proved(address, claim, secret=SECRET):
+    """A connection whose other end knows the secret, and has heard this claim."""
+    sock = socket.create_connection(address, timeout=20)
+    connector = Connector(secret, claim)
+    while not connector.advance(sock):
+        pass
+    return sock
+
+
+@pytest.mark.parametrize("claim", [b"5", b"[" * 2000, b"null", b"{}", b"[1, 2, 3, 4]", b'["world", 1]', b"\xff"])
+def test_a_proved_connection_that_claims_nonsense_ends_alone(claim):
+    listener = Listener(SECRET)
+    with proved(listener.addresses[0], claim) as sock:
+        assert sock.recv(1) == b""
+    good = Claim("world", 3, 1, 0)
+    with proved(listener.addresses[0], good.pack()):
+        limit = time.monotonic() + 20
+        while not (found := listener.take("world", 3)):
+            assert time.monotonic() < limit
+        assert list(found) == [(1, 0)]
+        found[1, 0].close()
+    assert listener.counts["foreign"] == 1
+    listener.close()
+
+
+def test_a_flood_of_silent_connections_keeps_nobody_out(monkeypatch):
+    """Few are held at once, and those that come later put out the oldest."""
+    monkeypatch.setattr("heteromesh.comm.tcp.listen.most_handshakes", lambda: 8)
+    listener = Listener(SECRET)
+    flood = [socket.create_connection(listener.addresses[0]) for _ in range(40)]
+    proved(listener.addresses[0], Claim("world", 3, 1, 0).pack()).close()
+    assert listener.counts["foreign"] >= 32
+    for sock in flood:
+        sock.close()
+    listener.close()
+
+
+def test_unproved_connections_get_a_small_part_of_the_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limits[1]))
+        assert most_handshakes() == 128
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_wrong_secret_cannot_build():

@@ -16,7 +16,7 @@ from heteromesh.comm.world import World
 from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.membership.membership import Bounds
-from heteromesh.faults.membership.view import Stopped
+from heteromesh.faults.membership.view import StateLost
 from heteromesh.faults.testing.oracle import Belongings
 from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.ownership.ownership import LostState
@@ -196,5 +196,5 @@ def test_state_that_nobody_has_ends_the_job_for_all():
                 session.commit(attempt)
 
         for wait in [pool.submit(act, member) for member in members]:
-            with pytest.raises(Stopped, match="owner and mirror are lost"):
+            with pytest.raises(StateLost, match="owner and mirror are lost"):
                 wait.result(20)

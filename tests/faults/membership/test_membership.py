@@ -15,16 +15,18 @@ from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.membership.epochs import Epochs
 from heteromesh.faults.membership.liveness import CoordinatorLiveness, MemberLiveness, silent, stalled, stuck
 from heteromesh.faults.membership.membership import Bounds, Membership
-from heteromesh.faults.membership.view import Stopped, view_of
+from heteromesh.faults.membership.view import Finished, Stopped, stop_of, view_of
 from heteromesh.faults.wire.codec import MAX_MESSAGE, Wire, WireError, decode, encode
 from heteromesh.faults.wire.control import connect
 from heteromesh.faults.wire.deadlines import Intervals, Timing
 from heteromesh.faults.wire.messages import (
+    FINISHED,
     Alive,
     CommitNotice,
     Evicted,
     Healed,
     Heartbeat,
+    JobStopped,
     Join,
     JoinInfo,
     Leave,
@@ -70,6 +72,46 @@ def test_starts_with_the_minimum():
     orders = membership.admit()
     assert kinds(orders) == [(1, NewEpoch), (2, NewEpoch)]
     assert orders[0][1].stale == ()
+
+
+def test_those_without_whom_nobody_holds_the_state_are_known():
+    membership, _ = started(2)
+    membership.join(info(step=0))
+    assert membership.last_holders([1]) == set()
+    assert membership.last_holders([1, 2]) == {1, 2}
+    for member in (1, 2):
+        vote(membership, member)
+    membership.lose(1, "died")
+    assert membership.world.members == [2, 3]
+    assert membership.last_holders([2]) == {2}
+    assert membership.last_holders([3]) == set()
+    assert membership.lost_state() is None
+    membership.lose(2, "silent")
+    assert "no member holds the state after step 1" in membership.lost_state()
+
+
+@pytest.mark.parametrize("elects", [False, True])
+def test_after_the_loss_of_the_state_those_who_come_begin_with_what_they_bring(elects):
+    membership, _ = started(2, elects=elects)
+    membership.end()
+    membership.join(info(step=7, elects=elects))
+    orders = membership.admit()
+    assert kinds(orders) == [(3, NewEpoch)]
+    assert (orders[0][1].committed, orders[0][1].stale) == (7, ())
+    assert membership.lost_quorum() is None
+
+
+def test_who_joins_when_all_is_done_is_told_so():
+    membership, _ = started(2)
+    membership.join(info())
+    membership.finished = True
+    assert membership.admit() == []
+    membership.lose(1, "left")
+    orders = membership.lose(2, "left")
+    assert orders[-1] == (3, JobStopped("all steps of the job are done", FINISHED))
+    membership.join(info())
+    assert membership.admit()[-1] == (4, JobStopped("all steps of the job are done", FINISHED))
+    assert isinstance(stop_of(orders[-1][1]), Finished)
 
 
 def test_commit_needs_every_member():
@@ -314,7 +356,7 @@ def test_silent_members_wait_for_each_other_but_not_for_long():
 
 
 def test_coordinator_that_says_nothing_hangs():
-    answers = CoordinatorLiveness(Timing(hang=2.0), 0.0)
+    answers = CoordinatorLiveness(Timing(), 0.0, 2.0)
     answers.heard(1.0)
     answers.compensate(-5.0)
     answers.check(2.9)

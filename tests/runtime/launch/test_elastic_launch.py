@@ -300,6 +300,7 @@ def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(mem
 
     words += ["--secret-file", tmp_path / "secret"]
     (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "secret").chmod(0o600)
     with ExitStack() as stack:
         one = stack.enter_context(started(tmp_path, *words, "--nproc-per-node", 1, *job))
         wait_until(lambda: listens(ports[0]))
@@ -322,6 +323,7 @@ def test_a_joining_host_without_the_secret_is_refused(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             run(*words)
         (tmp_path / "secret").write_text(SECRET[::-1])
+        (tmp_path / "secret").chmod(0o600)
         with pytest.raises(UserError, match="the same secret, and each job a port of its own"):
             run(*words)
         (tmp_path / "secret").write_bytes(bytes(range(128, 200)))

@@ -238,3 +238,14 @@ def test_charts_of_one_value_and_of_gaps():
         checked(drawn)
         assert "nan" not in drawn
     checked(spans("t", [("<x>", [(0.0, 0.0, "stay", "<y>")])], [(0.0, "epoch", "<z>")], 0.0))
+
+
+def test_numbers_that_no_run_measures_are_left_out(run, capsys):
+    with open(run / "metrics.jsonl", "a") as file:
+        for step, seconds in ((5, "1e308"), (6, "1e308"), (7, "1" + "0" * 400)):
+            file.write(f'{{"step": {step}, "loss": 1.0, "tokens": 100, "measured_seconds": {seconds}}}\n')
+    assert main(["report", str(run)]) == 0
+    checked((run / "report.html").read_text())
+    capsys.readouterr()
+    assert main(["report", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["seconds"] == 5.0

@@ -37,5 +37,6 @@ def test_trainer_tells_the_way_out_when_owner_and_mirror_are_lost(tmp_path: Path
             os.kill(job.processes[index].pid, signal.SIGKILL)
         (tmp_path / "go").touch()
         told = job.result(0)
+    assert told.startswith("PeerLost: "), "an agent starts it again: the job goes on from its checkpoint"
     assert "were lost at once" in told
     assert "step-00000004" in told
