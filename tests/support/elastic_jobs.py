@@ -35,7 +35,8 @@ class Job:
 
     def __init__(self, folder: Path, *, least: int = 1, gather: float = 0.0, patience: float = 20.0) -> None:
         self.folder = folder
-        timing = Timing(stuck=150.0, gather=gather, patience=patience, silence=3.0)
+        # nobody is silent for so long, however busy the machine; who dies is noticed by the end of a connection
+        timing = Timing(stuck=150.0, gather=gather, patience=patience, silence=60.0, hang=60.0)
         self.coordinator = Coordinator(SECRET.encode(), bounds=Bounds(min=least), timing=timing).start()
         self.pipes: dict[int, Any] = {}
         self.processes: dict[int, Any] = {}

@@ -29,7 +29,7 @@ def wait_until(true, seconds=30.0):
 @contextmanager
 def job(size, timing=None, bounds=None):
     """`size` members in this process, and a pool with a thread for each."""
-    server = Coordinator(b"s", bounds=bounds or Bounds(min=size), timing=timing or Timing(silence=10)).start()
+    server = Coordinator(b"s", bounds=bounds or Bounds(min=size), timing=timing or Timing(silence=30, hang=30)).start()
     members = [Member(JoinOptions(coordinators=[server.address], secret=b"s", name=str(i))) for i in range(size)]
     with ThreadPoolExecutor(size) as pool:
         try:

@@ -142,7 +142,7 @@ def in_mode(mode: Mode, ranks: int, runs: Sequence[Run]) -> list[list[Result]]:
         rows = run_ranks(ranks, _fixed, runs, seconds=240)
         return [list(row) for row in zip(*rows, strict=True)]
     with ExitStack() as stack:
-        timing, bounds = Timing(stuck=150.0, silence=30.0), Bounds(min=ranks, max=ranks)
+        timing, bounds = Timing(stuck=150.0, silence=60.0, hang=60.0), Bounds(min=ranks, max=ranks)
         for number, run in enumerate(runs):
             coordinator = Coordinator(SECRET.encode(), bounds=bounds, timing=timing).start()
             stack.callback(coordinator.stop)

@@ -114,8 +114,8 @@ def one_fails(world: World) -> None:
 def test_a_rank_that_is_refused_alone_does_not_hang_its_peers() -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0:.*rank 1:.*one dtype among"):
-        run_ranks(2, one_fails, seconds=20)
-    assert time.monotonic() - start < 15
+        run_ranks(2, one_fails, seconds=100)
+    assert time.monotonic() - start < 90
 
 
 @pytest.mark.parametrize("causal", [True, False])

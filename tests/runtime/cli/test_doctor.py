@@ -92,7 +92,7 @@ def test_loopback_check_ends_in_time_and_leaves_no_process(monkeypatch):
     began = time.monotonic()
     with pytest.raises(doctor.Broken, match="did not finish"):
         doctor.check_loopback()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
     assert len(started) == 2
     assert all(process.returncode is not None for process in started)
 

@@ -101,7 +101,7 @@ def test_measured_costs_are_the_same_on_every_rank() -> None:
     rows = run_ranks(2, measured)
     assert rows[0] == rows[1]
     seconds, speeds, capacity = rows[0]
-    assert 0 < seconds < 5
+    assert 0 < seconds < 60, "256 tokens of a tiny model"
     assert all(0 < v <= 1 for v in speeds)
     assert max(speeds) > 0.5
     assert min(capacity) > 256

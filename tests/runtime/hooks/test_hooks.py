@@ -146,7 +146,6 @@ def test_a_hook_that_raises_is_named_everywhere_and_the_run_is_saved(ranks: int,
             assert f"on rank {ranks - 1} (mend the hook, then resume); the run is saved after step" in told[method]
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("method", ["evaluate", "end"])
 def test_a_hook_that_raises_on_one_member_ends_the_job_for_all(method: str, tmp_path: Path) -> None:
     with Job(tmp_path, least=2, gather=5.0) as job:

@@ -143,7 +143,10 @@ def test_others_go_on_without_a_killed_worker_and_it_comes_back(member, tmp_path
 
 
 def test_exit_codes_and_restarts(tmp_path, capfd, monkeypatch):
-    """Worker 1 fails as it is told to: by its first start's exit code, and its second's."""
+    """Worker 1 fails as it is told to: by its first start's exit code, and its second's.
+
+    Worker 0 ends when the agent has seen the end of a certain start of worker 1, or after a minute.
+    """
     monkeypatch.setattr("heteromesh.runtime.launch.agent._PAUSE", 0.1)
     path = script(
         tmp_path,
@@ -152,14 +155,28 @@ def test_exit_codes_and_restarts(tmp_path, capfd, monkeypatch):
         names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"]
         print(json.dumps({name: os.environ.get(name) for name in names}), flush=True)
         start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        if os.environ["LOCAL_RANK"] == "1" and start < len(sys.argv) - 2:
-            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-                json.dump({"message": {"message": "UserError: the data is missing: look for it"}}, file)
-            sys.exit(int(sys.argv[2 + start]))
-        time.sleep(float(sys.argv[1]))
+        folder, awaited, *codes = sys.argv[1:]
+        if os.environ["LOCAL_RANK"] == "1":
+            with open(f"{folder}/{start}.part", "w") as file:
+                file.write(str(os.getpid()))
+            os.rename(file.name, f"{folder}/{start}")
+            if start < len(codes):
+                with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+                    json.dump({"message": {"message": "UserError: the data is missing: look for it"}}, file)
+                sys.exit(int(codes[start]))
+            sys.exit()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if os.path.exists(f"{folder}/{awaited}"):
+                if not os.path.exists("/proc/" + open(f"{folder}/{awaited}").read()):
+                    break
+            time.sleep(0.02)
         """,
     )
-    assert run("--nproc-per-node", 2, path, 0.8, 1) == 0
+    folders = [tmp_path / name for name in "abcdef"]
+    for folder in folders:
+        folder.mkdir()
+    assert run("--nproc-per-node", 2, path, folders[0], 1, 1) == 0
     out, err = capfd.readouterr()
     first = json.loads(out.splitlines()[0])
     assert (first["RANK"], first["WORLD_SIZE"]) == (None, None)
@@ -167,18 +184,18 @@ def test_exit_codes_and_restarts(tmp_path, capfd, monkeypatch):
     assert len(out.splitlines()) == 3
     assert "ended with exit code 1 (UserError: the data is missing: look for it): it is started again" in err
     began = time.monotonic()
-    assert run("--nproc-per-node", 2, path, 60, 2) == 2
-    assert time.monotonic() - began < 20, "the other worker was ended"
+    assert run("--nproc-per-node", 2, path, folders[1], "never", 2) == 2
+    assert time.monotonic() - began < 50, "the other worker was ended"
     assert capfd.readouterr().err == "heteromesh: error: the data is missing: look for it\n"
     # refused when it came again: the others finish
-    assert run("--nproc-per-node", 2, path, 0.8, 1, 2) == 0
+    assert run("--nproc-per-node", 2, path, folders[2], 1, 1, 2) == 0
     assert "error: the data is missing" in capfd.readouterr().err
-    assert run("--nproc-per-node", 2, "--max-restarts", 0, path, 0.2, 7) == 0, "the other one has done all"
+    assert run("--nproc-per-node", 2, "--max-restarts", 0, path, folders[3], 0, 7) == 0, "the other one has done all"
     assert "ended with exit code 7 (UserError" in capfd.readouterr().err
     # asked to stop on another host, and saved
-    assert run("--nproc-per-node", 2, path, 60, 143) == 143
+    assert run("--nproc-per-node", 2, path, folders[4], "never", 143) == 143
     assert capfd.readouterr().err == ""
-    assert run("--nproc-per-node", 2, "--shutdown-timeout", 1, path, 60, 0) == 1
+    assert run("--nproc-per-node", 2, "--shutdown-timeout", 1, path, folders[5], "never", 0) == 1
     assert ":0 did not end within 1 s after the first worker was done" in capfd.readouterr().err
 
 

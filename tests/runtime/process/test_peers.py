@@ -149,7 +149,7 @@ def test_a_cut_cable_ends_both_hosts_and_the_run_resumes(tmp_path: Path) -> None
         sandbox["right"].cut()
         began = time.monotonic()
         errors = [communicate(p) for p in processes]
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 90, "long before the time limit of the process group"
         assert [p.poll() for p in processes] == [1, 1]
     for rank, (peer, text) in enumerate(zip(("rank 1 (host right)", "rank 0 (host left)"), errors, strict=True)):
         assert f"heteromesh: error: {peer} has not answered rank {rank} (host " in text

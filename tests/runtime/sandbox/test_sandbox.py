@@ -238,7 +238,7 @@ def test_a_host_that_fails_ends_the_job(sandbox, monkeypatch):
     )
     began = time.monotonic()
     assert job.wait(30) == 9
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50, "the others, which sleep for a minute, were ended"
     assert job.failed == "b"
     assert sorted(lines) == [(h, False, f"at {h}\n".encode()) for h in "abc"]
 

@@ -16,8 +16,6 @@ from llama import Llama
 from steps import TINY
 from trainers import DATA, make_trainer
 
-pytestmark = pytest.mark.alone  # a member that says nothing for 3 s is lost
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:

@@ -12,7 +12,6 @@ from heteromesh.faults.membership.membership import Bounds
 from trainers import make_trainer
 
 
-@pytest.mark.alone
 def test_trainer_losses_stay_and_ordinary_runs_resume_either_way(tmp_path: Path) -> None:
     alone = make_trainer(tmp_path / "alone", max_steps=STEPS + 2).fit().losses
     make_trainer(tmp_path / "run", max_steps=2).fit()
@@ -26,7 +25,6 @@ def test_trainer_losses_stay_and_ordinary_runs_resume_either_way(tmp_path: Path)
     assert more == pytest.approx(alone[STEPS:], abs=1e-3)
 
 
-@pytest.mark.alone
 def test_trainer_tells_the_way_out_when_owner_and_mirror_are_lost(tmp_path: Path) -> None:
     with Job(tmp_path, least=3) as job:
         for index in range(3):

@@ -51,7 +51,6 @@ def test_on_two_ranks_by_themselves_and_in_a_group_of_the_user(tmp_path: Path) -
         assert losses == pytest.approx(alone[3:] if len(losses) == 2 else alone[:3], abs=1e-3)
 
 
-@pytest.mark.alone
 def test_a_second_one_of_a_member_of_a_fault_tolerant_job_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,7 +287,7 @@ def test_sandbox_hosts_use_all_cards_tell_a_cut_one_and_a_missing_rule(tmp_path:
             assert "lost: " in text
             assert "resume=True" in text
         assert any("lost: the connections over all NICs of the hosts failed" in text for text in ended), ended
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 90, "long before the time limit of the process group"
         sandbox.hosts[1].plug("eth1")
         second = sandbox.hosts[1].interfaces[1].address
         subprocess.run(["ip", "-n", sandbox.hosts[1].namespace, "rule", "del", "from", second], check=True)
