@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# more processes than cores would hide imbalance; more than 8 are no better demonstration
-RANKS ?= $(shell $(PYTHON) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
+# the demo needs two unequal ranks; more processes than cores would hide imbalance, and more than 8 show no more
+RANKS ?= $(shell $(PYTHON) -c 'import os; print(max(2, min(8, len(os.sched_getaffinity(0)))))' 2>/dev/null || echo 2)
 
 .PHONY: demo test check bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/heteromesh run --nproc-per-node $(RANKS) examples/train.py \
-		--compare-batches 2 --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/python examples/demo.py --ranks $(RANKS)
 
 # two tests at a time keep two cores busy, as most wait for processes; then those that other tests would disturb;
 # a second part also when tests of the first failed, but not after Ctrl-C

@@ -106,8 +106,8 @@ def main() -> None:
         ratios = sorted(ours[i] / theirs[i] for ours, theirs in pairs)
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         whole = sum(ours[i] for ours, _ in pairs) / sum(theirs[i] for _, theirs in pairs)
-        spread = f"{statistics.median(ratios):.3f}x (quartiles {low:.3f}x to {high:.3f}x)"
-        print(f"{name}: median of {len(ratios)} steps {spread}, sum {whole:.3f}x")
+        middle = f"median of {len(ratios)} steps {statistics.median(ratios):.3f}x"
+        print(f"{name}: {middle} (quartiles {low:.3f}x to {high:.3f}x), sum {whole:.3f}x")
 
 
 if __name__ == "__main__":

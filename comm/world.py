@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.stages.fabric import network_of
 
 T = TypeVar("T")
+_LAUNCH = "start the script with `heteromesh run` or torchrun, which set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
 @dataclass(slots=True)
@@ -106,12 +108,19 @@ class World:
         return cast(T, outcome)
 
     def broadcast_tensors(self, tensors: Iterable[torch.Tensor], source: int = 0) -> None:
-        """Copies a rank's values of these tensors to every rank, in place; they may be on any device."""
+        """Copies a rank's values of these tensors to every rank, in place, bit by bit.
+
+        They may be on any device, of any dtype, slices of larger tensors and expanded ones. Raises UserError for
+        tensors without strides (sparse ones).
+        """
         if self.size > 1:
-            for tensor in tensors:
-                here = tensor.detach().to(self.device)
-                dist.broadcast(here, group_src=source, group=self.gradients)
-                tensor.detach().copy_(here)
+            for tensor in map(_memory_of, tensors):
+                # bytes in a block of their own: gloo knows few dtypes, and takes what is strided for contiguous
+                here = tensor.to(self.device).resolve_conj().resolve_neg().contiguous()
+                if here.numel():
+                    row = here.as_strided((here.numel(),), (1,))
+                    dist.broadcast(row.view(torch.uint8), group_src=source, group=self.gradients)
+                    tensor.copy_(here)
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's `value` (see comm/codec.py), in rank order, on every rank (statistics group; blocks)."""
@@ -147,6 +156,20 @@ class World:
         """Returns when every rank is here."""
         if self.size > 1:
             dist.barrier(group=self.statistics)
+
+
+def _memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor without its repetitions: each element once that an expanded dimension shows many times."""
+    if tensor.layout is not torch.strided:
+        raise UserError(
+            f"a parameter or buffer of shape {tuple(tensor.shape)} is {str(tensor.layout).removeprefix('torch.')}: "
+            "ranks can be given dense tensors only, so make it dense"
+        )
+    tensor = tensor.detach()
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _bytes(value: Any) -> torch.Tensor:
@@ -185,10 +208,11 @@ def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | No
     device = pick_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    owned = not dist.is_initialized() and "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    owned = not dist.is_initialized() and _variable("WORLD_SIZE", "1") > 1
     if owned:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, size = _place_in_job()
+        _check_interfaces()
         options = device_options(cluster, range(size), device, timeout)
         store = _own_store(rank, size, timeout)
         dist.init_process_group(backend, timeout=timeout, pg_options=options, store=store, rank=rank, world_size=size)
@@ -211,6 +235,36 @@ def join_world(timeout: timedelta = timedelta(minutes=10), cluster: Cluster | No
             dist.destroy_process_group()
 
 
+def _place_in_job() -> tuple[int, int]:
+    """Returns this process's rank and the number of ranks, as torchrun gives them. Raises UserError where one lacks."""
+    rank, size = _variable("RANK"), _variable("WORLD_SIZE")
+    _variable("MASTER_PORT")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"WORLD_SIZE is {size} and MASTER_ADDR is not set: {_LAUNCH}")
+    if not 0 <= rank < size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {size}, ranks are 0 to {size - 1}: {_LAUNCH}")
+    return rank, size
+
+
+def _variable(name: str, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    if not text.strip().isdecimal():
+        is_given = f"is {text!r}, which is not a whole number" if text else "is not set"
+        raise UserError(f"{name} {is_given}, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: {_LAUNCH}")
+    return int(text)
+
+
+def _check_interfaces() -> None:
+    """Raises UserError for an interface of GLOO_SOCKET_IFNAME that this host does not have."""
+    here = sorted(name for _, name in socket.if_nameindex())
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in here:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME names the interface {name!r} and this host has {', '.join(here)}: "
+                "name one of these, or unset it"
+            )
+
+
 def _own_store(rank: int, size: int, timeout: timedelta) -> Store:
     """Returns a part of the job's store that is this world's own, however many the process joins one after the other.
 
@@ -226,8 +280,15 @@ def _own_store(rank: int, size: int, timeout: timedelta) -> Store:
 @cache
 def _job_store(rank: int, size: int, timeout: timedelta, address: tuple[str, str]) -> Store:
     """Returns the store of the job at `address`; it lives as long as the process, for others may still read it."""
-    del address
-    store: Store = next(iter(rendezvous("env://", rank, size, timeout=timeout)))[0]
+    try:
+        store: Store = next(iter(rendezvous("env://", rank, size, timeout=timeout)))[0]
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {address[1]} of {address[0]} is in use: choose another one (--master-port or MASTER_PORT), or end "
+            "the process that has it"
+        ) from None
     return store
 
 

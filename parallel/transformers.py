@@ -15,6 +15,7 @@ import torch
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, active_pass, attention
+from heteromesh.parallel.attention.scope import never_compiled
 
 NAME = "heteromesh"
 
@@ -28,8 +29,9 @@ def register() -> None:
         raise UserError(
             "transformers is not installed, or older than 5: install it with `pip install heteromesh[transformers]`"
         ) from None
-    AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, _mask)
+    # no part of compiled graphs: each pass attends in another way
+    AttentionInterface.register(NAME, never_compiled(_forward))
+    AttentionMaskInterface.register(NAME, never_compiled(_mask))
 
 
 def _forward(

@@ -28,6 +28,9 @@ class TrainerConfig:
     """Order of the data, and dropout."""
     learning_rate: float = 1e-3
     """Of the AdamW that is made when no optimizer is given."""
+    labels: Literal["shifted", "unshifted"] = "shifted"
+    """Of data that has labels: shifted: `labels[i]` is what token i is to predict. unshifted: it is token i itself, as
+    Transformers' own models take them, and predicted by the token before."""
     clip_norm: float | None = 1.0
     """Largest norm of all gradients together."""
     shard_optimizer: bool = False
@@ -78,6 +81,7 @@ class TrainerConfig:
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0 or None")
         self._require("resume", self.resume in (True, False, "auto"), "True, False or 'auto'")
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        self._require("labels", self.labels in ("shifted", "unshifted"), "'shifted' or 'unshifted'")
         self._require(
             "gradient_compression", self.gradient_compression in ("none", "int8", "auto"), "'none', 'int8' or 'auto'"
         )

@@ -20,7 +20,8 @@ from heteromesh.runtime.training.build import DRY_RUN_VARIABLE, described_cluste
 from heteromesh.runtime.training.dry_run import dry_run
 from heteromesh.runtime.training.elastic import ElasticJob
 from heteromesh.runtime.training.fixed import FixedJob
-from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job import Job, settings_of
+from heteromesh.runtime.training.job_check import in_training
 from heteromesh.runtime.work.reader import Reader, Sequences
 from heteromesh.runtime.work.sampler import Sampler
 
@@ -28,10 +29,12 @@ from heteromesh.runtime.work.sampler import Sampler
 class Trainer:
     """Trains `model` on `data` as `config` says. `fit()` does all of it.
 
-    model: an nn.Module as `StepExecutor` takes it. data: `data[i]` is a 1-D sequence of token ids (or a mapping with
-    `input_ids` and `labels`); a `TokenStore` is read in part. optimizer: any torch optimizer over the model's
-    parameters; None: AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called
-    after steps, for evaluations, checkpoints and at the end (`Hook`).
+    model: an nn.Module as `StepExecutor` takes it; one in eval() is trained in train() and put back at the end, modules
+    that are in eval() inside a model in train() stay so. data: `data[i]` is a 1-D sequence of token ids, or a mapping
+    with `input_ids`, `labels` (`TrainerConfig.labels` says of which kind) and perhaps `attention_mask`, whose padded
+    ends are cut off; a `TokenStore` is read in part. optimizer: any torch optimizer over the model's parameters; None:
+    AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called after steps, for
+    evaluations, checkpoints and at the end (`Hook`).
 
     Works in one process, under `heteromesh run` and under plain torchrun.
     """
@@ -48,7 +51,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.schedule, self.hooks = model, config, schedule, tuple(hooks)
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-        self.data, self.reader = data, Reader(data)
+        self.data, self.reader = data, Reader(data, config.labels)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
 
     def fit(self) -> TrainingReport:
@@ -60,6 +63,10 @@ class Trainer:
         Under `heteromesh run --dry-run` it prints the plan of the first steps and ends with SystemExit(0).
         """
         job = self._job()
+        with in_training(self.model):
+            return self._fit(job)
+
+    def _fit(self, job: Job) -> TrainingReport:
         if DRY_RUN_VARIABLE in os.environ:
             dry_run(job)
             raise SystemExit(0)
@@ -88,5 +95,6 @@ class Trainer:
             sampler=self.sampler,
             data_fingerprint=getattr(self.data, "fingerprint", ""),
             config=self.config,
+            given=settings_of(self.optimizer),
             hooks=self.hooks,
         )

@@ -49,8 +49,8 @@ class _Failed(Work):
 class _Attempt:
     """The sums of one attempt at a step."""
 
-    missing: list[int] | None = None
-    """By bucket, how many gradients the last backward still owes; None before it has begun."""
+    missing: list[set[nn.Parameter]] | None = None
+    """By bucket, the parameters whose gradients the last backward still owes; None before it has begun."""
     sums: list[_Sum] = field(default_factory=list)
     """Of the buckets that have left."""
     facts: _Sum | None = None
@@ -137,7 +137,7 @@ class GradientReducer(GradientExchange):
                 self._take_off()
 
     def last_backward(self) -> None:
-        self._attempt.missing = [len(bucket.parameters) for bucket in self.buckets]
+        self._attempt.missing = [set(bucket.parameters) for bucket in self.buckets]
 
     def flush(self) -> None:
         if self._in_place:
@@ -211,8 +211,13 @@ class GradientReducer(GradientExchange):
         attempt = self._attempt
         if attempt.missing is None:
             return
-        attempt.missing[number] -= 1
-        while len(attempt.sums) < len(self.buckets) and attempt.missing[len(attempt.sums)] <= 0:
+        if number < len(attempt.sums):
+            raise UserError(
+                f"a parameter of shape {tuple(parameter.shape)} got a gradient again when its sum had begun, as it is "
+                "used in several parts that are computed again each by itself: checkpoint with use_reentrant=False"
+            )
+        attempt.missing[number].discard(parameter)
+        while len(attempt.sums) < len(self.buckets) and not attempt.missing[len(attempt.sums)]:
             self._launch()
 
     def _launch(self) -> None:

@@ -88,13 +88,16 @@ class Coordinator:
         bounds: Bounds | None = None,
         timing: Timing | None = None,
         election: Election | None = None,
+        own: int | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `monitor`:
-        gathers reports and says diagnoses; without one the lines go to the log and events stay in memory."""
+        """`election`: this coordinator replaces a lost one and begins when a majority has reported to it. `own`: the
+        member in this process. `monitor`: gathers reports and says diagnoses; without one the lines go to the log and
+        events stay in memory."""
         self._secret, self._host, self._port = secret, host, port
         self.timing = timing or Timing()
         self.membership = Membership(bounds or Bounds(), electing=election is not None)
+        self._own = own
         self._ballot = Ballot(election, self.timing, self._conclude, self._give_up) if election is not None else None
         self.monitor = monitor or Monitor()
         self.address = (host, port)
@@ -329,7 +332,8 @@ class Coordinator:
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        orders, self._held = self._held, []
+        # a commit that only the member in this process had heard of would be lost with both
+        orders, self._held = sorted(self._held, key=lambda order: order[0] == self._own), []
         sets = self.membership.say()
         gone: list[int] = []
         bodies: dict[int, bytes] = {}  # most messages go to many members: each is encoded once

@@ -280,7 +280,7 @@ class Member:
         return ""
 
     def _stand(self) -> Coordinator | None:
-        self._candidate = candidate(self.options.coordinators, self.options.secret, self._bounds, self._timing)
+        self._candidate = candidate(self.options.coordinators, self.options.secret, self._bounds, self._timing, self.id)
         return self._candidate
 
     def _report(self, view: View) -> EpochReport:

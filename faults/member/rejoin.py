@@ -62,12 +62,16 @@ def refusal(answer: ControlMessage) -> str:
     return answer.reason if isinstance(answer, Refused) else "the coordinator did not welcome this process"
 
 
-def candidate(addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing) -> Coordinator | None:
-    """Returns a coordinator on the first of these addresses that is of this host and free."""
+def candidate(
+    addresses: Sequence[Address], secret: bytes, bounds: Bounds, timing: Timing, own: int
+) -> Coordinator | None:
+    """Returns a coordinator on the first of these addresses that is of this host and free. `own`: this member."""
     for host, port in addresses:
         try:
-            server = Coordinator(secret, host=host, port=port, bounds=bounds, timing=timing, election=Election())
-            return server.start()
+            election = Election()
+            return Coordinator(
+                secret, host=host, port=port, bounds=bounds, timing=timing, election=election, own=own
+            ).start()
         except UserError:
             continue
     return None

@@ -65,15 +65,16 @@ class History:
     def faults(self) -> list[str]:
         """Finds wrong values, members that disagree on a step, steps out of order or left out. Empty: all is well."""
         found = [f"wrong sum: member {e.member} in step {e.step}" for e in self.events if not e.right]
-        by_step: defaultdict[int, set[tuple[str, int]]] = defaultdict(set)
-        chains: defaultdict[int, set[str]] = defaultdict(set)
+        by_step: defaultdict[int, dict[tuple[str, int, str], list[str]]] = defaultdict(dict)
         by_member: defaultdict[int, list[int]] = defaultdict(list)
         for event in self.events:
-            by_step[event.step].add((event.digest, event.epoch))
-            chains[event.step].add(event.chain)
+            kind = event.digest, event.epoch, event.chain
+            by_step[event.step].setdefault(kind, []).append(f"{event.member}{'*' if event.coordinates else ''}")
             by_member[event.member].append(event.step)
-        found += [f"step {s} was committed with {len(v)} results" for s, v in by_step.items() if len(v) > 1]
-        found += [f"step {s} has {len(v)} hash chains" for s, v in chains.items() if len(v) > 1]
+        for step, kinds in by_step.items():
+            if len(kinds) > 1:
+                who = "; ".join(f"in epoch {epoch} by {' '.join(them)}" for (_, epoch, _), them in kinds.items())
+                found.append(f"step {step} was committed with {len(kinds)} results (* coordinates): {who}")
         for member, steps in by_member.items():
             if steps != list(range(steps[0], steps[0] + len(steps))):
                 found.append(f"member {member} committed steps out of order, twice or with gaps")

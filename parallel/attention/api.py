@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from heteromesh.comm.world import World
 from heteromesh.parallel.attention.layout import Layout, layout_of
 from heteromesh.parallel.attention.linear import LinearAttention, chunked
 from heteromesh.parallel.attention.methods import Local, split_method
+from heteromesh.parallel.attention.scope import Scope, never_compiled
 from heteromesh.parallel.attention.shape_check import Agreement
 from heteromesh.planner.plan import Pass
 
@@ -41,19 +41,16 @@ class PassContext:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Makes `attention` this pass's within the block."""
-        token = _ACTIVE.set(self)
-        try:
+        with ACTIVE_PASS.holding(self):
             yield
-        finally:
-            _ACTIVE.reset(token)
 
 
-_ACTIVE: ContextVar[PassContext | None] = ContextVar("heteromesh_pass", default=None)
+ACTIVE_PASS: Scope[PassContext] = Scope("heteromesh_pass")
 
 
 def active_pass() -> PassContext | None:
-    """Returns the pass that this thread is in, if any."""
-    return _ACTIVE.get()
+    """Returns the pass that this thread is in, if any, also in a backward of it."""
+    return ACTIVE_PASS.get()
 
 
 def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Sequence[float]) -> PassContext:
@@ -81,11 +78,17 @@ def attention(
     pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes,
     and on every rank of the pass where one of them calls with other shapes than its peers.
     """
+    return _attend(q, k, v, scale, causal)
+
+
+@never_compiled
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool) -> torch.Tensor:
+    # no part of a compiled graph: each pass attends and exchanges in another way
     _check(q, k, v)
     if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         wanted = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
-    context = _ACTIVE.get()
+    context = ACTIVE_PASS.get()
     if context is None:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     _check_tokens(context, q)
@@ -101,8 +104,15 @@ def linear_attention(
     head in (0, 1]. Inside a pass as `attention`; what ranks exchange is one state (dk, dv) per head and segment,
     whatever the length. Raises ValueError on other shapes and decays.
     """
+    return _attend_linearly(q, k, v, decay, causal)
+
+
+@never_compiled
+def _attend_linearly(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: Sequence[float] | None, causal: bool
+) -> torch.Tensor:
     fading = _check_linear(q, k, v, decay, causal)
-    context = _ACTIVE.get()
+    context = ACTIVE_PASS.get()
     if context is None:
         queries, keys, values = (x.to(accumulation_dtype(x.dtype)) for x in (q, k, v))
         out = chunked(queries, keys, values, fading) if causal else queries @ (keys.transpose(-1, -2) @ values)

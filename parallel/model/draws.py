@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from copy import copy
 from functools import cached_property
 from math import prod
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.attention.scope import Scope, backward_number
 from heteromesh.parallel.model.counter import drawn_below, key_of, token_keys
 from heteromesh.planner.splitting.layout import Segment
 
@@ -42,14 +42,23 @@ class Draws:
     def __init__(self, key: int, places: TokenPlaces, foreign: Sequence[str] = (), source: object = None) -> None:
         """foreign: sections whose dropouts are another stage's. source: who may say which section comes next."""
         self.key, self.places, self.source, self._foreign = key, places, source, foreign
-        self._section, self._calls = "", 0
+        self._section = ""
         self._entered: Counter[str] = Counter()
+        self._again: Counter[str] = Counter()
 
     def enter(self, section: str) -> None:
-        """Begins a section of the model: a layer, or what follows it."""
-        self._section, self._calls = section, 0
-        self._entered[section] += 1
-        seed = key_of(self.key, section, self._entered[section])
+        """Begins a section of the model: a layer, or what follows it.
+
+        In a backward it is entered to be computed again, the last time first: what was drawn then is drawn again.
+        """
+        self._section = section
+        if backward_number() == -1:
+            self._entered[section] += 1
+            number = self._entered[section]
+        else:
+            number = max(1, self._entered[section] - self._again[section])
+            self._again[section] += 1
+        seed = key_of(self.key, section, number)
         torch.default_generator.manual_seed(seed)
         if (device := self.places.sequences.device).type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(seed)
@@ -57,29 +66,33 @@ class Draws:
     def again(self) -> Draws:
         """Returns draws that repeat what these will draw from here on."""
         repeated = copy(self)
-        repeated._entered = self._entered.copy()
+        repeated._entered, repeated._again = self._entered.copy(), Counter()
         return repeated
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Makes dropouts of this thread draw from here within the block."""
-        token = _ACTIVE.set(self)
-        try:
+        with ACTIVE_DRAWS.holding(self):
             yield
-        finally:
-            _ACTIVE.reset(token)
 
     @property
     def is_foreign(self) -> bool:
-        """Whether what is drawn now is drawn by another stage."""
-        return self._section in self._foreign
+        """Whether what is drawn now is drawn by another stage; what is computed again never is."""
+        return self._section in self._foreign and backward_number() == -1
+
+    def number(self) -> int:
+        """Draws a number for a call of a dropout.
+
+        It is of torch's generator, which the section has seeded: whoever computes something again (`checkpoint`) puts
+        that generator back to where it was, and so draws the same.
+        """
+        return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
     def dropped(self, level: int, shape: Sequence[int], name: str) -> torch.Tensor:
         """Draws what is dropped of a tensor of this shape, each element with probability level / LEVELS."""
         axis = self._token_axis(shape, name)
         others = [*shape[:axis], *shape[axis + 1 :]]
-        call = key_of(self._section, self._entered[self._section], self._calls)
-        self._calls += 1
+        call = self.number()
         mask = drawn_below(level, self._keys, call, prod(others))
         return mask.view(-1, *others).movedim(0, axis) if axis else mask.reshape(*shape)
 
@@ -104,9 +117,9 @@ class Draws:
         )
 
 
-_ACTIVE: ContextVar[Draws | None] = ContextVar("heteromesh_draws", default=None)
+ACTIVE_DRAWS: Scope[Draws] = Scope("heteromesh_draws")
 
 
 def active_draws() -> Draws | None:
-    """Returns the draws of the pass that this thread is in, if any."""
-    return _ACTIVE.get()
+    """Returns the draws of the pass that this thread is in, if any, also in a backward of it."""
+    return ACTIVE_DRAWS.get()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as functional
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.attention.scope import never_compiled
 from heteromesh.parallel.model.counter import LEVELS
 from heteromesh.parallel.model.draws import active_draws
 
@@ -63,12 +64,14 @@ class _Replacement:
 def _drawn_by_token(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     trains = inspect.signature(original).parameters["training"].default
 
+    @never_compiled
     @wraps(original)
     def dropout(input: torch.Tensor, p: float = 0.5, training: bool = trains, inplace: bool = False) -> torch.Tensor:
         draws = active_draws()
         if draws is None or not training or not 0.0 < p < 1.0:
             return original(input, p, training, inplace)
         if draws.is_foreign:
+            draws.number()
             return input
         level = min(LEVELS - 1, max(1, round(p * LEVELS)))
         mask = draws.dropped(level, _drawn_shape(name, input.shape), name)
@@ -94,6 +97,7 @@ def _alpha(x: torch.Tensor, mask: torch.Tensor, level: int) -> torch.Tensor:
 
 
 def _without_dropout(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @never_compiled
     @wraps(original)
     def attention(*args: Any, **options: Any) -> torch.Tensor:
         p = args[4] if len(args) > 4 else options.get("dropout_p", 0.0)

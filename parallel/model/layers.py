@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from heteromesh.parallel.model.call import plain_name
+
 
 def outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the elements of the model's outermost module lists, by qualified name; {} where it has none."""
+    """Returns the elements of the model's outermost module lists, by qualified name; {} where it has none.
+
+    torch.compile's wrappers are no part of the names: a compiled model draws what it draws uncompiled.
+    """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return {f"{name}.{child}": layer for name in outer for child, layer in lists[name].named_children()}
+    return {plain_name(f"{name}.{child}"): layer for name in outer for child, layer in lists[name].named_children()}

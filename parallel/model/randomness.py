@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from heteromesh.parallel.attention.scope import never_compiled
 from heteromesh.parallel.model.counter import key_of
 from heteromesh.parallel.model.draws import Draws, TokenPlaces, active_draws
 from heteromesh.parallel.model.dropout import dropouts_replaced
@@ -67,6 +68,7 @@ class PassRandomness:
                 np.random.set_state(states[1])
 
     def _entering(self, section: str) -> Callable[..., None]:
+        @never_compiled
         def hook(*_: Any) -> None:
             draws = active_draws()
             # a layer may have hooks of others too

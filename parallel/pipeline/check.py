@@ -11,6 +11,7 @@ from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.model.call import IGNORED
 from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.randomness import PassRandomness
+from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.parallel.pipeline.cut import cut
 from heteromesh.parallel.pipeline.engine import boundary_of, stage_randomness
 from heteromesh.parallel.pipeline.stage import StageModule
@@ -51,8 +52,9 @@ def _run(module: StageModule, randomness: PassRandomness, x: torch.Tensor, conte
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])[None]
     labels = torch.full_like(positions, IGNORED)
     labels[0, :-1] = 0
+    places = token_places(context.layout.segments[0], (0, 1), x.device)
     try:
-        with context.active(), randomness.during(0, 0, token_places(context.layout.segments[0], (0, 1), x.device)):
+        with undisturbed(module), context.active(), randomness.during(0, 0, places):
             out: torch.Tensor = module(x, positions, labels)
             return out
     finally:

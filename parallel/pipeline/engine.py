@@ -55,8 +55,10 @@ class StageRunner:
         self._recomputed = recompute_layers(find_layers(self.model)[1]) if checkpoint_activations else []
         self._randomness = stage_randomness(self.model, first, self.is_last)
         self.groups = join_pipeline(world, [s.ranks for s in placement.stages])
-        self.entry = placement.stages[0].ranks[self.groups.replica]
-        """The rank that this rank's pipeline begins with: micro-batches are named by it."""
+        self.pipeline = tuple(stage.ranks[self.groups.replica] for stage in placement.stages)
+        """The ranks that this rank's micro-batches go through, stage by stage."""
+        self.entry = self.pipeline[0]
+        """Micro-batches are named by it."""
         self._schedules: dict[int, tuple[PackStage, Schedule1F1B]] = {}
         self._divisor = 1
 
@@ -96,7 +98,7 @@ class StageRunner:
         for index in range(len(work.batches)):
             with work.forward(index) as batch:
                 losses = self._module(batch.tokens, batch.positions, batch.labels)
-            work.losses[index] = losses.detach()
+            work.losses[index], work.outputs[index] = losses.detach(), losses
             with work.backward(index):
                 self._loss(losses).backward()
 

@@ -24,6 +24,7 @@ from heteromesh.comm.replicas import PipelineGroups
 from heteromesh.parallel.attention.api import PassContext
 from heteromesh.parallel.model.call import ModelCall
 from heteromesh.parallel.model.draws import TokenPlaces
+from heteromesh.parallel.model.recompute import known_in_backward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ class MicroBatchWork:
         self.batches = batches
         self.losses: dict[int, torch.Tensor] = {}
         """On the last stage, by micro-batch: per-token losses (n,), detached."""
+        self.outputs: dict[int, torch.Tensor] = {}
+        """By micro-batch between its forward and its backward: what backward begins with."""
         self.seconds = [0.0] * len(batches)
         """By micro-batch, in its forward and backward, without waiting for other stages; by the host's clock."""
         self._recorder, self._before_last_backward, self._drawing = recorder, before_last_backward, drawing
@@ -98,10 +101,16 @@ class MicroBatchWork:
 
     @contextmanager
     def backward(self, index: int) -> Iterator[None]:
-        """Times a backward."""
+        """Times a backward, which knows its micro-batch where layers are computed again."""
         if index == len(self.batches) - 1:
             self._before_last_backward()
-        with self._timed(index, "backward"):
+        batch, output = self.batches[index], self.outputs.pop(index)
+        with (
+            self._timed(index, "backward"),
+            batch.context.active(),
+            self._drawing(batch),
+            known_in_backward(output),
+        ):
             yield
 
     @contextmanager
@@ -172,6 +181,7 @@ class PackStage(PipelineStage):
             output = super().forward_one_chunk(
                 fwd_chunk_id, (batch.tokens,) if self.is_first else (), inputs, save_forward_output
             )
+        self.work.outputs[fwd_chunk_id] = output
         if self.is_last:
             self.work.losses[fwd_chunk_id] = output.detach()
         return output

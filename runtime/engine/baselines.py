@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Step
 from heteromesh.planner.report.assemble import static_layouts
@@ -64,7 +65,8 @@ def compare(
             return ()
         static = static_steps(batch.lengths, costs)
         others = {name: step for name, step in static.items() if step.passes != planned.passes}
-        results = time_layouts(executor, reader, batch, {"plan": planned} | others, repeats)
+        with undisturbed(executor.model):
+            results = time_layouts(executor, reader, batch, {"plan": planned} | others, repeats)
         same.update(static.keys() - others.keys())
         for name in ("plan", *static):
             took, loss = results.get(name, results["plan"])

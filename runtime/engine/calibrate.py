@@ -2,7 +2,7 @@
 
 The constants of planner/cost/passes.py: a, b, c and speeds from passes of one rank, each as long as its rank is fast;
 the exchange's rate and latency from messages, and the compute of the methods that matter here from passes that are
-split over all ranks. Nothing of the model changes: gradients are dropped, no optimizer runs.
+split over all ranks. Nothing of the model changes: gradients are dropped, no optimizer runs, buffers are put back.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.linear import LinearAttention
+from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.fit import fit_jointly
 from heteromesh.planner.cost.passes import Costs, LinkModel, Method, RateByDegree
@@ -98,6 +99,10 @@ class Calibration:
 
     def measure(self, tokens_per_device: int | None = None, rate: LinkModel | None = None) -> Costs:
         """Returns the fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
+        with undisturbed(self._executor.model):
+            return self._measure(tokens_per_device, rate)
+
+    def _measure(self, tokens_per_device: int | None, rate: LinkModel | None) -> Costs:
         shape = self.attention_shape()
         own = self._affordable()
         short = min(SHORTEST, own)
@@ -238,7 +243,8 @@ class Calibration:
     def attention_shape(self) -> ObservedAttention | None:
         """Returns what one small pass shows of attention; None when the model never calls it. The pass runs once."""
         if self._shape is None:
-            self._shape = (self._look_at_attention(),)
+            with undisturbed(self._executor.model):
+                self._shape = (self._look_at_attention(),)
         return self._shape[0]
 
     def _look_at_attention(self) -> ObservedAttention | None:

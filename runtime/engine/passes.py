@@ -21,7 +21,7 @@ from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.layers import outermost_layers
 from heteromesh.parallel.model.offload import offload
 from heteromesh.parallel.model.randomness import PassRandomness
-from heteromesh.parallel.model.recompute import keep_activations, recompute_layers
+from heteromesh.parallel.model.recompute import keep_activations, known_in_backward, recompute_layers
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.api import Measurements, NonFinite, PassMeasure
 from heteromesh.runtime.work.reader import PassInput
@@ -103,7 +103,9 @@ class PassMajor:
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
                 losses = self._call.losses(tokens, positions, labels)
-            (losses.sum() / divisor).backward()
+            loss = losses.sum() / divisor
+            with known_in_backward(loss):
+                loss.backward()
         return losses.detach()
 
     def _pass(

@@ -32,7 +32,8 @@ class Pipeline:
         ]
         batches = [self._micro_batch(assignment, position, plan) for position, plan in mine]
         places = [assignment.places[i] for _, plan in mine for i in plan.sequences]
-        with exchange.share((world.members[world.rank],), places) as share:
+        # a sequence was worked on by all ranks of its pipeline together
+        with exchange.share(tuple(world.members[rank] for rank in self._runner.pipeline), places) as share:
             work = self._runner.run(batches, assignment.number, assignment.divisor, exchange.last_backward)
             if self._runner.is_last:
                 share.loss += sum(float(losses.double().sum()) for losses in work.losses.values())

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.state.fragments import Piece
 from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.runtime.records.checkpoint_files import (
@@ -69,7 +70,12 @@ class Checkpoints:
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
             state = _copied(_state(model, owner))
-        meta = {"schema": 2, "step": step, "parameters": _shapes(self._model or model), "trainer": dict(trainer)}
+        meta = {
+            "schema": 2,
+            "step": step,
+            "parameters": _shapes(model if self._model is None else self._model),
+            "trainer": dict(trainer),
+        }
         self._pending = self._thread.submit(self._write, step, state, meta)
 
     def wait(self) -> None:
@@ -113,7 +119,7 @@ class Checkpoints:
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
         meta = read_meta(path)
-        _compare(meta["parameters"], _shapes(self._model or model), path)
+        _compare(meta["parameters"], _shapes(model if self._model is None else self._model), path)
         try:
             stored = stored_state(path)
             buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
@@ -229,7 +235,7 @@ def _copied(value: Any) -> Any:
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in model.named_parameters()}
+    return {plain_name(name): list(p.shape) for name, p in model.named_parameters()}
 
 
 def _compare(saved: Mapping[str, list[int]], mine: Mapping[str, list[int]], path: Path) -> None:

@@ -21,6 +21,7 @@ from heteromesh.errors import UserError
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.training.build import build_cluster, cluster_path, plan_path
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job_check import check_job
 
 NOTHING = "none"
 LOCAL = frozenset(("cluster", "plan", "cost", "plan_ahead", "plan_seconds", "print_plans"))
@@ -85,7 +86,8 @@ def _difference(rank: int, theirs: Facts, ours: Facts) -> str:
 
 
 def job_facts(job: Job, ranks: int) -> Facts:
-    """What all ranks of a training job must agree on. Raises UserError for a bad cluster file."""
+    """What all ranks of a training job must agree on. Raises UserError for a bad cluster file and a bad job."""
+    check_job(job)
     config = job.config
     cluster = build_cluster(config, ranks)
     facts = Facts()
@@ -151,7 +153,10 @@ def _model(model: torch.nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _tensor(tensor: torch.Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+    told = f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+    # what is expanded on one rank alone can't take the other's values
+    is_expanded = tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() > 1
+    return f"{told}, expanded" if is_expanded else told
 
 
 def _content(path: Path, what: str) -> str:

@@ -25,12 +25,16 @@ from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job_check import check_job
+from heteromesh.runtime.training.trial import try_model
 
 STEPS = 3
 
 
 def dry_run(job: Job) -> None:
     """Prints the plan of the first steps and writes it to RUN_DIR/plan.json; nothing is trained."""
+    check_job(job)
+    try_model(job.model, job.reader)
     ranks = int(os.environ[DRY_RUN_VARIABLE])
     file = job.config.cluster or os.environ.get(CLUSTER_VARIABLE)
     cluster = load_cluster(Path(file)) if file else local_cluster(ranks)

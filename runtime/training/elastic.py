@@ -24,6 +24,7 @@ from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Fenced, Finished, StateLost, Stopped
+from heteromesh.parallel.model.pass_buffers import unexpand
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
@@ -53,6 +54,7 @@ from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job_check import check_job
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
@@ -66,6 +68,7 @@ from heteromesh.runtime.training.transactions import (
     Save,
     Transaction,
 )
+from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 
@@ -82,6 +85,8 @@ class ElasticJob:
 
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
+        check_job(job)
+        unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
         self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
@@ -92,10 +97,13 @@ class ElasticJob:
             checkpoint_activations=config.checkpoint_activations,
         )
         stack.callback(self.engine.close)
+        try_model(job.model, job.reader)
         self.exchange = GradientReducer(job.model.parameters(), keep=True)
         stack.callback(self.exchange.close)
         self.recorder = World().recorder
-        self.executor = StepExecutor.of(self.engine, self.exchange, World(recorder=self.recorder), scatter=False)
+        alone = World(recorder=self.recorder)
+        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=False)
+        self.buffers = learn_buffers(self.engine, job.reader, alone)
         self.state: StateOwner = self._state()
         stack.callback(self.state.close)
         self.records = RunRecords(
@@ -110,6 +118,7 @@ class ElasticJob:
         self._check_unfinished()
         self.console = Console(config.max_steps, 0, str(config.run_dir))
         self.writer = self._writer()
+        self._notes: list[str] = []
         self._unreadable: UserError | None = None
         """Why this process, which was started again, has no state of its own; those it joins have."""
         wanted = config.resume == "auto" or self.records.restarted
@@ -142,7 +151,9 @@ class ElasticJob:
         ours = [self.costs, self.records, self.console]
         hooks = HookCalls(ours, job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
-        parts = StepParts(work=self.work, engine=self.engine, exchange=self.exchange, state=self.state)
+        parts = StepParts(
+            work=self.work, engine=self.engine, exchange=self.exchange, state=self.state, buffers=self.buffers
+        )
         step = TrainStep(
             job, progress, parts, asked=loop.asked, kept=self._hint, hooks=loop.step_committed, busy=session.busy
         )
@@ -205,7 +216,7 @@ class ElasticJob:
                 raise
             self._unreadable = error
             return
-        self.job.load_trainer_state(state)
+        self._notes = self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
 
@@ -275,6 +286,9 @@ class ElasticJob:
             raise self._unreadable
         self._check_unfinished()
         self.records.create()
+        for note in (*self._notes, self.job.reader.facts.warning()):
+            if note:
+                self.console.say(note)
         self.console.begin()
 
     def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
@@ -287,6 +301,7 @@ class ElasticJob:
             "cluster": described,
             "costs": costs_to_json(costs),
             "gradient_compression": self.job.config.gradient_compression,
+            "optimizer": self.job.described(),
         }
 
     def _hint(self) -> str:

@@ -54,6 +54,8 @@ class FixedJob:
         world.recorder.spans.clear()
         if world.rank == 0:
             self.records.open(world.members, self.progress.done)
+            if warning := job.reader.facts.warning():
+                self.console.say(warning)
 
     def run(self) -> TrainingReport:
         """Trains, saves, compares."""
@@ -63,7 +65,7 @@ class FixedJob:
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(self.job.config.run_dir))
         mode, state = self.mode, self.mode.state
         work = mode.work(progress.done)
-        parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state)
+        parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state, buffers=mode.buffers)
         step = TrainStep(
             self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed, busy=session.busy
         )
@@ -115,17 +117,18 @@ class FixedJob:
 
     def _resume(self) -> None:
         path, state = self.writer.resume(self.console.say if self.world.rank == 0 else lambda _: None)
-        self.job.load_trainer_state(state)
+        notes = self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
         if self.world.rank == 0:
-            self.console.say(f"resumed from {path} at step {state['step']}")
+            self.console.say("\n".join((f"resumed from {path} at step {state['step']}", *notes)))
 
     def _resolved(self, members: tuple[int, ...]) -> dict[str, Any]:
         return {
             "trainer": asdict(self.job.config),
             "ranks": self.world.size,
             "cluster": {"name": self.cluster.name, "fingerprint": self.cluster.fingerprint},
+            "optimizer": self.job.described(),
             **self.mode.resolved(),
         }
 

@@ -15,6 +15,7 @@ from heteromesh.comm.collectives.int8 import Int8Collectives
 from heteromesh.comm.gradients.exchange import GradientExchange
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
+from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
 from heteromesh.parallel.pipeline.exchange import StageExchange
@@ -38,6 +39,7 @@ from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
 from heteromesh.runtime.work.plan_service import PlanService
@@ -51,6 +53,7 @@ class Mode(ABC):
     engine: Engine
     exchange: GradientExchange
     state: StateOwner
+    buffers: PassBuffers
     held: nn.Module
     """What this rank writes into checkpoints: the model, or its part of it."""
 
@@ -78,6 +81,7 @@ class WholeModel(Mode):
         self._job, self._world, self._cluster, self._stack = job, world, cluster, stack
         config = job.config
         self._service = self._open_service(plan)
+        unexpand(job.model)
         self.held = job.model.to(world.device)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
         sharded = config.shard_optimizer and world.size > 1
@@ -88,9 +92,11 @@ class WholeModel(Mode):
             checkpoint_activations=config.checkpoint_activations,
         )
         stack.callback(self.engine.close)
+        world.once(lambda: try_model(job.model, job.reader))
         self.exchange = GradientReducer(job.model.parameters(), scatter=sharded)
         stack.callback(self.exchange.close)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
+        self.buffers = learn_buffers(self.engine, job.reader, world)
         world.collectives = stack.enter_context(build_collectives(config, cluster, job.optimizer, world))
         self.state = self._state(sharded)
         stack.callback(self.state.close)
@@ -163,7 +169,9 @@ class Stages(Mode):
         self._job, self._world, self._cluster, self._plan, self._basis = job, world, cluster, plan, basis
         config, placement = job.config, basis.placement
         check_placement(job.model, placement, world.size)
+        unexpand(job.model)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
+        world.once(lambda: try_model(job.model, job.reader))
         sample = torch.from_numpy(job.reader.sample_tokens(8)).repeat(8)
         world.once(lambda: check_stages(job.model, placement, sample))
         self._runner = StageRunner(
@@ -175,6 +183,7 @@ class Stages(Mode):
             checkpoint_activations=config.checkpoint_activations,
         )
         self.held, self.engine = self._runner.model, Pipeline(self._runner)
+        self.buffers = PassBuffers(self._runner.model)
         stack.callback(self.engine.close)
         self.exchange = StageExchange(self._runner)
         stack.callback(self.exchange.close)

@@ -12,6 +12,7 @@ from heteromesh.comm.gradients.exchange import GradientExchange, Summed
 from heteromesh.comm.session import Attempt, Committed
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.pass_buffers import Changes, PassBuffers
 from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.runtime.engine.api import Engine, Measurements
 from heteromesh.runtime.hooks.api import MemberReport, Round, StepCommitted, Stop
@@ -43,6 +44,8 @@ class _Result:
     rounds: tuple[Round, ...]
     exposed_seconds: float
     began: float
+    buffers: tuple[Changes, ...]
+    """By rank, what its passes did to the model's buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class StepParts:
     engine: Engine
     exchange: GradientExchange
     state: StateOwner
+    buffers: PassBuffers
 
 
 class TrainStep(Transaction):
@@ -93,6 +97,7 @@ class TrainStep(Transaction):
         began, world.recorder.step = time.perf_counter(), number
         if self._current.number != number:
             self._current = _Current(number)
+            parts.buffers.begin()
         parameters = parts.state.refresh(world)
         parts.exchange.begin(number, world)
         if self._known is not world:
@@ -101,7 +106,8 @@ class TrainStep(Transaction):
             parts.exchange.settle(dict(zip(world.members, held, strict=True)))
         assignment = self._work(number, world)
         parts.exchange.flush()
-        reports = tuple(world.gather(self._report()))
+        told = world.gather((self._report(), parts.buffers.changes(world.rank == 0)))
+        reports = tuple(report for report, _ in told)
         waited = time.perf_counter()
         with world.recorder.span("gradient sum, exposed", "wait"):
             summed = parts.exchange.finish()
@@ -113,6 +119,7 @@ class TrainStep(Transaction):
             rounds=tuple(self._current.rounds),
             exposed_seconds=exposed,
             began=began,
+            buffers=tuple(changes for _, changes in told),
         )
         return Attempt(result, f"{number}:{assignment.batch.index}:{summed.digest}:{parameters}")
 
@@ -131,6 +138,7 @@ class TrainStep(Transaction):
             self._parts.state.update()
         if schedule is not None:
             schedule.step()
+        self._parts.buffers.settle(result.buffers)
         self._parts.exchange.committed()
         self._apply(number, result, world)
         now = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,12 +13,14 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.attention.layout import Layout, layout_of
 from heteromesh.parallel.model.call import IGNORED
 from heteromesh.planner.plan import Step
+from heteromesh.runtime.work.items import DataFacts, Extreme, Labels, check_data, item_of, look_at
 
 
 class Sequences(Protocol):
     """Random access to sequences: `data[i]` is a 1-D integer tensor or array of tokens.
 
-    It may also be a mapping with `input_ids` and `labels` (next-token labels, already shifted, -100 to ignore).
+    It may also be a mapping with `input_ids` and `labels` (-100: nothing to predict; `Reader` says which kind of
+    labels). With an `attention_mask` too, padding at its ends is cut off.
     """
 
     def __len__(self) -> int: ...
@@ -50,9 +52,14 @@ class PassInput:
 class Reader:
     """Reads shards out of a data set."""
 
-    def __init__(self, data: Sequences) -> None:
-        self._data = data
-        self.lengths = _lengths(data)
+    def __init__(self, data: Sequences, labels: Labels = "shifted") -> None:
+        """labels: shifted: `labels[i]` is what token i is to predict; unshifted: it is token i itself.
+
+        Raises UserError for what is no data, and names the sequence that is none.
+        """
+        check_data(data)
+        self._data, self._labels = data, labels
+        self.lengths, self.facts = _look(data, labels)
 
     def step_inputs(self, step: Step, sequences: Sequence[int], rank: int) -> dict[int, PassInput]:
         """Returns by position in the step the input of every pass that names `rank`.
@@ -82,6 +89,16 @@ class Reader:
         as_tensors = [torch.from_numpy(array) for array in joined]
         return PassInput(as_tensors[0], as_tensors[1], as_tensors[2], valid)
 
+    def id_beyond(self, size: int) -> Extreme | None:
+        """Returns the id of the data that is furthest outside a table of `size` rows; None where all are inside."""
+        found = self.facts.ids
+        if isinstance(self._data, Sliceable):
+            if getattr(self._data, "vocab_size", size + 1) <= size:
+                return None
+            highest = (int(self._data.slice(i, 0, n).max()) for i, n in enumerate(self.lengths))
+            found = [Extreme(value, index) for index, value in enumerate(highest)]
+        return next((one for one in sorted(found, reverse=True) if not 0 <= one.value < size), None)
+
     def sample_tokens(self, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Returns some of the data's tokens (at most `count`, at least one)."""
         parts, have = [], 0
@@ -96,37 +113,18 @@ class Reader:
         if isinstance(self._data, Sliceable):
             ids = np.asarray(self._data.slice(index, start, min(end + 1, length)), np.int64)
             return ids[: end - start], _padded(ids[1:], end - start)
-        item = self._data[index]
-        if isinstance(item, Mapping):
-            ids, targets = _whole_numbers(item["input_ids"], index), _whole_numbers(item["labels"], index)
-            if len(ids) != len(targets):
-                raise UserError(
-                    f"sequence {index} of the data has {len(ids)} input_ids and {len(targets)} labels: "
-                    "give one label a token, -100 where there is nothing to predict"
-                )
-            return ids[start:end], targets[start:end]
-        ids = _whole_numbers(item, index)
-        return ids[start:end], _padded(ids[start + 1 : end + 1], end - start)
-
-
-def _whole_numbers(values: Any, index: int) -> np.ndarray[Any, Any]:
-    array = np.asarray(values)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise UserError(
-            f"sequence {index} of the data is {array.dtype} of shape {array.shape}: "
-            "a sequence is one row of whole numbers, the token ids"
-        )
-    return array.astype(np.int64)
+        item = item_of(self._data[index], index, self._labels)
+        return item.ids[start:end], item.targets[start:end]
 
 
 def _padded(targets: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     return targets if len(targets) == size else np.append(targets, IGNORED)
 
 
-def _lengths(data: Sequences) -> tuple[int, ...]:
+def _look(data: Sequences, labels: Labels) -> tuple[tuple[int, ...], DataFacts]:
     if isinstance(data, Sliceable):
-        return tuple(int(n) for n in data.lengths)
+        lengths = tuple(int(n) for n in data.lengths)
+        return lengths, DataFacts(untrained=lengths.count(1), sequences=len(lengths), tokens=sum(lengths))
     if not len(data):
         raise UserError("the data has no sequences: give at least one sequence of two tokens")
-    items = (data[i] for i in range(len(data)))
-    return tuple(len(item["input_ids"] if isinstance(item, Mapping) else item) for item in items)
+    return look_at((data[i] for i in range(len(data))), labels)

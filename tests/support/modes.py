@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage_plans import write_stage_plan
+from stages import simple
 from torch import nn
 
 import heteromesh as hm
@@ -19,7 +21,7 @@ from heteromesh.comm.world import World
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.wire.bounds import Bounds
 from heteromesh.faults.wire.deadlines import Timing
-from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.planner.cluster.cluster import Cluster, load_cluster
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan, PlannedCluster, dump
@@ -58,11 +60,22 @@ class Mode:
     """Ranks of the run that continues it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     elastic: bool = False
+    stages: tuple[int, ...] = ()
+    """Layers of each pipeline stage, whose ranks are replicas of each other; empty: no stages."""
+
+    def plan(self, folder: Path, ranks: int, cluster: Cluster | None = None) -> dict[str, Path]:
+        """Writes the plan file that a run of so many ranks needs to be of this mode; returns it as a setting."""
+        if not self.stages:
+            return {}
+        placement = simple(*self.stages, replicas=ranks // len(self.stages))
+        path = folder / f"stages-{ranks}{'-described' if cluster else ''}.json"
+        return {"plan": write_stage_plan(path, placement, cluster=cluster)}
 
 
 MODES = {
     "ordinary": Mode(ranks=2, others=3),
     "sharded optimizer": Mode(ranks=3, others=2, settings={"shard_optimizer": True}),
+    "pipeline": Mode(ranks=4, others=2, stages=(1, 1)),
     "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True),
     "elastic, sharded optimizer": Mode(
         ranks=3, others=2, settings={"fault_tolerance": True, "shard_optimizer": True}, elastic=True
@@ -170,8 +183,9 @@ def _environment(coordinator: Coordinator, place: int, ranks: int) -> dict[str, 
     )
 
 
-def write_files(folder: Path, ranks: int) -> dict[str, Path]:
-    """Two unlike hosts, costs by which long sequences must be split, and a plan of the first steps."""
+def write_files(folder: Path, mode: Mode) -> dict[str, Path]:
+    """Two unlike hosts, costs by which long sequences must be split, and a plan of the first steps or of stages."""
+    ranks = mode.ranks
     cluster, cost, plan = folder / "cluster.toml", folder / "cost.toml", folder / "plan.json"
     hosts = [
         f'[[hosts]]\nnames = ["{name}"]\ndevice = "small"\ncount = {count}\n'
@@ -182,6 +196,8 @@ def write_files(folder: Path, ranks: int) -> dict[str, Path]:
     cluster.write_text(device + "".join(hosts))
     cost.write_text(COSTS)
     described = load_cluster(cluster)
+    if mode.stages:
+        return {"cluster": cluster, "cost": cost} | mode.plan(folder, ranks, described)
     costs, sampler = bind(load_constants(cost), described), Sampler([len(s) for s in DATA], batch_tokens=220, seed=0)
     batches = [sampler.next_batch() for _ in range(FROM_FILE)]
     steps = tuple(replace(hm.plan_step(batch.lengths, costs), gap=MARK) for batch in batches)

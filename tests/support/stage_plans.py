@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from heteromesh.planner.cluster.cluster import local_cluster
+from heteromesh.planner.cluster.cluster import Cluster, local_cluster
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.model.spec import ModelSpec
@@ -20,10 +20,12 @@ from heteromesh.planner.stages.stages import Placement, Stage
 from heteromesh.planner.stages.workload import workloads
 
 
-def write_stage_plan(path: Path, placement: Placement, lengths: Sequence[int] = (30, 20, 7)) -> Path:
-    """Plans for a cluster of as many equal processes; returns the path."""
+def write_stage_plan(
+    path: Path, placement: Placement, lengths: Sequence[int] = (30, 20, 7), cluster: Cluster | None = None
+) -> Path:
+    """Plans for a cluster of as many equal processes unless given; returns the path."""
     ranks = sum(len(stage.ranks) for stage in placement.stages)
-    cluster, layers = local_cluster(ranks), placement.layers
+    cluster, layers = cluster or local_cluster(ranks), placement.layers
     spec = ModelSpec(name="tiny", layers=layers, hidden=32, heads=4, kv_heads=2, head_dim=8, intermediate=48, vocab=61)
     costs = analytic_costs(cluster, spec)
     resources = cluster_resources(cluster)

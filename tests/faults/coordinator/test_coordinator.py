@@ -27,6 +27,7 @@ from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.membership.view import Fenced
 from heteromesh.faults.wire.control import connect
 from heteromesh.faults.wire.deadlines import Timing
+from heteromesh.faults.wire.messages import JoinInfo, Vote
 
 
 @pytest.fixture
@@ -305,3 +306,28 @@ def test_secrets_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "s").chmod(0o600)
     assert read_secret(tmp_path / "s") == b"y" * 16
     assert (read_bounds("4:8"), read_bounds("3")) == (Bounds(min=4, max=8), Bounds(min=3, max=3))
+
+
+class Heard:
+    """A control connection that notes who is written to."""
+
+    def __init__(self, member, heard):
+        self.member, self.heard = member, heard
+
+    def write(self, body):
+        self.heard.append(self.member)
+
+
+def test_the_member_in_the_coordinators_process_hears_last():
+    # else a commit could be known to that process alone, be lost with it, and be made anew with another result
+    coordinator = Coordinator(b"s", own=1)
+    membership, heard = coordinator.membership, []
+    for _ in range(3):
+        membership.join(JoinInfo(name="", addresses=(("h", 1),), facts={}, elects=True))
+    membership.admit()
+    for member in membership.people:
+        coordinator._lines[member] = Heard(member, heard)
+    for member in (1, 2, 3):
+        coordinator._act(membership.vote(member, Vote(epoch=membership.world.epoch, step=0, digest="d")))
+    coordinator._loop.close()
+    assert heard == [2, 3, 1]

@@ -216,7 +216,7 @@ def offloading(rng: random.Random, **changes) -> Costs:
     return two_hosts(capacity=(room,) * 8, offload_seconds=(moved,) * 8, offload_share=0.9, **changes)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6))
 def test_offload_is_never_predicted_slower_and_always_fits(seed: int) -> None:
     rng = random.Random(seed)

@@ -54,15 +54,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=MODES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Trained:
     mode, folder = MODES[request.param], tmp_path_factory.mktemp("mode")
-    described = write_files(folder, mode.ranks)
-    costs = {"cost": described["cost"]}
+    described = write_files(folder, mode)
+    costs: dict[str, Any] = {"cost": described["cost"]} | mode.plan(folder, mode.ranks)
     runs = {
-        "begun": Run(folder=folder / "run", settings={"max_steps": STEPS}),
+        "begun": Run(folder=folder / "run", settings={"max_steps": STEPS} | mode.plan(folder, mode.ranks)),
         "resumed": Run(folder=folder / "run", settings={"max_steps": RESUMED, "resume": True} | costs),
         "described": Run(folder=folder / "described", settings={"max_steps": FROM_FILE + 1} | described),
         "int8": Run(folder=folder / "int8", settings={"max_steps": STEPS, "gradient_compression": "int8"} | costs),
     }
     results = dict(zip(runs, in_mode(mode, mode.ranks, list(runs.values())), strict=True))
+    costs |= mode.plan(folder, mode.others)
     elsewhere = Run(folder=folder / "run", settings={"max_steps": ELSEWHERE, "resume": True} | costs)
     results["elsewhere"] = in_mode(mode, mode.others, [elsewhere])[0]
     return Trained(mode=mode, folder=folder, results=results, alone=alone)
@@ -99,9 +100,20 @@ def checkpoint(trained: Trained) -> None:
     assert last == pytest.approx([trained.one()[ELSEWHERE]["loss"]], rel=1e-5), "one process goes on from it"
 
 
+def planned(trained: Trained) -> dict[str, Any]:
+    """The plan file of the described run."""
+    stages = f"stages-{trained.mode.ranks}-described.json"
+    plan: dict[str, Any] = json.loads((trained.folder / (stages if trained.mode.stages else "plan.json")).read_text())
+    return plan
+
+
 def plan_file(trained: Trained) -> None:
     curve(trained, "described", 1, FROM_FILE + 1)
-    plan = json.loads((trained.folder / "plan.json").read_text())
+    plan = planned(trained)
+    if trained.mode.stages:
+        config = json.loads((trained.folder / "described/config.json").read_text())
+        assert config["stages"] == plan["layout"]["placement"]["stages"]
+        return
     recorded = [row["plan"] for row in rows(trained.folder / "described/plan.jsonl")]
     assert recorded[:FROM_FILE] == plan["steps"]
     assert recorded[FROM_FILE]["gap"] != MARK, "then the planner goes on"
@@ -109,7 +121,7 @@ def plan_file(trained: Trained) -> None:
 
 def cluster_file(trained: Trained) -> None:
     curve(trained, "described", 1, FROM_FILE + 1)
-    plan = json.loads((trained.folder / "plan.json").read_text())
+    plan = planned(trained)
     config = json.loads((trained.folder / "described/config.json").read_text())
     assert config["cluster"]["fingerprint"] == plan["cluster"]["fingerprint"]
 
@@ -118,6 +130,8 @@ def cost_file(trained: Trained) -> None:
     curve(trained, "described", 1, FROM_FILE + 1)
     config = json.loads((trained.folder / "described/config.json").read_text())
     assert config["costs"]["constants"]["seconds_per_token"] == 1e-4
+    if trained.mode.stages:
+        return
     passes = [p for row in rows(trained.folder / "described/plan.jsonl") for p in row["plan"]["passes"]]
     assert all(max(sum(tokens) for tokens in p["shards"]) <= 64 for p in passes), "as many tokens as fit by the file"
     assert any(len(p["ranks"]) > 1 for p in passes)

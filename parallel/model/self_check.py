@@ -1,0 +1,279 @@
+"""Whether a model does with packed and split sequences what it does with each alone: tried on the model itself.
+
+A pass is exact for models that mix tokens in hm.attention alone and that treat each token by its own position. Layers
+that mix tokens elsewhere (convolutions, recurrent states, masks of their own), or that look at all positions of a pass
+at once, would train something else, silently. So before the first step a few dozen tokens go through the model: two
+sequences, each alone and outside any pass; both packed into one; one as long as both split over two ranks, which are
+threads here.
+
+What rounding may do is measured too: the same run with every module's output off by a few units in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from heteromesh.comm.in_process import InProcessMessages
+from heteromesh.comm.world import World
+from heteromesh.errors import UserError
+from heteromesh.parallel.attention.api import PassContext, prepare_pass
+from heteromesh.parallel.model.call import IGNORED, ModelCall, eagerly, plain_name, uncompiled
+from heteromesh.parallel.model.trace import Trace, Tracer
+from heteromesh.parallel.model.undisturbed import undisturbed
+from heteromesh.planner.plan import Pass
+
+SIZE = 13
+"""Tokens of each of the two sequences that are packed; the one that is split has both."""
+_ROUNDINGS = 4.0
+"""Units in the last place by which outputs are moved to see what rounding does."""
+_SURE = 32.0
+"""Times what rounding does, from which on a difference is none of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """Sequences in a row: (1, n) each."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+
+    def at(self, places: torch.Tensor) -> _Input:
+        """Returns some of the tokens."""
+        return _Input(self.tokens[:, places], self.positions[:, places], self.labels[:, places])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What came of a run: losses (n,) and the modules' calls."""
+
+    losses: torch.Tensor
+    trace: Trace
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: bool) -> None:
+    """Returns where packed and, with `split`, split sequences come out as each alone; the model is as before.
+
+    sample: token ids (n,) of the data, one at least. longest: tokens of the data's longest sequence, up to which
+    positions are tried. Raises UserError, naming the first layer that differs, where they don't.
+    """
+    size = min(SIZE, longest)
+    device = next(model.parameters()).device
+    tokens = sample[torch.arange(2 * size) * 7 % len(sample)].to(device)
+    pair = [_sequence(tokens[:size], 0), _sequence(tokens[size:], 0)]
+    # beside the end of the longest sequence what depends on all positions of a pass shows
+    far = _sequence(tokens[:size], longest - size)
+    whole = _sequence(tokens[: min(2 * size, longest)], 0)
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        model.eval()
+        stack.enter_context(_exactly(model))
+        tracer = Tracer(model)
+        stack.enter_context(tracer.attached())
+        trial = _Trial(model, tracer, device)
+        calls = trial.compare_packed(pair, far)
+        if split and calls and whole.tokens.numel() > 1:
+            trial.compare_split(whole)
+
+
+class _Trial:
+    """Runs of one model."""
+
+    def __init__(self, model: nn.Module, tracer: Tracer, device: torch.device) -> None:
+        self._model, self._tracer, self._device = model, tracer, device
+        self._call = ModelCall(model)
+
+    def compare_packed(self, pair: Sequence[_Input], far: _Input) -> int:
+        """Compares two sequences in one pass, `far` behind them, with each alone; returns the calls of attention."""
+        row = [*pair, far]
+        lengths = [x.tokens.numel() for x in row]
+        plan = Pass(ranks=(0,), method="local", sequences=(0, 1, 2), shards=(tuple(lengths),), seconds=0.0)
+        context, calls = _counted(prepare_pass(plan, lengths, World(device=self._device), (1.0,)))
+        whole = _Input(*(torch.cat([getattr(x, name) for x in row], 1) for name in ("tokens", "positions", "labels")))
+        alone, rounded = ([run(x) for x in pair] for run in (self._run, self._run_rounded))
+        seen = self._attempt("packed sequences", lambda: self._run(whole, context))
+        kept = torch.arange(sum(lengths[:2]))
+        self._judge("packed sequences", _joined(alone), _joined(rounded), _joined([seen], kept))
+        return len(calls)
+
+    def compare_split(self, whole: _Input) -> None:
+        """Compares one sequence over two ranks with the same alone."""
+        count = whole.tokens.numel()
+        shards = ((count - count // 2,), (count // 2,))
+        plan = Pass(ranks=(0, 1), method="gather", sequences=(0,), shards=shards, seconds=0.0)
+        messages = InProcessMessages(2)
+        worlds = [World(rank=r, size=2, device=self._device, exchange=messages.transport(r)) for r in range(2)]
+        contexts = [prepare_pass(plan, [count], world, (1.0, 1.0)) for world in worlds]
+        places = [torch.cat([torch.arange(s.start, s.end) for s in c.layout.segments[c.member]]) for c in contexts]
+
+        def member(rank: int) -> _Run:
+            try:
+                with torch.no_grad(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+                    return self._run(whole.at(places[rank].to(self._device)), contexts[rank])
+            except BaseException:
+                messages.give_up()
+                raise
+
+        def both() -> _Run:
+            with ThreadPoolExecutor(2) as pool:
+                futures = [pool.submit(member, rank) for rank in range(2)]
+            errors = [e for e in (future.exception() for future in futures) if e is not None]
+            # the other's wait for it has failed too
+            for error in sorted(errors, key=lambda e: isinstance(e, ConnectionError)):
+                raise error
+            return _joined([future.result() for future in futures], torch.cat(places).argsort())
+
+        seen = self._attempt("a sequence over two ranks", both)
+        self._judge("a sequence over two ranks", self._run(whole), self._run_rounded(whole), seen)
+
+    def _run(self, x: _Input, context: PassContext | None = None) -> _Run:
+        with context.active() if context else nullcontext(), self._tracer.run(x.tokens.numel()) as trace:
+            losses = self._call.losses(x.tokens, x.positions, x.labels)
+        return _Run(losses.double().cpu(), trace)
+
+    def _run_rounded(self, x: _Input) -> _Run:
+        with _rounded(self._model):
+            return self._run(x)
+
+    def _attempt(self, what: str, act: Callable[[], _Run]) -> _Run:
+        try:
+            return act()
+        except UserError:
+            raise
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"{_name(self._model)} fails on {what} ({type(error).__name__}: {line}), though not on each alone: a "
+                f"pass has "
+                "one row of all its tokens, position_ids that begin anew, and no mask; let attention go through "
+                "hm.attention "
+                "(Transformers: attn_implementation='heteromesh')"
+            ) from error
+
+    def _judge(self, what: str, alone: _Run, rounded: _Run, seen: _Run) -> None:
+        """Raises UserError where what was seen differs from each alone by more than rounding does."""
+        off = float((seen.losses - alone.losses).abs().max())
+        noise = float((rounded.losses - alone.losses).abs().max())
+        scale = max(1.0, float(alone.losses.abs().max()))
+        if off > _allowed(noise, scale, self._epsilon()) or off != off:
+            self._refuse(what, off, noise, _culprit(alone.trace, rounded.trace, seen.trace, self._epsilon()))
+
+    def _epsilon(self) -> float:
+        dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
+        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1), default=1e-7)
+
+    def _refuse(self, what: str, off: float, noise: float, layer: str) -> NoReturn:
+        modules = {plain_name(n): m for n, m in self._model.named_modules()}
+        kind = f" ({type(uncompiled(modules[layer])).__name__})" if layer in modules else ""
+        raise UserError(
+            f"{_name(self._model)} gives other losses for {what} than for each alone, off by {off:.2g} where rounding "
+            f"explains "
+            f"{noise:.1g}: {layer}{kind} is the first to differ, as it mixes tokens outside hm.attention or looks at "
+            f"the "
+            "positions of all tokens at once; have it use hm.attention or hm.linear_attention and each token's own "
+            "position, "
+            "or train a model without it (docs/assumptions.md)"
+        )
+
+
+def _allowed(noise: float, scale: float, epsilon: float) -> float:
+    return _SURE * (noise + _ROUNDINGS * epsilon * scale)
+
+
+def _culprit(alone: Trace, rounded: Trace, seen: Trace, epsilon: float) -> str:
+    """Returns the first module that makes something else of the same, or the first that differs at all."""
+
+    def differs(key: tuple[str, int], side: str) -> bool:
+        values = [getattr(t.calls[key], side) for t in (alone, rounded, seen) if key in t.calls]
+        present: list[torch.Tensor] = [v for v in values if v is not None]
+        if len(present) < 3:
+            return False
+        own, near, other = present
+        noise, scale = float((near - own).abs().max()), float(own.abs().max())
+        return float((other - own).abs().max()) > _allowed(noise, scale, epsilon)
+
+    different = [key for key in seen.calls if differs(key, "made")]
+    first = next((key for key in different if not differs(key, "given")), None)
+    return (first or next(iter(different), ("the model", 0)))[0]
+
+
+def _sequence(tokens: torch.Tensor, first: int) -> _Input:
+    """Returns a sequence whose first token is at position `first`, to be told its next tokens."""
+    positions = torch.arange(first, first + len(tokens), device=tokens.device)
+    labels = torch.cat([tokens[1:], torch.full_like(tokens[:1], IGNORED)])
+    return _Input(tokens[None], positions[None], labels[None])
+
+
+def _joined(runs: Sequence[_Run], order: torch.Tensor | None = None) -> _Run:
+    """Returns runs as one; order: where its tokens are in the row of all."""
+    losses, trace = torch.cat([run.losses for run in runs]), Trace.joined([run.trace for run in runs])
+    if order is None:
+        return _Run(losses, trace)
+    for call in trace.calls.values():
+        call.given = call.given if call.given is None else call.given[order]
+        call.made = call.made if call.made is None else call.made[order]
+    return _Run(losses[order], trace)
+
+
+def _counted(context: PassContext) -> tuple[PassContext, list[None]]:
+    """Returns the pass with a list that grows with every call of attention."""
+    calls: list[None] = []
+
+    def attend(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(None)
+        return context.attend(*args, **options)
+
+    return replace(context, attend=attend), calls
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """Moves what the model's innermost modules return by a few units in the last place."""
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point() or not output.numel():
+            return None
+        signs = (torch.randint(2, output.shape[-1:], generator=generator) * 2 - 1).to(output)
+        return output * (1 + _ROUNDINGS * torch.finfo(output.dtype).eps * signs)
+
+    leaves = [m for m in model.modules() if next(m.children(), None) is None]
+    hooks = [m.register_forward_hook(hook, prepend=True) for m in leaves]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def _exactly(model: nn.Module) -> Iterator[None]:
+    """Computes in float32 at least, where the device has room, and without compilers within the block."""
+    halves = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+    if halves and halves[0].device.type == "cuda":
+        free = torch.cuda.mem_get_info(halves[0].device)[0]
+        halves = halves if 4 * sum(t.numel() for t in halves) < 0.9 * free else []
+    originals = [t.data for t in halves]
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for tensor in halves:
+            tensor.data = tensor.data.float()
+        with eagerly(model):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for tensor, original in zip(halves, originals, strict=True):
+            tensor.data = original
+
+
+def _name(model: nn.Module) -> str:
+    return type(uncompiled(model)).__name__
