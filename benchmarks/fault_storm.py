@@ -37,6 +37,7 @@ import heteromesh as hm
 from heteromesh.comm.tcp.state_transfer import digest_of
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
+from heteromesh.faults.diagnosis.monitor import Monitor
 from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.runtime.process.environment import environment_of
@@ -120,7 +121,8 @@ class Job:
     def __init__(self, folder: Path, ranks: int, shard: bool) -> None:
         self.folder, self.shard = folder, shard
         timing = Timing(gather=1.0, silence=1.0, stuck=30.0)
-        self.coordinator = Coordinator(b"s" * 32, bounds=Bounds(min=1, max=ranks), timing=timing).start()
+        bounds, quiet = Bounds(min=1, max=ranks), Monitor(say=lambda _: None)
+        self.coordinator = Coordinator(b"s" * 32, bounds=bounds, timing=timing, monitor=quiet).start()
         self.context = multiprocessing.get_context("forkserver")
         self.processes: dict[int, Any] = {}
         self.starts = Counter[int]()
@@ -313,8 +315,7 @@ def main() -> None:
                     shutil.copytree(folder, chosen.keep / str(seed), dirs_exist_ok=True)
             shutil.rmtree(folder)
             done = seed - chosen.seed + 1
-            if done % 10 == 0:
-                print(f"{done} jobs, {sum(wrong.values())} wrong, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{done} jobs, {sum(wrong.values())} wrong, {time.monotonic() - began:.0f} s", flush=True)
     print(f"{chosen.jobs} jobs of seeds from {chosen.seed}: {dict(wrong) or 'nothing wrong'}; faults {dict(told)}")
 
 

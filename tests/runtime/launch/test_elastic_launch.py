@@ -305,6 +305,22 @@ def test_nothing_outlives_a_killed_agent(tmp_path):
 
 
 @pytest.mark.alone
+def test_a_stopped_agent_is_waited_for(member, tmp_path):
+    """For longer than a coordinator that hangs is waited for where another could be elected."""
+    logs = tmp_path / "logs"
+    with started(tmp_path, "--nproc-per-node", 2, member, logs, [2] * 30) as agent:
+        wait_until(lambda: sum(path.stat().st_size for path in logs.iterdir()) > 20, 120)
+        os.kill(agent.pid, signal.SIGSTOP)
+        time.sleep(1.5 * Timing().hang)
+        os.kill(agent.pid, signal.SIGCONT)
+        code, told = agent.end(120)
+    assert code == 0, told
+    assert "was killed" not in told
+    assert "started again" not in told
+    assert len(list(logs.iterdir())) == 2
+
+
+@pytest.mark.alone
 def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(member, tmp_path):
     """Two agents on loopback stand for two hosts."""
     ports = [port for _, port in free_addresses(2)]
