@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
+from heteromesh.parallel.attention.call_order import CallOrder
 from heteromesh.parallel.attention.layout import Layout, layout_of
 from heteromesh.parallel.attention.linear import LinearAttention, chunked
 from heteromesh.parallel.attention.methods import Local, split_method
@@ -32,6 +33,8 @@ class PassContext:
     attend: Method
     linear: LinearAttention | None = None
     """How its linear attention runs; needed only where the pass has several ranks."""
+    order: CallOrder | None = None
+    """Of calls, where the pass has several ranks."""
 
     @property
     def tokens(self) -> int:
@@ -66,7 +69,8 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
     exchange = Exchange(world, plan.ranks)
     agreement = Agreement(exchange, layout, plan.method)
     attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
-    return PassContext(layout, exchange.member, attend, LinearAttention(layout, exchange.member, exchange, agreement))
+    linear = LinearAttention(layout, exchange.member, exchange, agreement)
+    return PassContext(layout, exchange.member, attend, linear, CallOrder(exchange))
 
 
 def attention(
@@ -149,6 +153,8 @@ def _check_linear(
 
 
 def _check_tokens(context: PassContext, q: torch.Tensor) -> None:
+    if context.order is not None:
+        context.order.note()
     if q.shape[0] != 1 or q.shape[2] != context.tokens:
         raise ValueError(
             f"inside a pass attention takes (1, heads, {context.tokens}, dim) for this rank's tokens, "

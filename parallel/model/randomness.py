@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from heteromesh.parallel.attention.api import active_pass
 from heteromesh.parallel.attention.scope import never_compiled
 from heteromesh.parallel.model.counter import key_of
 from heteromesh.parallel.model.draws import Draws, TokenPlaces, active_draws
@@ -74,5 +75,8 @@ class PassRandomness:
             # a layer may have hooks of others too
             if draws and draws.source is self:
                 draws.enter(section)
+                context = active_pass()
+                if context is not None and context.order is not None:
+                    context.order.layer = section
 
         return hook

@@ -103,6 +103,8 @@ class PassMajor:
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
                 losses = self._call.losses(tokens, positions, labels)
+            if context.order is not None:
+                context.order.agree()
             loss = losses.sum() / divisor
             with known_in_backward(loss):
                 loss.backward()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from backwards import on_another_thread
 from heteromesh.parallel.attention.scope import Scope, backward_number
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
@@ -57,27 +58,6 @@ class Model(Llama):
             else:
                 x = layer(x, cos, sin)
         return self.head(self.norm(x))
-
-
-def on_another_thread(backward: Any) -> Any:
-    """As autograd has a thread of its own for each device that is no CPU."""
-
-    def act(*args: Any, **options: Any) -> None:
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                backward(*args, **options)
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        if failed:
-            raise failed[0]
-
-    return act
 
 
 def gradients(world: World, again: str, threaded: bool) -> list[float]:

@@ -155,6 +155,43 @@ def test_the_trainer_has_one_curve_on_any_number_of_ranks(tmp_path: Path) -> Non
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
 
+class Skipping(Llama):
+    """Skips a layer that only its rank knows."""
+
+    def __init__(self, skipped: int) -> None:
+        super().__init__(TINY)
+        self.layers = nn.ModuleList(Block(TINY) for _ in range(3))
+        self.skipped = skipped
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        assert position_ids is not None
+        cos, sin = self._rope(position_ids)
+        x = self.embed(input_ids)
+        for index, layer in enumerate(self.layers):
+            if index != self.skipped:
+                x = layer(x, cos, sin)
+        return self.head(self.norm(x))
+
+
+def skip(world: World, skipped: tuple[int, ...]) -> str:
+    plan = Pass(ranks=(0, 1), method="gather", sequences=(0,), shards=((12,), (12,)), seconds=0.0)
+    context = prepare_pass(plan, [24], world, (1.0, 1.0))
+    batch = Reader([torch.arange(24)]).pass_input(context.layout, [0], world.rank)
+    torch.manual_seed(0)
+    executor = StepExecutor(Skipping(skipped[world.rank]), world)
+    try:
+        executor.forward_backward(context, batch, 1)
+    except UserError as error:
+        return str(error)
+    return "" if executor.model.embed.weight.grad is not None else "no gradient"
+
+
+def test_ranks_that_skip_different_layers_are_told() -> None:
+    assert run_ranks(2, skip, (1, 1)) == ["", ""]
+    for message in run_ranks(2, skip, (0, 1)):
+        assert message.startswith("rank 0 of a pass called attention 2 times and rank 1 2 times, or of other layers")
+
+
 def test_split_sequences_in_half_precision_draw_the_same_masks() -> None:
     def mask(start: int, end: int) -> torch.Tensor:
         places = TokenPlaces(torch.zeros(end - start, dtype=torch.long), torch.arange(start, end))
