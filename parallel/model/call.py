@@ -95,8 +95,8 @@ def _logits(result: Any, model: nn.Module) -> torch.Tensor:
             continue
         raise UserError(
             f"{_name(model)} returned {name} = {float(value.detach()):.4g} beside its logits, a loss that would be "
-            "left out: turn it off (output_router_logits=False for Transformers' routers), or wrap the model in a module "
-            "that takes targets and returns losses by token with their share of it"
+            "left out: turn it off (output_router_logits=False for Transformers' routers), or wrap the model in a "
+            "module that takes targets and returns losses by token with their share of it"
         )
     return logits
 

@@ -59,8 +59,6 @@ def train(world: World, folder: Path, kind: str, compiled: str, steps: int, resu
     if compiled == "layers":
         for layer in model.layers:
             layer.compile(backend="aot_eager")
-    elif compiled == "wrapped layers":
-        model.layers = nn.ModuleList(torch.compile(layer, backend="aot_eager") for layer in model.layers)
     elif compiled == "model":
         model = torch.compile(model, backend="aot_eager")
     # two ranks have to split the longest sequences
@@ -72,10 +70,8 @@ def train(world: World, folder: Path, kind: str, compiled: str, steps: int, resu
     return hm.Trainer(model, None, [torch.tensor(s) for s in DATA], config).fit().losses
 
 
-@pytest.mark.parametrize(
-    ("ranks", "kind", "compiled"),
-    [(1, "logits", "model"), (1, "targets", "layers"), (2, "targets", "model"), (2, "logits", "wrapped layers")],
-)
+# few: tracing a model takes long
+@pytest.mark.parametrize(("ranks", "kind", "compiled"), [(1, "logits", "layers"), (2, "targets", "model")])
 def test_compiled_and_plain_models_have_equal_losses(ranks: int, kind: str, compiled: str, tmp_path: Path) -> None:
     losses = []
     for how in ("", compiled):
@@ -89,8 +85,8 @@ def test_checkpoints_of_plain_models_resume_compiled_and_back(tmp_path: Path) ->
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = run_ranks(1, train, whole, "targets", "", 4, False, seconds=120)[0]
+    expected = run_ranks(1, train, whole, "targets", "", 3, False, seconds=120)[0]
     found: tuple[float, ...] = ()
-    for compiled, steps in (("", 1), ("model", 2), ("wrapped layers", 3), ("", 4)):
+    for compiled, steps in (("", 1), ("model", 2), ("", 3)):
         found += run_ranks(1, train, parts, "targets", compiled, steps, bool(found), seconds=120)[0]
     assert found == pytest.approx(expected, rel=1e-5)
