@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,16 +12,18 @@ import torch.nn.functional as functional
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.parallel.attention.call_order import CallOrder
 from heteromesh.parallel.attention.layout import Layout, layout_of
 from heteromesh.parallel.attention.linear import LinearAttention, chunked
-from heteromesh.parallel.attention.methods import Local, split_method
+from heteromesh.parallel.attention.methods import split_method
 from heteromesh.parallel.attention.scope import Scope, never_compiled
+from heteromesh.parallel.attention.scoring import Attend, Scoring, default_scale
 from heteromesh.parallel.attention.shape_check import Agreement
+from heteromesh.parallel.attention.whole import Whole
+from heteromesh.planner.model.mask import CAUSAL, Mask
 from heteromesh.planner.plan import Pass
-
-Method = Callable[..., torch.Tensor]
-"""(q, k, v, scale[, causal]) -> out."""
+from heteromesh.planner.splitting.layout import contiguous
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PassContext:
 
     layout: Layout
     member: int
-    attend: Method
+    attend: Attend
     linear: LinearAttention | None = None
     """How its linear attention runs; needed only where the pass has several ranks."""
     order: CallOrder | None = None
@@ -65,7 +67,7 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
     layout = layout_of(plan, lengths)
     _check_shards(plan, lengths)
     if len(plan.ranks) == 1:
-        return PassContext(layout, 0, Local(layout))
+        return PassContext(layout, 0, Whole(layout))
     exchange = Exchange(world, plan.ranks)
     agreement = Agreement(exchange, layout, plan.method)
     attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
@@ -74,29 +76,66 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, causal: bool = True
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Computes attention, (B, H, S, D). k and v may have fewer heads (Hk divides H).
 
     Outside a pass every row of the batch is one sequence. Inside a pass B is 1 and S holds this rank's tokens of the
-    pass's sequences, which never see each other. `scale` defaults to 1/sqrt(D). Raises ValueError on other shapes,
-    and on every rank of the pass where one of them calls with other shapes than its peers.
+    pass's sequences, which never see each other. Raises ValueError on other shapes, and on every rank of the pass
+    where one of them calls with other shapes than its peers.
+
+    Args:
+        q, k, v: queries, keys and values.
+        scale: of the scores; 1/sqrt(D) unless given.
+        causal: a query sees its own key and those before it; False: all of its sequence.
+        window: of those only the last `window`, its own included.
+        chunk: only keys in its own chunk; chunks of `chunk` tokens begin at each sequence's first.
+        sinks: (H,) logits that join each head's softmax and have no value, so that weights sum to less than 1.
+        softcap: scores become softcap * tanh(score / softcap).
     """
-    return _attend(q, k, v, scale, causal)
+    return _attend(q, k, v, scale, causal, window, chunk, sinks, softcap)
 
 
 @never_compiled
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    chunk: int | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
     # no part of a compiled graph: each pass attends and exchanges in another way
     _check(q, k, v)
+    mask = Mask(causal=causal, window=window, chunk=chunk)
+    scoring = Scoring(scale=default_scale(scale, q.shape[-1]), mask=mask, softcap=softcap)
+    _check_scoring(q, scoring, sinks)
     if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         wanted = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
     context = ACTIVE_PASS.get()
-    if context is None:
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
-    _check_tokens(context, q)
-    return context.attend(q, k, v, scale) if causal else context.attend(q, k, v, scale, causal)
+    if context is not None:
+        _check_tokens(context, q)
+        return context.attend(q, k, v, scoring, sinks)
+    if sinks is None and softcap is None and mask in (CAUSAL, Mask(causal=False)):
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, scale=scale, enable_gqa=True)
+    if not q.shape[0] * q.shape[2]:
+        return torch.zeros_like(q)
+    whole = Whole(contiguous((q.shape[2],), ((q.shape[2],),)))
+    rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
+    return torch.cat([whole(*row, scoring, sinks) for row in rows])
 
 
 def linear_attention(
@@ -187,4 +226,15 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(
             f"attention needs as many queries as keys and query heads in multiples of key heads, "
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+
+
+def _check_scoring(q: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None) -> None:
+    softcap = scoring.softcap
+    if softcap is not None and not softcap > 0:
+        raise UserError(f"attention with softcap={softcap}: it must be above 0, or None for scores that are not capped")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.device != q.device):
+        raise UserError(
+            f"attention with sinks {tuple(sinks.shape)} on {sinks.device} and {q.shape[1]} heads on {q.device}: "
+            "give one logit a query head, on the device of q"
         )

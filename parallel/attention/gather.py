@@ -15,10 +15,10 @@ import torch
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.kernels.block import merge_into
+from heteromesh.parallel.attention.kernels.sinks import add_sinks, sinks_gradient
 from heteromesh.parallel.attention.kernels.tiled import (
     RowSum,
     backward_tile,
-    default_scale,
     forward_tile,
     forward_tiles,
     heads_first,
@@ -27,7 +27,10 @@ from heteromesh.parallel.attention.kernels.tiled import (
 from heteromesh.parallel.attention.kernels.tiles import Tile, tiles_between
 from heteromesh.parallel.attention.layout import pick, rows_of
 from heteromesh.parallel.attention.ring import add_rows
+from heteromesh.parallel.attention.scoring import Scoring
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.splitting.layout import Layout, Segment
+from heteromesh.planner.splitting.masked import masked
 from heteromesh.planner.splitting.routes import schedule
 
 
@@ -36,31 +39,32 @@ class Gather:
 
     def __init__(self, exchange: Exchange, layout: Layout) -> None:
         self.exchange, self._layout = exchange, layout
-        self.own = layout.segments[exchange.member]
-        self._sides: dict[bool, _Side] = {}
+        self._sides: dict[Mask, _Side] = {}
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        if causal not in self._sides:
-            self._sides[causal] = _Side(self._layout, self.exchange.member, causal)
-        scale = default_scale(scale, q.shape[-1])
-        result: torch.Tensor = _GatherAttention.apply(q, k, v, self, self._sides[causal], scale)  # type: ignore[no-untyped-call]
+        mask = scoring.mask
+        if mask not in self._sides:
+            self._sides[mask] = _Side(self._layout, self.exchange.member, mask)
+        side = self._sides[mask]
+        result: torch.Tensor = _GatherAttention.apply(q, k, v, self.exchange, side, scoring, sinks)  # type: ignore[no-untyped-call]
         return result
 
 
 class _Side:
-    """Who needs what of whom, and the tiles, for causal or for full attention."""
+    """Who needs what of whom, and the tiles, for one mask."""
 
-    def __init__(self, layout: Layout, member: int, causal: bool) -> None:
-        own = layout.segments[member]
-        messages = [m for r in schedule(layout, "direct", causal=causal).of(member).rounds for m in r]
+    def __init__(self, layout: Layout, member: int, mask: Mask) -> None:
+        messages = [m for r in schedule(layout, "direct", mask).of(member).rounds for m in r]
+        layout, mask = masked(layout, mask)
+        self.own = own = layout.segments[member]
         self.sends = {m.target: m.segments for m in messages if m.source == member}
         self.receives = {m.source: m.segments for m in messages if m.target == member}
         self.remote = sorted((s for part in self.receives.values() for s in part), key=lambda s: (s.sequence, s.start))
-        self.own_tiles = tiles_between(own, own, causal=causal)
-        self.remote_tiles = tiles_between(own, self.remote, causal=causal)
+        self.own_tiles = tiles_between(own, own, causal=mask.causal, window=mask.window)
+        self.remote_tiles = tiles_between(own, self.remote, causal=mask.causal, window=mask.window)
 
     def sort(self, parts: dict[int, torch.Tensor]) -> torch.Tensor:
         """Returns what the members sent, in the order of `remote`."""
@@ -77,47 +81,58 @@ class _Side:
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: Gather, side: _Side, scale: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        exchange: Exchange,
+        side: _Side,
+        scoring: Scoring,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         q, kv = rows_first(q), torch.cat([rows_first(k), rows_first(v)], 1)
         parts = {i: kv.new_empty(sum(map(len, s)), *kv.shape[1:]) for i, s in side.receives.items()}
-        sends = [(i, pick(kv, rows_of(method.own, s))) for i, s in side.sends.items()]
-        transfer = method.exchange.start(sends, list(parts.items()), "gather k, v")
+        sends = [(i, pick(kv, rows_of(side.own, s))) for i, s in side.sends.items()]
+        transfer = exchange.start(sends, list(parts.items()), "gather k, v")
         keys, values = kv.chunk(2, 1)
-        out, lse = forward_tiles(q, keys, values, side.own_tiles, scale)
+        out, lse = forward_tiles(q, keys, values, side.own_tiles, scoring)
         transfer.wait()
         remote = side.sort(parts) if parts else kv[:0]
         if parts:
             wide = out.to(accumulation_dtype(out.dtype))
             keys, values = remote.chunk(2, 1)
             for t in side.remote_tiles:
-                merge_into(wide[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, keys, values, t, scale))
+                merge_into(wide[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, keys, values, t, scoring))
+            add_sinks(wide, lse, sinks)
             out = wide.to(out.dtype)
-        ctx.save_for_backward(q, kv, remote, out, lse)
-        ctx.method, ctx.side, ctx.scale = method, side, scale
+        else:
+            add_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, kv, remote, out, lse, sinks)
+        ctx.exchange, ctx.side, ctx.scoring = exchange, side, scoring
         return heads_first(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, kv, remote, out, lse = ctx.saved_tensors
-        method, side, grad = ctx.method, ctx.side, rows_first(grads[0])
+        q, kv, remote, out, lse, sinks = ctx.saved_tensors
+        side, grad = ctx.side, rows_first(grads[0])
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
 
         def gradient(block: torch.Tensor, tiles: Sequence[Tile]) -> RowSum:
             keys, values = block.chunk(2, 1)
             total = RowSum(block, [(t.k0, t.k1) for t in tiles])
             for t in tiles:
-                part, *parts = backward_tile(grad, q, keys, values, out, lse, t, ctx.scale)
+                part, *parts = backward_tile(grad, q, keys, values, out, lse, t, ctx.scoring)
                 dq[t.q0 : t.q1] += part
                 total.add((t.k0, t.k1), *parts)
             return total
 
         home = side.unsort(gradient(remote, side.remote_tiles).result())
         parts = {i: kv.new_empty(sum(map(len, s)), *kv.shape[1:]) for i, s in side.sends.items()}
-        transfer = method.exchange.start(list(home.items()), list(parts.items()), "gather k, v backward")
+        transfer = ctx.exchange.start(list(home.items()), list(parts.items()), "gather k, v backward")
         dkv = gradient(kv, side.own_tiles).total.to(lse.dtype)
         transfer.wait()
         for member in sorted(parts):
-            add_rows(dkv, method.own, side.sends[member], parts[member])
+            add_rows(dkv, side.own, side.sends[member], parts[member])
         dk, dv = dkv.to(kv.dtype).chunk(2, 1)
-        return heads_first(dq.to(q.dtype)), heads_first(dk), heads_first(dv), None, None, None
+        dsinks = sinks_gradient(grad, out, lse, sinks)
+        return heads_first(dq.to(q.dtype)), heads_first(dk), heads_first(dv), None, None, None, dsinks

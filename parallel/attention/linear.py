@@ -18,6 +18,7 @@ from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.methods import check_tensors
 from heteromesh.parallel.attention.shape_check import Agreement
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.splitting.layout import Layout, Segment
 from heteromesh.planner.splitting.states import StateRoute, state_routes
 
@@ -74,7 +75,7 @@ class LinearAttention:
         """q and k (1, H, n, dk), v (1, H, n, dv), n this rank's tokens; returns (1, H, n, dv)."""
         if self.exchange is not None and self._agreement is not None:
             check_tensors(self.exchange, q, k, v)
-            self._agreement.check(f"linear attention {decay}", q, k, v, causal)
+            self._agreement.check(f"linear attention {decay}", q, k, v, Mask(causal=causal))
         result: torch.Tensor = _LinearAttention.apply(q, k, v, self, decay, causal)  # type: ignore[no-untyped-call]
         return result
 

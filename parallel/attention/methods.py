@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.gather import Gather
-from heteromesh.parallel.attention.kernels.tiled import tile_attention
-from heteromesh.parallel.attention.kernels.tiles import Tile
 from heteromesh.parallel.attention.ring import Ring
+from heteromesh.parallel.attention.scoring import Attend, Scoring
 from heteromesh.parallel.attention.shape_check import DTYPES, Agreement
 from heteromesh.parallel.attention.token_ring import TokenRing
 from heteromesh.parallel.attention.ulysses import Ulysses
@@ -18,21 +17,6 @@ from heteromesh.parallel.attention.ulysses_ring import UlyssesRing
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.splitting.layout import Layout, base_name, group_layout, inner_degree
 from heteromesh.planner.splitting.routes import RINGS
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, bool], torch.Tensor]
-
-
-class Local:
-    """Whole sequences on one rank: no exchange."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._squares = [(o, o + n) for o, n in zip(layout.offsets, layout.lengths, strict=True) if n]
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
-    ) -> torch.Tensor:
-        """q (1, H, n, D), k and v (1, Hk, n, D); returns (1, H, n, D)."""
-        return tile_attention(q, k, v, [Tile(a, b, a, b, causal) for a, b in self._squares], scale)
 
 
 class Split:
@@ -44,7 +28,7 @@ class Split:
         self._head_ranks, self._attend = head_ranks, attend
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
         check_tensors(self._exchange, q, k, v)
@@ -53,8 +37,9 @@ class Split:
                 f"method {self._method} deals heads to {self._head_ranks} ranks and attention has {q.shape[1]}: "
                 f"use at most {q.shape[1]} ranks, or the method gather or trimmed_ring"
             )
-        self._agreement.check("attention", q, k, v, causal)
-        return self._attend(q, k, v, scale, causal)
+        kind = f"attention {scoring.softcap} {sinks is not None}"
+        self._agreement.check(kind, q, k, v, scoring.mask)
+        return self._attend(q, k, v, scoring, sinks)
 
 
 def check_tensors(exchange: Exchange, *tensors: torch.Tensor) -> None:

@@ -14,10 +14,10 @@ import torch
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.kernels.block import merge_into
+from heteromesh.parallel.attention.kernels.sinks import add_sinks, sinks_gradient
 from heteromesh.parallel.attention.kernels.tiled import (
     RowSum,
     backward_tile,
-    default_scale,
     forward_tile,
     forward_tiles,
     heads_first,
@@ -26,7 +26,10 @@ from heteromesh.parallel.attention.kernels.tiled import rows_first as rows
 from heteromesh.parallel.attention.kernels.tiles import Tile, tiles_between
 from heteromesh.parallel.attention.layout import rows_of
 from heteromesh.parallel.attention.ring_exchange import Block, Circulation, Tensors
+from heteromesh.parallel.attention.scoring import Scoring
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.splitting.layout import Layout, Segment
+from heteromesh.planner.splitting.masked import masked
 from heteromesh.planner.splitting.routes import Kind, schedule
 
 
@@ -35,46 +38,56 @@ class Ring:
 
     def __init__(self, exchange: Exchange, layout: Layout, kind: Kind) -> None:
         self._exchange, self._layout, self._kind = exchange, layout, kind
-        self._circulations: dict[bool, Circulation] = {}
-        self._tiles: dict[tuple[int, tuple[Segment, ...], bool], tuple[Tile, ...]] = {}
+        self._sides: dict[Mask, Side] = {}
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        scale = default_scale(scale, q.shape[-1])
-        result: torch.Tensor = _RingAttention.apply(q, k, v, self, scale, causal)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _RingAttention.apply(q, k, v, self.side(scoring.mask), scoring, sinks)  # type: ignore[no-untyped-call]
         return result
 
-    @property
-    def own(self) -> tuple[Segment, ...]:
-        """This rank's segments."""
-        return self._layout.segments[self._exchange.member]
+    def side(self, mask: Mask) -> Side:
+        """Returns what a call with this mask does."""
+        if mask not in self._sides:
+            self._sides[mask] = Side(self._exchange, self._layout, self._kind, mask)
+        return self._sides[mask]
+
+
+class Side:
+    """One rank's part in a ring with one mask: its rows, the engine with the schedule, and the tiles."""
+
+    def __init__(self, exchange: Exchange, layout: Layout, kind: Kind, mask: Mask) -> None:
+        plan = schedule(layout, kind, mask)
+        layout, self._mask = masked(layout, mask)
+        self._member, self._queries_travel = exchange.member, kind == "token_ring"
+        self.own = layout.segments[exchange.member]
+        self.circulation = Circulation(exchange, layout, plan)
+        self._tiles: dict[tuple[int, tuple[Segment, ...]], tuple[Tile, ...]] = {}
 
     def is_own(self, block: Block) -> bool:
         """Whether the block is this rank's."""
-        return block.origin == self._exchange.member
+        return block.origin == self._member
 
-    def circulation(self, causal: bool) -> Circulation:
-        """Returns the engine with this method's schedule."""
-        if causal not in self._circulations:
-            plan = schedule(self._layout, self._kind, causal=causal)
-            self._circulations[causal] = Circulation(self._exchange, self._layout, plan)
-        return self._circulations[causal]
-
-    def tiles(self, block: Block, causal: bool) -> tuple[Tile, ...]:
+    def tiles(self, block: Block) -> tuple[Tile, ...]:
         """Returns the tiles of own queries and a block of keys; for token_ring of a block of queries and own keys."""
-        key = (block.origin, block.segments, causal)
+        key = (block.origin, block.segments)
         if key not in self._tiles:
-            sides = (self.own, block.segments) if self._kind != "token_ring" else (block.segments, self.own)
-            self._tiles[key] = tiles_between(*sides, causal=causal)
+            sides = (block.segments, self.own) if self._queries_travel else (self.own, block.segments)
+            self._tiles[key] = tiles_between(*sides, causal=self._mask.causal, window=self._mask.window)
         return self._tiles[key]
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scale: float, causal: bool
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ring: Side,
+        scoring: Scoring,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         q, kv = rows(q), torch.cat([rows(k), rows(v)], 1)
         out = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
@@ -82,36 +95,37 @@ class _RingAttention(torch.autograd.Function):
 
         def visit(block: Block) -> Tensors:
             keys, values = block.tensors[0].chunk(2, 1)
-            tiles = ring.tiles(block, causal)
+            tiles = ring.tiles(block)
             if ring.is_own(block):
-                first, first_lse = forward_tiles(q, keys, values, tiles, scale)
+                first, first_lse = forward_tiles(q, keys, values, tiles, scoring)
                 out.copy_(first)
                 lse.copy_(first_lse)
                 return []
             for t in tiles:
-                merge_into(out[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, keys, values, t, scale))
+                merge_into(out[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, keys, values, t, scoring))
             return []
 
         if len(q):
-            ring.circulation(causal).run([kv], visit, "ring k, v")
+            ring.circulation.run([kv], visit, "ring k, v")
+        add_sinks(out, lse, sinks)
         result = out.to(q.dtype)
-        ctx.save_for_backward(q, kv, result, lse)
-        ctx.ring, ctx.scale, ctx.causal = ring, scale, causal
+        ctx.save_for_backward(q, kv, result, lse, sinks)
+        ctx.ring, ctx.scoring = ring, scoring
         return heads_first(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, kv, out, lse = ctx.saved_tensors
+        q, kv, out, lse, sinks = ctx.saved_tensors
         ring, grad = ctx.ring, rows(grads[0])
         dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
         dkv = torch.zeros(kv.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
 
         def visit(block: Block) -> Tensors:
             keys, values = block.tensors[0].chunk(2, 1)
-            tiles = ring.tiles(block, ctx.causal)
+            tiles = ring.tiles(block)
             total = RowSum(block.tensors[0], [(t.k0, t.k1) for t in tiles])
             for t in tiles:
-                part, *parts = backward_tile(grad, q, keys, values, out, lse, t, ctx.scale)
+                part, *parts = backward_tile(grad, q, keys, values, out, lse, t, ctx.scoring)
                 dq[t.q0 : t.q1] += part
                 total.add((t.k0, t.k1), *parts)
             if ring.is_own(block):
@@ -123,9 +137,10 @@ class _RingAttention(torch.autograd.Function):
             add_rows(dkv, ring.own, segments, parts[0])
 
         if len(q):
-            ring.circulation(ctx.causal).run([kv], visit, "ring k, v backward", [kv], deliver)
+            ring.circulation.run([kv], visit, "ring k, v backward", [kv], deliver)
         dk, dv = dkv.to(kv.dtype).chunk(2, 1)
-        return heads_first(dq.to(q.dtype)), heads_first(dk), heads_first(dv), None, None, None
+        dsinks = sinks_gradient(grad, out, lse, sinks)
+        return heads_first(dq.to(q.dtype)), heads_first(dk), heads_first(dv), None, None, dsinks
 
 
 def add_rows(total: torch.Tensor, own: tuple[Segment, ...], segments: tuple[Segment, ...], part: torch.Tensor) -> None:

@@ -12,9 +12,12 @@ import zlib
 import torch
 
 from heteromesh.comm.exchange import Exchange
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.splitting.layout import Layout
 from heteromesh.planner.splitting.traffic import AGREEMENT_BYTES
 
+LONGEST = (1 << 31) - 1
+"""Of windows and chunks that are told apart."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +28,7 @@ class Agreement:
         self._exchange, self._agreed = exchange, set[tuple[int, ...]]()
         self._plan = zlib.crc32(repr((method, layout)).encode())
 
-    def check(self, kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> None:
+    def check(self, kind: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> None:
         """Returns when every member has made the same call; q (1, H, n, D), k (1, Hk, n, D), v (1, Hk, n, Dv).
 
         Raises ValueError on every member where one differs in heads, dimensions, dtype, mask, `kind` of call or
@@ -38,7 +41,7 @@ class Agreement:
             q.shape[3],
             v.shape[3],
             DTYPES.index(q.dtype),
-            int(causal),
+            _number(mask),
             int(torch.is_grad_enabled()),
         )
         if mine in self._agreed:
@@ -57,11 +60,23 @@ class Agreement:
         self._agreed.add(mine)
 
 
+def _number(mask: Mask) -> int:
+    """Returns the mask as one number: a bit for causal, 31 for a window and 31 for chunks, 0 for none."""
+    window, chunk = (min(n or 0, LONGEST) for n in (mask.window, mask.chunk))
+    return int(mask.causal) | window << 1 | chunk << 32
+
+
+def _mask_words(number: int) -> str:
+    window, chunk = number >> 1 & LONGEST, number >> 32
+    limits = (f", {name} {size}" for name, size in (("window", window), ("chunk", chunk)) if size)
+    return ("causal" if number & 1 else "full") + "".join(limits)
+
+
 def _words(fields: tuple[int, ...]) -> str:
-    plan, heads, kv_heads, dim, value_dim, dtype, causal, grad = fields
+    plan, heads, kv_heads, dim, value_dim, dtype, mask, grad = fields
     name = str(DTYPES[dtype]).removeprefix("torch.")
     dims = f"dim {dim}" + f" and {value_dim}" * (value_dim != dim)
     return (
-        f"({heads} heads, {kv_heads} key heads, {dims}, {name}, {'causal' if causal else 'full'}, "
+        f"({heads} heads, {kv_heads} key heads, {dims}, {name}, {_mask_words(mask)}, "
         f"gradients {'on' if grad else 'off'}, plan and function {plan:x})"
     )

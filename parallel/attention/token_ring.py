@@ -14,11 +14,13 @@ import torch
 
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.parallel.attention.kernels.block import merge_into
-from heteromesh.parallel.attention.kernels.tiled import backward_tile, default_scale, forward_tiles, heads_first
+from heteromesh.parallel.attention.kernels.sinks import add_sinks, sinks_gradient
+from heteromesh.parallel.attention.kernels.tiled import backward_tile, forward_tiles, heads_first
 from heteromesh.parallel.attention.kernels.tiled import rows_first as rows
 from heteromesh.parallel.attention.layout import rows_of
-from heteromesh.parallel.attention.ring import Ring, add_rows
+from heteromesh.parallel.attention.ring import Ring, Side, add_rows
 from heteromesh.parallel.attention.ring_exchange import Block, Tensors
+from heteromesh.parallel.attention.scoring import Scoring
 from heteromesh.planner.splitting.layout import Segment
 
 
@@ -26,18 +28,24 @@ class TokenRing(Ring):
     """The method for one pass."""
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        scale = default_scale(scale, q.shape[-1])
-        result: torch.Tensor = _TokenRingAttention.apply(q, k, v, self, scale, causal)  # type: ignore[no-untyped-call]
+        side = self.side(scoring.mask)
+        result: torch.Tensor = _TokenRingAttention.apply(q, k, v, side, scoring, sinks)  # type: ignore[no-untyped-call]
         return result
 
 
 class _TokenRingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scale: float, causal: bool
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ring: Side,
+        scoring: Scoring,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         q, k, v = rows(q), rows(k), rows(v)
         wide = accumulation_dtype(q.dtype)
@@ -45,7 +53,7 @@ class _TokenRingAttention(torch.autograd.Function):
         lse = out.new_empty(q.shape[:2])
 
         def visit(block: Block) -> Tensors:
-            part, part_lse = forward_tiles(block.tensors[0], k, v, ring.tiles(block, causal), scale)
+            part, part_lse = forward_tiles(block.tensors[0], k, v, ring.tiles(block), scoring)
             if ring.is_own(block):
                 out.copy_(part)
                 lse.copy_(part_lse)
@@ -58,15 +66,16 @@ class _TokenRingAttention(torch.autograd.Function):
                 row += b - a
 
         if len(q):
-            ring.circulation(causal).run([q], visit, "token ring", [q, lse], deliver)
+            ring.circulation.run([q], visit, "token ring", [q, lse], deliver)
+        add_sinks(out, lse, sinks)
         result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
-        ctx.ring, ctx.scale, ctx.causal = ring, scale, causal
+        ctx.save_for_backward(q, k, v, result, lse, sinks)
+        ctx.ring, ctx.scoring = ring, scoring
         return heads_first(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         ring, grad, wide = ctx.ring, rows(grads[0]), lse.dtype
         delta = (grad.to(wide) * out.to(wide)).sum(-1)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (q, k, v))
@@ -76,8 +85,8 @@ class _TokenRingAttention(torch.autograd.Function):
             statistics, deltas = block.tensors[1].chunk(2, 1)
             outputs = out if ring.is_own(block) else stand_in(gradients, deltas)
             total = torch.zeros(queries.shape, dtype=wide, device=q.device)
-            for t in ring.tiles(block, ctx.causal):
-                parts = backward_tile(gradients, queries, k, v, outputs, statistics, t, ctx.scale)
+            for t in ring.tiles(block):
+                parts = backward_tile(gradients, queries, k, v, outputs, statistics, t, ctx.scoring)
                 total[t.q0 : t.q1] += parts[0]
                 dk[t.k0 : t.k1] += parts[1]
                 dv[t.k0 : t.k1] += parts[2]
@@ -90,8 +99,9 @@ class _TokenRingAttention(torch.autograd.Function):
 
         if len(q):
             bundle = [torch.cat([q, grad], 1), torch.cat([lse, delta], 1)]
-            ring.circulation(ctx.causal).run(bundle, visit, "token ring backward", [q], deliver)
-        return *(heads_first(x.to(q.dtype)) for x in (dq, dk, dv)), None, None, None
+            ring.circulation.run(bundle, visit, "token ring backward", [q], deliver)
+        dsinks = sinks_gradient(grad, out, lse, sinks)
+        return *(heads_first(x.to(q.dtype)) for x in (dq, dk, dv)), None, None, dsinks
 
 
 def stand_in(grad: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,11 @@ import torch
 
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.comm.exchange import Exchange
-from heteromesh.parallel.attention.kernels.tiled import heads_first, tile_attention
-from heteromesh.parallel.attention.kernels.tiles import Tile
+from heteromesh.parallel.attention.kernels.tiled import heads_first
+from heteromesh.parallel.attention.scoring import Attend, Scoring
+from heteromesh.parallel.attention.whole import Whole
 from heteromesh.planner.splitting.heads import HeadShare, head_shares
 from heteromesh.planner.splitting.layout import Layout
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float | None, bool], torch.Tensor]
 
 
 class _Route:
@@ -146,7 +145,13 @@ class Trade:
         self._route, self._speeds, self._member = _Route(exchange, tokens, order), tuple(speeds), exchange.member
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool, attend: Attend
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scoring: Scoring,
+        sinks: torch.Tensor | None,
+        attend: Attend,
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
         group, shares = q.shape[1] // k.shape[1], head_shares(q.shape[1], k.shape[1], self._speeds)
@@ -156,7 +161,8 @@ class Trade:
         if not mine.aligned:
             owner = torch.arange(mine.first, mine.last, device=q.device) // group - mine.first_key
             keys, values = keys[:, owner], values[:, owner]
-        out = attend(heads_first(queries), heads_first(keys), heads_first(values), scale, causal)
+        own_sinks = None if sinks is None else sinks[mine.first : mine.last]
+        out = attend(heads_first(queries), heads_first(keys), heads_first(values), scoring, own_sinks)
         back: torch.Tensor = _ToTokens.apply(self._route, shares, out[0].transpose(0, 1))  # type: ignore[no-untyped-call]
         return heads_first(back)
 
@@ -167,15 +173,10 @@ class Ulysses:
     def __init__(self, exchange: Exchange, layout: Layout, speeds: Sequence[float]) -> None:
         tokens = [layout.tokens(i) for i in range(len(layout.segments))]
         self._trade = Trade(exchange, tokens, layout.order, speeds)
-        self._squares = [(o, o + n) for o, n in zip(layout.offsets, layout.lengths, strict=True) if n]
+        self._whole = Whole(layout)
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        return self._trade(q, k, v, scale, causal, self._attend)
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool
-    ) -> torch.Tensor:
-        return tile_attention(q, k, v, [Tile(a, b, a, b, causal) for a, b in self._squares], scale)
+        return self._trade(q, k, v, scoring, sinks, self._whole)

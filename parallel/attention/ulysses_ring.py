@@ -11,6 +11,7 @@ import torch
 
 from heteromesh.comm.exchange import Exchange
 from heteromesh.parallel.attention.ring import Ring
+from heteromesh.parallel.attention.scoring import Scoring
 from heteromesh.parallel.attention.ulysses import Trade
 from heteromesh.planner.splitting.layout import Layout
 
@@ -30,10 +31,10 @@ class UlyssesRing:
         self._ring = Ring(partners, groups, "trimmed_ring")
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
     ) -> torch.Tensor:
         """q (1, H, n, D), k and v (1, Hk, n, D), n this rank's tokens; returns (1, H, n, D)."""
-        return self._trade(q, k, v, scale, causal, self._ring)
+        return self._trade(q, k, v, scoring, sinks, self._ring)
 
 
 def _places(layout: Layout, groups: Layout, group: int, members: range) -> list[int]:

@@ -25,6 +25,7 @@ from heteromesh.parallel.attention.api import PassContext
 from heteromesh.parallel.model.call import ModelCall
 from heteromesh.parallel.model.draws import TokenPlaces
 from heteromesh.parallel.model.recompute import known_in_backward
+from heteromesh.parallel.model.rotary import follow_lengths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class StageModule(nn.Module):
         self.model = model
         self._last, self._boundary, self._autocast = last, boundary, autocast
         self._call = ModelCall(model)
+        follow_lengths(model)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """x: tokens (1, n) on the first stage, else hidden states (1, n, hidden); positions and labels (1, n)."""

@@ -7,6 +7,7 @@ Assumptions, all in one place:
 - a pass costs at least the reading and writing of weights and gradients (8 bytes a parameter) and its kernel launches;
 - weights and gradients are bf16 on every rank (4 bytes a parameter); fp32 weights and Adam's moments (12 bytes) are
   shared out over all ranks (ZeRO-1);
+- a layer whose queries see a window of w keys takes the time of w keys for every token, also in shorter sequences;
 - nine tenths of a device's memory can be used; what the states leave holds activations;
 - half of the gradient sum hides behind backward;
 - a further tile of attention costs its kernel launches, a round of messages its latency;
@@ -54,7 +55,8 @@ def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = 
     traffic = PASS_BYTES * model.parameters() / (reference.memory_gbps * 1e9)
     return Costs(
         seconds_per_token2=forwards * model.flops_per_token2() / (peak * ATTENTION_UTILISATION),
-        seconds_per_token=forwards * model.flops_per_token() / (peak * LINEAR_UTILISATION),
+        seconds_per_token=forwards * model.flops_per_token() / (peak * LINEAR_UTILISATION)
+        + forwards * model.local_flops_per_token() / (peak * ATTENTION_UTILISATION),
         seconds_per_pass=traffic + model.layers * LAUNCHES_PER_LAYER * LAUNCH_SECONDS,
         seconds_per_round=ROUND_SECONDS,
         seconds_per_tile=LAUNCHES_PER_TILE * LAUNCH_SECONDS,
@@ -73,7 +75,7 @@ def analytic_costs(cluster: Cluster, model: ModelSpec, *, checkpointing: bool = 
 def model_attention(model: ModelSpec, *, checkpointing: bool = False) -> ModelAttention:
     """Returns the model's attention in bf16."""
     shape = AttentionShape(heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, itemsize=2)
-    return ModelAttention(calls=model.layers, shape=shape, forwards=2 if checkpointing else 1)
+    return ModelAttention(calls=model.layers, shape=shape, forwards=2 if checkpointing else 1, local=model.local)
 
 
 def state_bytes(model: ModelSpec, ranks: int) -> int:

@@ -10,6 +10,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.plan import Plan
 
 _SECONDS = (
@@ -103,7 +104,10 @@ def _method(data: str | Mapping[str, Any], constants: Mapping[str, Any]) -> Meth
 
 
 def _attention(data: Mapping[str, Any] | None) -> ModelAttention | None:
-    return None if data is None else ModelAttention(**{**data, "shape": AttentionShape(**data["shape"])})
+    if data is None:
+        return None
+    local = tuple((Mask(**mask), int(calls)) for mask, calls in data.get("local", ()))
+    return ModelAttention(**{**data, "shape": AttentionShape(**data["shape"]), "local": local})
 
 
 def _rate(data: Mapping[str, Any]) -> RateByDegree | Links:

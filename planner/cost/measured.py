@@ -70,5 +70,7 @@ def _attention(model: MeasuredModel) -> ModelAttention:
 
 
 def _same(model: ModelSpec, measured: MeasuredModel) -> bool:
+    if model.local:  # what was measured has no windows
+        return False
     shape = (model.parameters(), model.layers, model.heads, model.kv_heads, model.head_dim)
     return shape == (measured.parameters, measured.layers, measured.heads, measured.kv_heads, measured.head_dim)

@@ -182,6 +182,8 @@ class Costs:
             comm_cost = self.comm_cost(ranks, method, load.tokens)
             fixed += method.extra_tiles(degree) * load.sequences * self.seconds_per_tile
         hidden = comm_cost.hidden * max(load.tokens) + comm_cost.hidden_latency
+        if method is not None and method.border_tokens:
+            hidden += method.over_borders(degree, max(load.tokens), load.sequences) / self._border_rate(ranks, method)
         compute = total = moved = 0.0
         for i, (rank, (attention, rest)) in enumerate(zip(ranks, self.computing(ranks, method, load), strict=True)):
             own = attention + rest
@@ -279,6 +281,10 @@ class Costs:
 
     def _holds(self, ranks: Sequence[int], method: Method, tokens: Sequence[float]) -> bool:
         return all(m <= self.capacity[r] for r, m in zip(ranks, self.memory(method, tokens), strict=True))
+
+    def _border_rate(self, ranks: Sequence[int], method: Method) -> float:
+        """Returns bytes per second of what goes over borders between shards."""
+        return self.rate.around(ranks, max(1, method.inner)) if method.overlap == "rounds" else self.rate(ranks)
 
     def _inner_rate(self, ranks: Sequence[int], method: Method) -> float:
         """Returns the slowest group's rate, where only groups of neighbours exchange."""

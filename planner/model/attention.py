@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.model.method import Method
 
 CAUSAL_SHARE = 0.75
@@ -30,13 +31,25 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelAttention:
-    """The attention calls of one forward of a model, all alike."""
+    """The attention calls of one forward of a model, all of one shape."""
 
     calls: int
     shape: AttentionShape
     forwards: int = 1
     """2 where layers are recomputed in the backward."""
     causal: bool = True
+    local: tuple[tuple[Mask, int], ...] = ()
+    """(mask, calls): those of the calls that see only part of the keys before a query."""
+
+    @property
+    def whole(self) -> int:
+        """Calls that see all keys before a query."""
+        return self.calls - sum(calls for _, calls in self.local)
+
+    def by_mask(self) -> dict[Mask, int]:
+        """Returns calls by what their queries see."""
+        whole = {Mask(causal=self.causal): self.whole} if self.whole else {}
+        return whole | dict(self.local)
 
 
 def split_methods(attention: ModelAttention, hosts: Sequence[int], saved_bytes_per_token: float) -> tuple[Method, ...]:
@@ -47,10 +60,13 @@ def split_methods(attention: ModelAttention, hosts: Sequence[int], saved_bytes_p
     """
     ulysses, gather, ring = _trade(attention), _gather(attention, saved_bytes_per_token), _ring(attention)
     share = gather.share
+    trimmed = _trimmed(attention, replace(ring, name="trimmed_ring", share=share))
     two_levels = replace(
         ulysses,
-        carried_bytes_per_token=ring.carried_bytes_per_token,
-        home_bytes_per_token=ring.home_bytes_per_token,
+        carried_bytes_per_token=trimmed.carried_bytes_per_token,
+        home_bytes_per_token=trimmed.home_bytes_per_token,
+        border_bytes=trimmed.border_bytes,
+        border_tokens=trimmed.border_tokens,
         overlap="rounds",
         share=share,
         homeward=1,
@@ -60,8 +76,8 @@ def split_methods(attention: ModelAttention, hosts: Sequence[int], saved_bytes_p
         ulysses,
         gather,
         *(replace(two_levels, name=f"ulysses_ring:{n}", inner=n) for n in inner),
-        replace(ring, name="bidirectional_ring", share=share, both_ways=True),
-        replace(ring, name="trimmed_ring", share=share),
+        replace(trimmed, name="bidirectional_ring", both_ways=True),
+        trimmed,
         _token_ring(attention, replace(ring, share=share)),
         ring,
     )
@@ -84,17 +100,21 @@ def _trade(attention: ModelAttention) -> Method:
 def _gather(attention: ModelAttention, saved_bytes_per_token: float) -> Method:
     """Returns the method that gathers keys and values, and sends their gradients home."""
     keys, forwards = 2 * attention.shape.kv_heads * _head_bytes(attention), attention.forwards
+    whole = keys * attention.whole / attention.calls
     # recomputed layers gather again, and hold one layer's keys at a time
-    kept = keys if forwards == 1 else keys / attention.calls
+    kept = whole if forwards == 1 else keys / attention.calls
+    border_bytes, border_tokens = _border(attention)
     return Method(
         name="gather",
-        bytes_per_token=float(keys * (forwards + 1)),
+        bytes_per_token=float(whole * (forwards + 1)),
         scaling="peers",
         share=CAUSAL_SHARE if attention.causal else 1.0,
         overlap="own",
         held=kept / max(1.0, saved_bytes_per_token),
         calls=attention.calls,
         forwards=forwards,
+        border_bytes=border_bytes * (forwards + 1),
+        border_tokens=border_tokens,
     )
 
 
@@ -111,6 +131,28 @@ def _ring(attention: ModelAttention) -> Method:
         calls=attention.calls,
         forwards=forwards,
     )
+
+
+def _trimmed(attention: ModelAttention, ring: Method) -> Method:
+    """Returns the ring whose layers with windows carry only what lies before a border between two shards."""
+    whole, (border_bytes, border_tokens) = attention.whole / attention.calls, _border(attention)
+    return replace(
+        ring,
+        carried_bytes_per_token=ring.carried_bytes_per_token * whole,
+        home_bytes_per_token=ring.home_bytes_per_token * whole,
+        border_bytes=border_bytes * (attention.forwards + 2),
+        border_tokens=border_tokens,
+    )
+
+
+def _border(attention: ModelAttention) -> tuple[float, float]:
+    """Returns (bytes of the keys and values before a border that all layers with windows see behind it, their tokens in
+    the layer that sees furthest).
+    """
+    shape = attention.shape
+    row = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
+    reaches = [(mask.reach or 0.0, calls) for mask, calls in attention.local]
+    return row * sum(reach * calls for reach, calls in reaches), max((reach for reach, _ in reaches), default=0.0)
 
 
 def _token_ring(attention: ModelAttention, ring: Method) -> Method:

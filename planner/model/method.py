@@ -7,6 +7,9 @@ A method has up to three flows, each in bytes per token of a rank's shard, forwa
 - carried: from neighbour to neighbour, once a hop (`carried_bytes_per_token`), e.g. a ring's keys;
 - home: partial results, straight to their owner (`home_bytes_per_token`, once a hop).
 
+Layers whose queries see a window only need the keys just before a border between two shards, however long the shards
+are (`border_bytes`). Only gather and the trimmed rings use that; the other methods move every layer's tokens.
+
 planner.traffic has the exact bytes of a pass; tests/planner/splitting/test_methods.py holds these formulas against it.
 Seconds follow the slowest rank, whose blocks are not trimmed: with zigzag shards some rank passes on whole blocks in
 every round, so that a trimmed ring saves a quarter of the bytes and, between equal links, no time.
@@ -60,6 +63,10 @@ class Method:
     """2 where layers are recomputed in the backward."""
     homeward: int = 0
     """Phases (forwards, backward) in which partial results go home."""
+    border_bytes: float = 0.0
+    """Of layers with windows, what goes over one border between shards, forward and backward."""
+    border_tokens: float = 0.0
+    """Tokens behind these: shards that are shorter send less."""
 
     def fits(self, degree: int) -> bool:
         """Returns whether the method can split over this many ranks."""
@@ -95,6 +102,20 @@ class Method:
     def return_bytes(self, degree: int) -> float:
         """Returns bytes that the slowest rank sends straight home, per token of the largest shard."""
         return self.home_bytes_per_token * self.hops(degree) * self._repeated()
+
+    def over_borders(self, degree: int, tokens: float, sequences: int) -> float:
+        """Returns bytes that a rank sends for layers with windows, with so many tokens of so many sequences.
+
+        A zigzag shard has two pieces. On a ring the keys of one of them go nearly all the way round.
+        """
+        if degree <= 1 or not self.border_tokens or not sequences:
+            return 0.0
+        hops = self.hops(degree)
+        way = (hops + 1) / 2 if hops else 1.0
+        if self.both_ways:
+            way = 1.0
+        sent = 2 * sequences * self.border_bytes * way * self._repeated()
+        return sent * min(1.0, tokens / (2 * sequences * self.border_tokens))
 
     def bytes_at(self, degree: int) -> float:
         """Returns bytes that the average rank sends per token of its shard, forward and backward, with even shards."""

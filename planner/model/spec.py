@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from heteromesh.errors import UserError
 from heteromesh.planner import files
+from heteromesh.planner.model.mask import Mask
+from heteromesh.planner.model.windows import local_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,8 @@ class ModelSpec:
     tied_embeddings: bool = False
     gated_mlp: bool = True
     """Gate, up and down matrices (SwiGLU); False: up and down only (GPT)."""
+    local: tuple[tuple[Mask, int], ...] = ()
+    """(mask, layers) of those whose queries see only part of the keys before them."""
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -61,14 +65,21 @@ class ModelSpec:
         return self.layers * (self._projections + mlps) + norms + embeddings
 
     def flops_per_token(self) -> int:
-        """Returns the forward operations per token that don't depend on the sequence: 2 per weight a token meets."""
+        """Returns the forward operations of matrices per token: 2 per weight that a token meets."""
         router = self.hidden * self.experts
         layer = self._projections + self.active_experts * self._mlp + router
         return 2 * (self.layers * layer + self.vocab * self.hidden)
 
     def flops_per_token2(self) -> int:
-        """Counts forward operations of causal attention per squared token: half of 4 * heads * head_dim a layer."""
-        return 2 * self.layers * self.heads * self.head_dim
+        """Counts forward operations of causal attention per squared token: half of 4 * heads * head_dim a layer.
+
+        Layers whose queries see a window or a chunk are not in it: see `local_flops_per_token`.
+        """
+        return 2 * (self.layers - sum(n for _, n in self.local)) * self.heads * self.head_dim
+
+    def local_flops_per_token(self) -> float:
+        """Returns the forward operations per token of attention to windows and chunks; too many in short sequences."""
+        return 4 * self.heads * self.head_dim * sum((mask.span or 0.0) * n for mask, n in self.local)
 
     def activation_bytes_per_token(self, *, checkpointing: bool = False) -> int:
         """Returns the bytes kept for backward per token, bf16, with attention that keeps no scores (flash).
@@ -152,7 +163,8 @@ def load_model(name_or_path: str) -> ModelSpec:
     path = Path(name_or_path)
     if path.suffix == ".toml":
         where = f"model file {path}"
-        return _spec(files.build(_Fields, files.read_toml(path, "model file"), where), path.stem, where)
+        raw = files.build(_Fields, files.read_toml(path, "model file"), where)
+        return _spec(raw, path.stem, where, local_layers(asdict(raw)))
     if path.suffix == ".json":
         return _from_config(path)
     raise UserError(
@@ -175,6 +187,9 @@ class _Fields:
     num_experts_per_tok: int = field(default=0, metadata=files.ZERO)
     tie_word_embeddings: bool = False
     gated_mlp: bool = True
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    layer_types: tuple[str, ...] | None = None
 
 
 _ALIASES = {
@@ -211,10 +226,12 @@ def _from_config(path: Path) -> ModelSpec:
     kind = data.get("model_type")
     known.setdefault("tie_word_embeddings", kind in _TIED)
     known["gated_mlp"] = kind not in _UNGATED
-    return _spec(files.build(_Fields, known, where), path.parent.name or path.stem, where)
+    raw = files.build(_Fields, known, where)
+    local = local_layers({**data, "num_hidden_layers": raw.num_hidden_layers})
+    return _spec(raw, path.parent.name or path.stem, where, local)
 
 
-def _spec(raw: _Fields, name: str, where: str) -> ModelSpec:
+def _spec(raw: _Fields, name: str, where: str, local: tuple[tuple[Mask, int], ...]) -> ModelSpec:
     if raw.head_dim is None and raw.hidden_size % raw.num_attention_heads:
         raise UserError(
             f"{where}: hidden_size {raw.hidden_size} is not a multiple of num_attention_heads "
@@ -233,4 +250,5 @@ def _spec(raw: _Fields, name: str, where: str) -> ModelSpec:
         experts_per_token=raw.num_experts_per_tok,
         tied_embeddings=raw.tie_word_embeddings,
         gated_mlp=raw.gated_mlp,
+        local=local,
     )

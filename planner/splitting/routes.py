@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from heteromesh.planner.model.mask import CAUSAL, Mask
 from heteromesh.planner.splitting.layout import Layout, Segment
+from heteromesh.planner.splitting.masked import masked, sees
 
 Kind = Literal["ring", "trimmed_ring", "bidirectional_ring", "token_ring", "direct"]
 RINGS: tuple[Kind, ...] = ("ring", "trimmed_ring", "bidirectional_ring")
@@ -44,14 +46,15 @@ class Schedule:
         return Schedule(mine)
 
 
-def schedule(layout: Layout, kind: Kind, *, causal: bool = True) -> Schedule:
-    """Returns the messages of one attention over this layout.
+def schedule(layout: Layout, kind: Kind, mask: Mask = CAUSAL) -> Schedule:
+    """Returns the messages of one attention over this layout. Their segments are those of `masked(layout, mask)`.
 
     `direct`: one round in which every member sends its keys straight to every member that needs them.
     """
+    layout, mask = masked(layout, mask)
     ring = [i for i in range(len(layout.segments)) if layout.segments[i]]
     moving: Moving = "queries" if kind == "token_ring" else "keys"
-    reach = [_Reach(layout.segments[i], moving, causal) for i in range(len(layout.segments))]
+    reach = [_Reach(layout.segments[i], moving, mask) for i in range(len(layout.segments))]
     rounds: list[list[RingMessage]] = []
     for place in range(len(ring)):
         for path in _paths(ring, place, kind):
@@ -66,21 +69,18 @@ def schedule(layout: Layout, kind: Kind, *, causal: bool = True) -> Schedule:
 class _Reach:
     """Which segments of others a member needs to see."""
 
-    def __init__(self, own: Sequence[Segment], moving: Moving, causal: bool) -> None:
-        self._keys, self._causal = moving == "keys", causal
-        self._edge: dict[int, int] = {}
+    def __init__(self, own: Sequence[Segment], moving: Moving, mask: Mask) -> None:
+        self._keys, self._mask = moving == "keys", mask
+        self._own: dict[int, list[Segment]] = {}
         for s in own:
-            if self._keys:
-                self._edge[s.sequence] = max(self._edge.get(s.sequence, 0), s.end)
-            else:
-                self._edge[s.sequence] = min(self._edge.get(s.sequence, s.start), s.start)
+            self._own.setdefault(s.sequence, []).append(s)
 
     def sees(self, other: Segment) -> bool:
         """Returns whether own queries see these keys (or these queries see own keys)."""
-        edge = self._edge.get(other.sequence)
-        if edge is None or not self._causal:
-            return edge is not None
-        return other.start < edge if self._keys else edge < other.end
+        own = self._own.get(other.sequence, ())
+        if self._keys:
+            return any(sees(s, other, self._mask) for s in own)
+        return any(sees(other, s, self._mask) for s in own)
 
 
 def _paths(ring: Sequence[int], place: int, kind: Kind) -> list[list[int]]:

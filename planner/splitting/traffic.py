@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from heteromesh.planner.model.attention import AttentionShape as AttentionShape
 from heteromesh.planner.model.attention import ModelAttention
+from heteromesh.planner.model.mask import CAUSAL, Mask
 from heteromesh.planner.splitting.heads import head_shares
 from heteromesh.planner.splitting.layout import Layout, Segment, base_name, group_layout, inner_degree, method_layout
 from heteromesh.planner.splitting.routes import RINGS, Kind, schedule
@@ -37,7 +38,7 @@ def traffic(
     shape: AttentionShape,
     *,
     speeds: Sequence[float] = (),
-    causal: bool = True,
+    mask: Mask = CAUSAL,
 ) -> tuple[Traffic, ...]:
     """Returns what each rank of the pass sends in one call of attention. shards[i][j]: tokens of sequence j on rank i.
 
@@ -51,17 +52,17 @@ def traffic(
     if name == "ulysses":
         return _trade([sum(row) for row in shards], shape, speeds)
     if name == "ulysses_ring":
-        return _two_levels(lengths, shards, shape, speeds, inner_degree(method, size), causal)
+        return _two_levels(lengths, shards, shape, speeds, inner_degree(method, size), mask)
     layout = method_layout(method, lengths, shards)
     if name == "token_ring":
         row = shape.heads * shape.head_dim * shape.itemsize
         statistics = shape.heads * shape.wide
-        return _circulate(layout, "token_ring", causal, (row, row + statistics), (2 * row + 2 * statistics, row))
+        return _circulate(layout, "token_ring", mask, (row, row + statistics), (2 * row + 2 * statistics, row))
     keys = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
     if name == "gather":
-        return _circulate(layout, "direct", causal, (keys, 0), (0, keys))
+        return _circulate(layout, "direct", mask, (keys, 0), (0, keys))
     kind = next(k for k in RINGS if k == name)
-    return _circulate(layout, kind, causal, (keys, 0), (keys, keys))
+    return _circulate(layout, kind, mask, (keys, 0), (keys, keys))
 
 
 def pass_bytes(
@@ -78,17 +79,20 @@ def pass_bytes(
     """
     if len(shards) == 1:
         return (0,)
-    layer = traffic(method, lengths, shards, attention.shape, speeds=speeds, causal=attention.causal)
-    agreement = AGREEMENT_BYTES * (len(shards) - 1)
-    return tuple(attention.calls * (attention.forwards * t.forward + t.backward) + agreement for t in layer)
+    kinds = attention.by_mask()
+    sent = [len(kinds) * AGREEMENT_BYTES * (len(shards) - 1)] * len(shards)
+    for mask, calls in kinds.items():
+        layer = traffic(method, lengths, shards, attention.shape, speeds=speeds, mask=mask)
+        sent = [n + calls * (attention.forwards * t.forward + t.backward) for n, t in zip(sent, layer, strict=True)]
+    return tuple(sent)
 
 
 def _circulate(
-    layout: Layout, kind: Kind, causal: bool, forward: tuple[int, int], backward: tuple[int, int]
+    layout: Layout, kind: Kind, mask: Mask, forward: tuple[int, int], backward: tuple[int, int]
 ) -> tuple[Traffic, ...]:
     """forward, backward: bytes per row (on the way round, of a partial result on its way home)."""
     sent = [Traffic() for _ in layout.segments]
-    for message in (m for r in schedule(layout, kind, causal=causal).rounds for m in r):
+    for message in (m for r in schedule(layout, kind, mask).rounds for m in r):
         carried, home = _tokens(message.segments), _tokens(message.used)
         sent[message.source] += Traffic(forward=carried * forward[0], backward=carried * backward[0])
         sent[message.target] += Traffic(forward=home * forward[1], backward=home * backward[1])
@@ -115,7 +119,7 @@ def _two_levels(
     shape: AttentionShape,
     speeds: Sequence[float],
     inner: int,
-    causal: bool,
+    mask: Mask,
 ) -> tuple[Traffic, ...]:
     by_place = [sum(speeds[p::inner]) for p in range(inner)]
     shares = head_shares(shape.heads, shape.kv_heads, by_place)
@@ -125,7 +129,7 @@ def _two_levels(
         sent.extend(_trade([sum(row) for row in shards[first : first + inner]], shape, by_place))
     for place, share in enumerate(shares):
         keys = 2 * share.keys_at_work * shape.head_dim * shape.itemsize
-        for group, ring in enumerate(_circulate(groups, "trimmed_ring", causal, (keys, 0), (keys, keys))):
+        for group, ring in enumerate(_circulate(groups, "trimmed_ring", mask, (keys, 0), (keys, keys))):
             sent[group * inner + place] += ring
     return tuple(sent)
 

@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,12 +26,14 @@ from heteromesh.comm.exchange import Exchange
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.linear import LinearAttention
+from heteromesh.parallel.attention.scoring import Scoring
 from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.cluster.links import Links
 from heteromesh.planner.cost.fit import fit_jointly
 from heteromesh.planner.cost.passes import Costs, LinkModel, Method, RateByDegree
 from heteromesh.planner.cost.shards import make_pass
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention, split_methods
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.network.measure import measure_links
@@ -63,11 +66,13 @@ class ObservedAttention:
     alike: bool = True
     """Whether all calls are of this shape, and none of linear attention."""
     causal: bool = True
+    local: tuple[tuple[Mask, int], ...] = ()
+    """(mask, calls) of those that see only part of the keys before a query."""
 
     def attention(self, forwards: int) -> ModelAttention:
         """Returns the shape as the planner has it. forwards: 2 where layers are recomputed in the backward, else 1."""
         layer = AttentionShape(heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, itemsize=self.itemsize)
-        return ModelAttention(calls=self.calls, shape=layer, forwards=forwards, causal=self.causal)
+        return ModelAttention(calls=self.calls, shape=layer, forwards=forwards, causal=self.causal, local=self.local)
 
     def methods(self, forwards: int, hosts: Sequence[int] = (0,)) -> tuple[Method, ...]:
         """Returns the ways to split this model's sequences. hosts: of every rank."""
@@ -252,13 +257,15 @@ class Calibration:
         plain = prepare_pass(self._alone([tokens]), [tokens], self._world, (1.0,) * self._world.size)
         linear = _LinearSpy(plain.layout, 0, None, None)
         seen: list[tuple[torch.Size, torch.Size, int, bool]] = []
+        masks: list[Mask] = []
 
         def spy(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool = True
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring, sinks: torch.Tensor | None
         ) -> torch.Tensor:
             if torch.is_grad_enabled() or not seen:
-                seen.append((q.shape, k.shape, q.element_size(), causal))
-            return plain.attend(q, k, v, scale, causal)
+                seen.append((q.shape, k.shape, q.element_size(), scoring.mask.causal))
+                masks.append(scoring.mask)
+            return plain.attend(q, k, v, scoring, sinks)
 
         kept: dict[int, int] = {}
 
@@ -274,8 +281,11 @@ class Calibration:
         parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
         saved = sum(size for pointer, size in kept.items() if pointer not in parameters)
         q, k, itemsize, causal = seen[0]
-        calls, alike = len(seen) // self._executor.forwards, len(set(seen)) == 1 and not linear.seen
-        return ObservedAttention(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal)
+        forwards = self._executor.forwards
+        calls, alike = len(seen) // forwards, len(set(seen)) == 1 and not linear.seen
+        local = Counter(m for m in masks if m != Mask(causal=m.causal))
+        kinds = tuple((mask, count // forwards) for mask, count in local.items())
+        return ObservedAttention(calls, q[1], k[1], q[3], itemsize, saved / tokens, alike, causal, kinds)
 
     def _local_seconds(self, lengths: Sequence[int]) -> float:
         return self._seconds(self._alone(lengths), lengths)

@@ -22,6 +22,7 @@ from heteromesh.parallel.model.layers import outermost_layers
 from heteromesh.parallel.model.offload import offload
 from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.parallel.model.recompute import keep_activations, known_in_backward, recompute_layers
+from heteromesh.parallel.model.rotary import follow_lengths
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.api import Measurements, NonFinite, PassMeasure
 from heteromesh.runtime.work.reader import PassInput
@@ -46,12 +47,15 @@ class PassMajor:
         self.model, self._seed, self._autocast = model, seed, autocast
         self._randomness = PassRandomness(model)
         self._call = ModelCall(model)
+        self._rotary = follow_lengths(model)
         self.forwards = 2 if checkpoint_activations else 1
         """How often a layer's forward runs in a pass."""
         self._recomputed = recompute_layers(_layers(model)) if checkpoint_activations else []
 
     def close(self) -> None:
         self._randomness.close()
+        for hook in self._rotary:
+            hook.remove()
         keep_activations(self._recomputed)
 
     def run(self, assignment: Assignment, world: World, exchange: GradientExchange) -> Measurements:

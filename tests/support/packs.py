@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as functional
 
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.plan import Pass
 from heteromesh.planner.splitting.layout import Layout
 
@@ -28,6 +30,14 @@ class Pack:
     dim: int
     causal: bool
     seed: int
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(causal=self.causal, window=self.window, chunk=self.chunk)
 
     def planned(self, method: str) -> Pass:
         return Pass(
@@ -97,6 +107,57 @@ def one_process(pack: Pack, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor
     ]
     out = torch.cat(outputs, 2)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def make_masked_pack(seed: int, world: int, longest: int | None = None) -> Pack:
+    """A pack with at least one of a window, chunks, sinks and a cap of the scores."""
+    rng, pack = random.Random(seed), make_pack(seed, world, longest)
+    sizes = [1, 2, 3, rng.randint(2, 12), rng.randint(5, 60), rng.randint(20, 150), rng.randint(100, 400)]
+    window, chunk, sinks, softcap = (rng.random() < share for share in (0.6, 0.3, 0.4, 0.3))
+    return replace(
+        pack,
+        causal=pack.causal or window,
+        window=rng.choice(sizes) if window else None,
+        chunk=rng.choice(sizes) if chunk else None,
+        softcap=rng.choice([0.5, 2.0, 30.0]) if softcap else None,
+        sinks=sinks or not (window or chunk or softcap),
+    )
+
+
+def sinks_of(pack: Pack, dtype: torch.dtype) -> torch.Tensor | None:
+    generator = torch.Generator().manual_seed(pack.seed + 1)
+    return torch.randn(pack.heads, generator=generator, dtype=torch.float64).to(dtype) if pack.sinks else None
+
+
+def written_out(pack: Pack, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """out, dq, dk, dv and where there are sinks their gradient, by the formula with a mask of all pairs."""
+    q, k, v, grad = (t.detach().clone() for t in inputs)
+    sinks = sinks_of(pack, q.dtype)
+    leaves = [t.requires_grad_() for t in (q, k, v, *([] if sinks is None else [sinks]))]
+    parts = [t.repeat_interleave(pack.heads // t.shape[1], 1).split(pack.lengths, 2) for t in (q, k, v)]
+    out = torch.cat([_masked_softmax(pack, *p, sinks) for p in zip(*parts, strict=True)], 2)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def _masked_softmax(
+    pack: Pack, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    at = torch.arange(q.shape[2])
+    query, key = at[:, None], at[None, :]
+    seen = torch.ones(len(at), len(at), dtype=torch.bool)
+    if pack.causal:
+        seen &= key <= query
+    if pack.window:
+        seen &= query - key < pack.window
+    if pack.chunk:
+        seen &= query // pack.chunk == key // pack.chunk
+    scores = q @ k.transpose(-1, -2) / math.sqrt(pack.dim)
+    if pack.softcap:
+        scores = pack.softcap * torch.tanh(scores / pack.softcap)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, len(at), 1)], -1)
+    return scores.softmax(-1)[..., : len(at)] @ v
 
 
 def own_rows(layout: Layout, member: int) -> torch.Tensor:

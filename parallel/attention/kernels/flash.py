@@ -62,8 +62,7 @@ def checked(candidate: Kernel, formula: Kernel, kind: Kind) -> Kernel:
         return candidate
     warnings.warn(
         f"{candidate.name} {fault} on {kind.device} with {kind.dtype}, head dim {kind.head_dim}, causal={kind.causal}, "
-        f"{kind.groups} query heads a key head: {formula.name} is used instead, which is slow and takes memory that "
-        "grows with the square of a block",
+        f"{kind.groups} query heads a key head: {formula.name} is used instead, which is slow",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -5,6 +5,7 @@ Tensors inside are rows first, (tokens, heads, dim): any range of tokens is then
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 
 from heteromesh.comm.dtypes import accumulation_dtype
 from heteromesh.parallel.attention.kernels.block import backward_block, forward_block, merge_into
+from heteromesh.parallel.attention.kernels.sinks import add_sinks, sinks_gradient
 from heteromesh.parallel.attention.kernels.tiles import Rows, covers_once
 from heteromesh.parallel.attention.kernels.tiles import Tile as Tile
+from heteromesh.parallel.attention.scoring import Scoring
 
 
 def rows_first(x: torch.Tensor) -> torch.Tensor:
@@ -25,11 +28,6 @@ def rows_first(x: torch.Tensor) -> torch.Tensor:
 def heads_first(x: torch.Tensor) -> torch.Tensor:
     """Returns (n, H, D) as (1, H, n, D), a view."""
     return x.transpose(0, 1).unsqueeze(0)
-
-
-def default_scale(scale: float | None, dim: int) -> float:
-    """Returns 1 / sqrt(dim) unless given."""
-    return 1.0 / math.sqrt(dim) if scale is None else scale
 
 
 class RowSum:
@@ -61,12 +59,14 @@ class RowSum:
 
 
 def forward_tile(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: Tile, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, t: Tile, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (out (rows, H, D), lse (rows, H)) of one tile; q, k and v rows first."""
     keys = slice(t.k0, t.k1)
-    out, lse = forward_block(heads_first(q[t.q0 : t.q1]), heads_first(k[keys]), heads_first(v[keys]), t.causal, scale)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    queries, seen, values = (heads_first(_turned(x, t)) for x in (q[t.q0 : t.q1], k[keys], v[keys]))
+    causal = t.causal or t.leaving
+    out, lse = forward_block(queries, seen, values, causal, scoring.scale, scoring.softcap)
+    return _turned(out[0].transpose(0, 1), t), _turned(lse[0].transpose(0, 1), t)
 
 
 def backward_tile(
@@ -77,28 +77,42 @@ def backward_tile(
     out: torch.Tensor,
     lse: torch.Tensor,
     t: Tile,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (dq, dk, dv) of the tile's rows; everything rows first. out and lse: of whole rows, over all keys."""
     rows, keys = slice(t.q0, t.q1), slice(t.k0, t.k1)
-    grad, q, k, v, out = (heads_first(x) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows]))
-    parts = backward_block(grad, q, k, v, out, lse[rows].transpose(0, 1).unsqueeze(0), t.causal, scale)
-    dq, dk, dv = (p[0].transpose(0, 1) for p in parts)
+    grad, q, k, v, out = (heads_first(_turned(x, t)) for x in (grad[rows], q[rows], k[keys], v[keys], out[rows]))
+    lse, causal = _turned(lse[rows], t).transpose(0, 1).unsqueeze(0), t.causal or t.leaving
+    parts = backward_block(grad, q, k, v, out, lse, causal, scoring.scale, scoring.softcap)
+    dq, dk, dv = (_turned(p[0].transpose(0, 1), t) for p in parts)
     return dq, dk, dv
 
 
+def _turned(x: torch.Tensor, t: Tile) -> torch.Tensor:
+    """Returns the rows of a tile that keys leave in reverse order, in which it is causal."""
+    return x.flip(0) if t.leaving else x
+
+
 def forward_tiles(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (out, lse), rows first. Every row must be in a tile; two tiles share all of their query rows or none."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
-    for (first, last), group in _by_rows(tiles).items():
-        part, part_lse = forward_tile(q, k, v, group[0], scale)
+    """Returns (out, lse), rows first; rows in no tile have out 0 and lse -inf."""
+    groups = _by_rows(tiles)
+    wide = accumulation_dtype(q.dtype)
+    if not _disjoint(groups):
+        out = torch.zeros(q.shape, dtype=wide, device=q.device)
+        lse = out.new_full(q.shape[:2], -math.inf)
+        for t in tiles:
+            merge_into(out[t.q0 : t.q1], lse[t.q0 : t.q1], *forward_tile(q, k, v, t, scoring))
+        return out.to(q.dtype), lse
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=wide, device=q.device)
+    for (first, last), group in groups.items():
+        part, part_lse = forward_tile(q, k, v, group[0], scoring)
         if len(group) > 1:
-            part, part_lse = part.to(lse.dtype), part_lse.clone()
+            part, part_lse = part.to(wide), part_lse.clone()
             for tile in group[1:]:
-                merge_into(part, part_lse, *forward_tile(q, k, v, tile, scale))
+                merge_into(part, part_lse, *forward_tile(q, k, v, tile, scoring))
         out[first:last], lse[first:last] = part, part_lse
     return out, lse
 
@@ -106,36 +120,49 @@ def forward_tiles(
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tiles: Sequence[Tile],
+        scoring: Scoring,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         q, k, v = (_dense(x[0].transpose(0, 1)) for x in (q, k, v))
-        out, lse = forward_tiles(q, k, v, tiles, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.scale = tiles, scale
+        out, lse = forward_tiles(q, k, v, tiles, scoring)
+        add_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.tiles, ctx.scoring = tiles, scoring
         return heads_first(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         grad = _dense(grads[0][0].transpose(0, 1))
         dq = RowSum(q, [(t.q0, t.q1) for t in ctx.tiles])
         dk, dv = (RowSum(x, [(t.k0, t.k1) for t in ctx.tiles]) for x in (k, v))
         for t in ctx.tiles:
-            parts = backward_tile(grad, q, k, v, out, lse, t, ctx.scale)
+            parts = backward_tile(grad, q, k, v, out, lse, t, ctx.scoring)
             for total, rows, part in zip((dq, dk, dv), _ranges(t), parts, strict=True):
                 total.add(rows, part)
-        return *(heads_first(total.result()) for total in (dq, dk, dv)), None, None
+        gradients = (heads_first(total.result()) for total in (dq, dk, dv))
+        return *gradients, None, None, sinks_gradient(grad, out, lse, sinks)
 
 
 def tile_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Sequence[Tile], scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tiles: Sequence[Tile],
+    scoring: Scoring,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes attention of q (1, H, Sq, D) over the keys that the tiles name, (1, H, Sq, D); differentiable.
 
-    Tiles with equal query rows are merged; every query row must be in some tile, and no tile may be empty.
+    Tiles that share query rows are merged; every query row must be in some tile, and no tile may be empty.
+    sinks (H,): see `add_sinks`.
     """
-    scale = default_scale(scale, q.shape[-1])
-    result: torch.Tensor = _TileAttention.apply(q, k, v, tuple(tiles), scale)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _TileAttention.apply(q, k, v, tuple(tiles), scoring, sinks)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -152,3 +179,7 @@ def _by_rows(tiles: Sequence[Tile]) -> dict[Rows, list[Tile]]:
     for tile in tiles:
         rows.setdefault((tile.q0, tile.q1), []).append(tile)
     return rows
+
+
+def _disjoint(ranges: Iterable[Rows]) -> bool:
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(ranges)))

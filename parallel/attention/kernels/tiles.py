@@ -18,6 +18,8 @@ class Tile:
     k0: int
     k1: int
     causal: bool
+    leaving: bool = False
+    """Square, and row i sees keys from i on: the earlier ones have left its window."""
 
 
 Rows = tuple[int, int]
@@ -32,11 +34,18 @@ class _Placed:
     def end(self) -> int:
         return self.row + len(self.segment)
 
+    def part(self, start: int, end: int) -> Rows:
+        """Returns the rows of positions start..end of the sequence."""
+        return self.row + start - self.segment.start, self.row + end - self.segment.start
 
-def tiles_between(queries: Sequence[Segment], keys: Sequence[Segment], *, causal: bool) -> tuple[Tile, ...]:
+
+def tiles_between(
+    queries: Sequence[Segment], keys: Sequence[Segment], *, causal: bool, window: int | None = None
+) -> tuple[Tile, ...]:
     """Returns the tiles of a block of queries and a block of keys, each laid out in memory segment by segment.
 
-    Two segments of one sequence must be equal or disjoint. Neighbouring tiles are joined where that is exact.
+    Two segments of one sequence must be equal or disjoint. Neighbouring tiles are joined where that is exact. With a
+    window (causal) tiles share some of their query rows; rows that see none of the keys are in no tile.
     """
     by_sequence: dict[int, tuple[list[_Placed], list[_Placed]]] = {}
     for side, segments in enumerate((queries, keys)):
@@ -45,7 +54,7 @@ def tiles_between(queries: Sequence[Segment], keys: Sequence[Segment], *, causal
     tiles: list[Tile] = []
     for own, other in by_sequence.values():
         if own and other:
-            tiles.extend(_of_sequence(own, other, causal))
+            tiles.extend(_of_sequence(own, other, causal) if window is None else _in_window(own, other, window))
     return tuple(tiles)
 
 
@@ -78,6 +87,44 @@ def _of_sequence(queries: list[_Placed], keys: list[_Placed], causal: bool) -> I
     for q, k in itertools.product(queries, keys):
         if q.segment == k.segment:
             yield Tile(q.row, q.end, k.row, k.end, True)
+
+
+def _in_window(queries: list[_Placed], keys: list[_Placed], window: int) -> Iterator[Tile]:
+    for q, k in itertools.product(_pieces(queries), _pieces(keys)):
+        if q.segment != k.segment:
+            yield from _leaving(q, q.segment.start, q.segment.end, k, k.segment.start, k.segment.end, window)
+            continue
+        start, last = q.segment.start, q.segment.end
+        for first in range(start, last, window):
+            end = min(first + window, last)
+            yield Tile(*q.part(first, end), *k.part(first, end), True)
+            yield from _leaving(q, first, end, k, max(start, first - window), first, window)
+
+
+def _leaving(q: _Placed, start: int, end: int, k: _Placed, first: int, last: int, window: int) -> Iterator[Tile]:
+    """Yields the tiles of queries at start..end and keys at first..last, which lie before them (or are not seen)."""
+    # positions beyond which nothing is seen, on both sides
+    end, first = min(end, last + window - 1), max(first, start - window + 1)
+    if last > start or end <= start or last <= first:
+        return
+    # queries up to here see all the keys; from here on each misses one more
+    full = min(end, first + window)
+    yield Tile(*q.part(start, full), *k.part(first, last), False)
+    if full < end:
+        yield Tile(*q.part(full, end), *k.part(end - window, last), False)
+    if full < end - 1:
+        yield Tile(*q.part(full, end - 1), *k.part(full - window + 1, end - window), False, True)
+
+
+def _pieces(placed: Sequence[_Placed]) -> list[_Placed]:
+    """Returns the segments with those joined that are neighbours both in memory and in the sequence."""
+    pieces: list[_Placed] = []
+    for p in placed:
+        if pieces and pieces[-1].end == p.row and pieces[-1].segment.end == p.segment.start:
+            last = pieces.pop()
+            p = _Placed(Segment(p.segment.sequence, last.segment.start, p.segment.end), last.row)
+        pieces.append(p)
+    return pieces
 
 
 def _joined_queries(queries: list[_Placed], keys: list[_Placed]) -> list[tuple[Rows, list[Rows]]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from heteromesh.parallel.attention.api import attention, prepare_pass
 from heteromesh.planner.splitting.traffic import AGREEMENT_BYTES, AttentionShape, Traffic, traffic
-from packs import SPLIT, Pack, make_pack, own_rows, tensors
+from packs import SPLIT, Pack, make_masked_pack, make_pack, own_rows, tensors
 from ranks import World, run_ranks
 
 
@@ -20,7 +21,7 @@ def shape_of(pack: Pack, itemsize: int) -> AttentionShape:
 
 def predicted(pack: Pack, method: str, itemsize: int) -> tuple[Traffic, ...]:
     speeds = [pack.speeds[r] for r in pack.ranks]
-    return traffic(method, pack.lengths, pack.shards, shape_of(pack, itemsize), speeds=speeds, causal=pack.causal)
+    return traffic(method, pack.lengths, pack.shards, shape_of(pack, itemsize), speeds=speeds, mask=pack.mask)
 
 
 def count(world: World, packs: Sequence[Pack], methods: Sequence[str], dtype: torch.dtype) -> None:
@@ -36,7 +37,7 @@ def count(world: World, packs: Sequence[Pack], methods: Sequence[str], dtype: to
             counts = [world.recorder.sent_bytes]
             with context.active():
                 for _ in range(2):
-                    out = attention(*leaves, causal=pack.causal)
+                    out = attention(*leaves, causal=pack.causal, window=pack.window, chunk=pack.chunk)
                     counts.append(world.recorder.sent_bytes)
             out.backward(grad)
             counts.append(world.recorder.sent_bytes)
@@ -49,8 +50,8 @@ def count(world: World, packs: Sequence[Pack], methods: Sequence[str], dtype: to
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (3, torch.bfloat16), (4, torch.float32)])
 def test_counted_bytes_equal_the_plans(size: int, dtype: torch.dtype) -> None:
     methods = [*SPLIT, "ulysses_ring:1"] + ["ulysses_ring:4"] * (size == 4)
-    packs = [p for p in (make_pack(500 * size + i, size) for i in range(16)) if len(p.ranks) == size]
-    run_ranks(size, count, packs, methods, dtype)
+    packs = [make(500 * size + i, size) for make in (make_pack, make_masked_pack) for i in range(16)]
+    run_ranks(size, count, [p for p in packs if len(p.ranks) == size], methods, dtype)
 
 
 def even(size: int, length: int = 960, heads: int = 8, kv_heads: int = 2) -> Pack:
@@ -90,6 +91,29 @@ def test_short_sequences_of_a_pack_do_not_travel_further_than_their_ranks() -> N
             traffic(method, lengths[:n], [row[:n] for row in shards], shape) for n in (len(lengths), 1)
         )
         assert with_short == without
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_a_window_sends_only_what_lies_before_the_borders_of_shards(size: int) -> None:
+    """Each rank holds two pieces, whose last window - 1 keys the piece after them needs; the last piece has none."""
+    pack = replace(even(size), window=9)
+    keys = 8 * 2 * 2 * 16 * 2
+    sent = predicted(pack, "gather", 2)
+    # the middle of the sequence is one piece of the last rank
+    borders = 2 * size - 2
+    assert sum(t.forward for t in sent) == borders * keys == sum(t.backward for t in sent)
+    for method in ("trimmed_ring", "bidirectional_ring"):
+        windowed, whole = (sum(t.forward for t in predicted(p, method, 2)) for p in (pack, even(size)))
+        assert windowed < whole / 10
+    # the methods that move every token don't save any
+    assert predicted(pack, "ring", 2) == predicted(even(size), "ring", 2)
+    assert predicted(pack, "ulysses", 2) == predicted(even(size), "ulysses", 2)
+
+
+def test_chunks_that_no_border_cuts_send_nothing() -> None:
+    pack = replace(even(4), chunk=120)
+    for method in ("gather", "trimmed_ring", "bidirectional_ring", "token_ring"):
+        assert predicted(pack, method, 2) == (Traffic(),) * 4
 
 
 def test_local_sends_nothing() -> None:

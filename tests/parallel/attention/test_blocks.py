@@ -10,6 +10,7 @@ import torch
 from heteromesh.parallel.attention.kernels import block
 from heteromesh.parallel.attention.kernels.tiled import RowSum, tile_attention
 from heteromesh.parallel.attention.kernels.tiles import Tile, covers_once, tiles_between
+from heteromesh.parallel.attention.scoring import Scoring
 from heteromesh.parallel.attention.token_ring import stand_in
 from heteromesh.planner.splitting.layout import Segment
 
@@ -38,7 +39,7 @@ def test_tiles_of_a_cut_sequence_equal_the_whole(tokens: int, kv_heads: int, cut
         tiles += [Tile(middle, tokens, 0, middle, False), Tile(middle, tokens, middle, tokens, True)]
     leaves = [draw(h, tokens, seed=i).requires_grad_() for i, h in enumerate((4, kv_heads, kv_heads))]
     grad = draw(4, tokens, seed=9)
-    out, expected = tile_attention(*leaves, tiles), plain(*leaves, causal=True)
+    out, expected = tile_attention(*leaves, tiles, Scoring(scale=8**-0.5)), plain(*leaves, causal=True)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

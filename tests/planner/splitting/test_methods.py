@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from heteromesh.errors import UserError
 from heteromesh.planner import plan as plans
 from heteromesh.planner.cluster.links import Links
+from heteromesh.planner.cost.json import costs_from_json, costs_to_json
 from heteromesh.planner.cost.passes import Costs, RateByDegree
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention, split_methods
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.report.assemble import peak_activations, peak_tokens
 from heteromesh.planner.report.check import check_feasible, check_step
 from heteromesh.planner.report.methods import pass_kinds
@@ -108,6 +110,43 @@ def test_every_method_that_runs_is_considered() -> None:
     names = {base_name(m.name) for m in split_methods(LLAMA, (0,) * 4 + (1,) * 4, 1e6)}
     assert names | {"local"} == set(METHODS)
     assert "ulysses_ring:4" in {m.name for m in split_methods(LLAMA, (0,) * 4 + (1,) * 4, 1e6)}
+
+
+@pytest.mark.parametrize("degree", [2, 3, 4, 8])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_layers_with_windows_pay_for_borders(degree: int, forwards: int) -> None:
+    """A row of zigzag shards has two borders a rank but for its middle; what whole layers send is exact."""
+    asked = attention(8, 2, forwards=forwards, local=((Mask(window=17), 2),))
+    methods = {m.name: m for m in split_methods(asked, (0,) * degree, 1e4)}
+    for name in ("gather", "trimmed_ring", "bidirectional_ring"):
+        method = methods[name]
+        sent = pass_bytes(name, [240 * degree], even(degree, 240), (1.0,) * degree, asked)
+        # two kinds of calls are agreed on
+        mean = sum(sent) / degree - 2 * AGREEMENT_BYTES * (degree - 1)
+        over = mean - method.bytes_at(degree) * 240
+        assert 0 < over <= method.over_borders(degree, 240, 1) < 3 * over, name
+        if name == "gather":
+            assert over == pytest.approx(method.over_borders(degree, 240, 1) * (degree - 1) / degree)
+    assert methods["ring"] == next(m for m in split_methods(attention(8, 2, forwards=forwards), (0,) * degree, 1e4)
+                                   if m.name == "ring")  # fmt: skip
+
+
+def test_windows_make_methods_cheap_that_leave_out_what_is_not_seen() -> None:
+    local = replace(LLAMA, local=((Mask(window=1024), 31),))
+    slow = {"nic": 2e9, "seconds_per_token2": 1e-12}
+    windowed = two_hosts(**slow, methods=split_methods(local, (0,) * 4 + (1,) * 4, 4.5e6), attention=local)
+    found, whole = (seconds_of(costs, tuple(range(8)), 30_000) for costs in (windowed, two_hosts(**slow)))
+    lean = {"gather", "bidirectional_ring"}
+    assert min(found, key=found.__getitem__) in lean
+    assert all(found[name] < whole[name] / 2 for name in lean)
+    assert found["ring"] == whole["ring"]
+    assert found["ulysses"] == whole["ulysses"]
+    again = costs_from_json(json.loads(json.dumps(costs_to_json(windowed))), "costs")
+    assert again.attention == local
+    assert again.methods == windowed.methods
+    step = plan_step([200_000, 500], replace(windowed, capacity=(40_000,) * 8))
+    check_step(step, replace(windowed, capacity=(40_000,) * 8))
+    assert {p.method for p in step.passes if len(p.ranks) > 1} <= lean
 
 
 def test_links_that_rounds_cross() -> None:

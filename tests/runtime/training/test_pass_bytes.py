@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import heteromesh as hm
+import llama
 from heteromesh.parallel.model.offload import OffloadCount
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention
+from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.splitting.traffic import pass_bytes
 from heteromesh.runtime.config import TrainerConfig
@@ -26,20 +33,37 @@ from packs import SPLIT
 from ranks import World, run_ranks
 from steps import TINY, reference
 
+LOCAL = ((Mask(window=7), 1),)
 
-def attention(forwards: int) -> ModelAttention:
+
+def attention(forwards: int, local: tuple[tuple[Mask, int], ...] = ()) -> ModelAttention:
     shape = AttentionShape(heads=4, kv_heads=2, head_dim=8, itemsize=4)
-    return ModelAttention(calls=2, shape=shape, forwards=forwards)
+    return ModelAttention(calls=2, shape=shape, forwards=forwards, local=local)
 
 
-def forced_step(method: str, ranks: int, forwards: int, offload: float = 0.0) -> Step:
+@contextmanager
+def windows(on: bool) -> Iterator[None]:
+    """The second of the model's two layers sees 7 keys."""
+    calls = itertools.count()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return hm.attention(q, k, v, window=LOCAL[0][0].window if next(calls) % 2 else None)
+
+    with patch.object(llama, "hm", SimpleNamespace(attention=attend)) if on else nullcontext():
+        yield
+
+
+def forced_step(
+    method: str, ranks: int, forwards: int, offload: float = 0.0, local: tuple[tuple[Mask, int], ...] = ()
+) -> Step:
     """Two passes of uneven shards with that method over all ranks, and a local one."""
     rng = random.Random(5)
     batch, passes = (40, 23, 61, 9), []
     for sequences in ((0, 1), (2,)):
         rows = [[n + 1 for n in random_cut(rng, batch[k] - ranks, ranks)] for k in sequences]
         shards = tuple(zip(*rows, strict=True))
-        sent = pass_bytes(method, [batch[k] for k in sequences], shards, (1.0,) * ranks, attention(forwards))
+        asked = attention(forwards, local)
+        sent = pass_bytes(method, [batch[k] for k in sequences], shards, (1.0,) * ranks, asked)
         passes.append(
             Pass(
                 ranks=tuple(range(ranks)),
@@ -55,13 +79,14 @@ def forced_step(method: str, ranks: int, forwards: int, offload: float = 0.0) ->
     return Step(passes=tuple(passes), seconds=0, bound_seconds=0, gap=0, solve_seconds=0, batch=batch)
 
 
-def count(world: World, recompute: bool) -> None:
+def count(world: World, recompute: bool, local: tuple[tuple[Mask, int], ...] = ()) -> None:
     methods = [*SPLIT, "ulysses_ring:1"] + ["ulysses_ring:2"] * (world.size == 4)
     executor = StepExecutor(Llama(TINY), world, checkpoint_activations=recompute)
     for method in methods:
-        step = forced_step(method, world.size, executor.forwards)
+        step = forced_step(method, world.size, executor.forwards, local=local)
         data = [torch.arange(n) % TINY.vocab for n in step.batch]
-        result = executor.run(step, Reader(data).step_inputs(step, range(len(data)), world.rank))
+        with windows(bool(local)):
+            result = executor.run(step, Reader(data).step_inputs(step, range(len(data)), world.rank))
         predicted = {
             (rank, i): sent for i, p in enumerate(step.passes) for rank, sent in zip(p.ranks, p.sent_bytes, strict=True)
         }
@@ -71,6 +96,11 @@ def count(world: World, recompute: bool) -> None:
 @pytest.mark.parametrize(("ranks", "recompute"), [(3, False), (4, False), (2, True)])
 def test_counted_bytes_of_a_step_are_the_predicted_ones(ranks: int, recompute: bool) -> None:
     run_ranks(ranks, count, recompute)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_bytes_of_layers_with_windows_are_predicted_too(ranks: int) -> None:
+    run_ranks(ranks, count, False, LOCAL)
 
 
 def offloaded(world: World, ratio: float) -> None:
@@ -109,7 +139,12 @@ def test_offloaded_passes_change_nothing(ratio: float) -> None:
     run_ranks(2, offloaded, ratio)
 
 
-def train(world: World, folder: str) -> None:
+def train(world: World, folder: str, local: bool) -> None:
+    with windows(local):
+        train_there(folder)
+
+
+def train_there(folder: str) -> None:
     torch.manual_seed(0)
     model = Llama(replace(TINY, kv_heads=1))
     data = [torch.arange(i, i + n) % TINY.vocab for i, n in enumerate([90, 70, 12, 8, 5, 75, 30, 4] * 3)]
@@ -117,9 +152,10 @@ def train(world: World, folder: str) -> None:
     Trainer(model, None, data, config).fit()
 
 
-def test_explaining_a_run_shows_equal_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("local", [False, True])
+def test_explaining_a_run_shows_equal_bytes(tmp_path: Path, local: bool) -> None:
     folder = tmp_path / "run"
-    run_ranks(2, train, str(folder))
+    run_ranks(2, train, str(folder), local)
     run = compare_run(read_run(folder))
     split = [m for m in run.methods if m.method != "local"]
     assert split

@@ -139,7 +139,6 @@ def test_outside_a_pass_it_is_transformers_own_attention(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "call", "rule"),
     [
-        ("mistral", {"sliding_window": 8}, {}, "sliding window of 8 tokens can't be split .* a sequence of 10"),
         ("llama", {"attention_dropout": 0.1}, {}, "attention dropout 0.1"),
         ("llama", {}, {"attention_mask": torch.tensor([[0] + [1] * 9])}, "no padding and no attention_mask"),
         ("llama", {}, {"attention_mask": torch.zeros(1, 1, 10, 10)}, "takes no mask"),
@@ -150,12 +149,3 @@ def test_what_can_not_be_split_is_refused_inside_a_pass(kind: str, options: dict
     plan = Pass(ranks=(0,), method="local", sequences=(0,), shards=((10,),), seconds=0.0)
     with prepare_pass(plan, (10,), World(), (1.0,)).active(), pytest.raises(ValueError, match=rule):
         model(torch.arange(10).view(1, -1), **call)
-
-
-def test_short_sequences_pass_a_sliding_window() -> None:
-    model = build("mistral", "heteromesh", sliding_window=16).eval()
-    plan = Pass(ranks=(0,), method="local", sequences=(0,), shards=((10,),), seconds=0.0)
-    tokens = torch.arange(10).view(1, -1)
-    with torch.no_grad(), prepare_pass(plan, (10,), World(), (1.0,)).active():
-        inside = model(tokens).logits
-    torch.testing.assert_close(inside, build("mistral", "sdpa", sliding_window=16).eval()(tokens).logits)
