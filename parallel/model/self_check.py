@@ -25,6 +25,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.model.call import IGNORED, ModelCall, eagerly, plain_name, uncompiled
+from heteromesh.parallel.model.rotary import follow_lengths
 from heteromesh.parallel.model.trace import Trace, Tracer
 from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.plan import Pass
@@ -74,6 +75,8 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
     whole = _sequence(tokens[: min(2 * size, longest)], 0)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        for hook in follow_lengths(model):
+            stack.callback(hook.remove)
         model.eval()
         stack.enter_context(_exactly(model))
         tracer = Tracer(model)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from heteromesh.parallel.model.self_check import check_model
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
@@ -112,7 +113,8 @@ def compare(kinds: Sequence[str], ranks: int, lora: bool) -> None:
         expected, right = alone(kind, lora)
         for losses, gradient in (found[kind] for found in results):
             assert losses == pytest.approx(expected, abs=1e-4), kind
-            assert np.linalg.norm(gradient - right) < 1e-4 * np.linalg.norm(right), kind
+            # half a unit in the last place of the weights changes GPT-OSS's by 2.5e-4 in plain torch
+            assert np.linalg.norm(gradient - right) < 1e-3 * np.linalg.norm(right), kind
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -124,6 +126,11 @@ def test_losses_equal_plain_torch(ranks: int) -> None:
 def test_losses_with_lora_equal_plain_torch(ranks: int) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     compare(TUNED, ranks, lora=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_before_the_first_step_accepts_it(kind: str) -> None:
+    check_model(tiny_model(kind, "heteromesh"), documents((200,), 0)[0], 500, split=True)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("llama", "qwen3")])

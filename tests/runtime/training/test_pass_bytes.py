@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -44,10 +46,11 @@ def attention(forwards: int, local: tuple[tuple[Mask, int], ...] = ()) -> ModelA
 @contextmanager
 def windows(on: bool) -> Iterator[None]:
     """The second of the model's two layers sees 7 keys."""
-    calls = itertools.count()
+    # by thread: the check before the first step runs two ranks as threads
+    calls: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return hm.attention(q, k, v, window=LOCAL[0][0].window if next(calls) % 2 else None)
+        return hm.attention(q, k, v, window=LOCAL[0][0].window if next(calls[get_ident()]) % 2 else None)
 
     with patch.object(llama, "hm", SimpleNamespace(attention=attend)) if on else nullcontext():
         yield
