@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -140,7 +141,8 @@ def disturb(run: Run, chosen: argparse.Namespace) -> list[str]:
 
 
 def check(folder: Path, chosen: argparse.Namespace) -> tuple[list[float], int, int]:
-    """(losses, sequences that were worked through again, epochs); exits when a step or sequence is missing or twice."""
+    """(losses, sequences that were worked through again, changes of the members from step to step); exits when a step
+    or sequence is missing or twice."""
     metrics, ledger, plans = (rows(folder / f"{name}.jsonl") for name in ("metrics", "ledger", "plan"))
     for name, lines in (("metrics", metrics), ("ledger", ledger), ("plan", plans)):
         assert [line["step"] for line in lines] == list(range(1, chosen.steps + 1)), name
@@ -149,7 +151,8 @@ def check(folder: Path, chosen: argparse.Namespace) -> tuple[list[float], int, i
         trained = sorted(place for places in line["trained"].values() for place in places)
         assert trained == list(range(len(sampler.next_batch().lengths))), f"step {line['step']} trained {trained}"
     again = sum(len(repair["sequences"]) for line in plans for repair in line["measured"]["repairs"])
-    return [row["loss"] for row in metrics], again, ledger[-1]["epoch"]
+    members = [line["measured"]["members"] for line in plans]
+    return [row["loss"] for row in metrics], again, sum(a != b for a, b in pairwise(members))
 
 
 def main() -> None:
@@ -164,12 +167,12 @@ def main() -> None:
         faults = disturb(storm, chosen)
         digests, seconds = storm.finish()
         expected, _, _ = check(calm.folder, chosen)
-        losses, again, epochs = check(storm.folder, chosen)
+        losses, again, changes = check(storm.folder, chosen)
     assert len(set(digests)) == 1 and len(set(calm_digests)) == 1, (digests, calm_digests)
     apart = [abs(a - b) for a, b in zip(losses, expected, strict=True)]
     print(
         f"{chosen.ranks} ranks, {chosen.steps} steps, {len(faults)} faults ({faults.count('stop')} stops), "
-        f"{epochs} epochs"
+        f"the members changed {changes} times"
     )
     print(f"members at the end {len(digests)}, the same bits; every sequence of every step once; {again} done again")
     print(f"loss {expected[0]:.3f} -> {expected[-1]:.4f} undisturbed, -> {losses[-1]:.4f} through the faults; ")
