@@ -186,8 +186,9 @@ class Nccl:
         self.asked.append((options.pop("backend", None), tuple(ranks or range(self.size)), options))
         return self.asked[-1][1]
 
-    def all_gather_object(self, values, value, group):
-        values[:] = [value] * self.size if self.networks is None else self.networks
+    def gather(self, value):
+        """What `World.gather` returns."""
+        return [value] * self.size if self.networks is None else self.networks
 
     @property
     def names(self):
@@ -209,8 +210,11 @@ def nccl(monkeypatch):
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(torch, "zeros", lambda *args, **options: None)
         monkeypatch.setattr(world, "_own_store", lambda *_: None)
+        monkeypatch.setattr(world.World, "gather", lambda _, value: fake.gather(value))
         monkeypatch.setenv("WORLD_SIZE", str(size))
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "1")
         return fake
 
     return pretend
