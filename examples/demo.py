@@ -152,10 +152,11 @@ def closing_screen(folder: Path, ranks: int) -> str:
     metrics = rows(folder / "metrics.jsonl")
     lines = ["What happened", "-------------"]
     for found in json.loads((folder / "comparisons.json").read_text()):
-        ratios, difference = found["ratios"], found["largest_loss_difference"]
+        ratios, apart = found["ratios"], found["largest_loss_difference"]
+        equal = f"equal to {apart:.0e}" if apart else "equal"
         lines.append(
             f"planned against {found['layout']}: {found['ratio']:.2f}x as fast on the same {len(ratios)} batches "
-            f"({min(ratios):.2f}x to {max(ratios):.2f}x), losses equal to {difference:.0e}"
+            f"({min(ratios):.2f}x to {max(ratios):.2f}x), losses {equal}"
         )
     off = [abs(m["predicted_seconds"] / m["measured_seconds"] - 1) for m in metrics[1:STEPS]]
     lines.append(f"step seconds were predicted to within {statistics.median(off):.0%} (median of {len(off)} steps)")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -20,7 +21,7 @@ from heteromesh.faults.membership.membership import Bounds
 from heteromesh.faults.wire.deadlines import Timing
 from heteromesh.planner.cost.devices import DeviceCosts
 from heteromesh.runtime.engine.member_costs import MemberCosts
-from heteromesh.runtime.process.environment import environment_of
+from heteromesh.runtime.process.environment import NAME, environment_of
 from heteromesh.runtime.process.failure import RESTARTS, PeerLost
 from heteromesh.runtime.work.sampler import Sampler
 from trainers import DATA, make_trainer
@@ -88,6 +89,8 @@ class Job:
 def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: int, sink: Any, changes: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(environment)
+    # a process of the fork server has the output of the test that started the server
+    sys.stdout = (folder / f"{environment[NAME]}.txt").open("w", buffering=1)
     # equal devices, however busy this machine is: every member has work
     pace = DeviceCosts(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
     MemberCosts.device = property(lambda _: pace, lambda _, measured: None)  # type: ignore[assignment]
