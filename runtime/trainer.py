@@ -16,7 +16,8 @@ from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.process.environment import COORDINATORS
 from heteromesh.runtime.process.failure import RunFinished
-from heteromesh.runtime.training.build import DRY_RUN_VARIABLE, described_cluster
+from heteromesh.runtime.process.variables import DRY_RUN_VARIABLE
+from heteromesh.runtime.training.build import described_cluster
 from heteromesh.runtime.training.dry_run import dry_run
 from heteromesh.runtime.training.elastic import ElasticJob
 from heteromesh.runtime.training.fixed import FixedJob

@@ -30,7 +30,7 @@ from heteromesh.runtime.launch.loopback import stay_on_loopback
 from heteromesh.runtime.launch.reaper import Reaper
 from heteromesh.runtime.launch.worker import error_text
 from heteromesh.runtime.process.failure import UNDER_HETEROMESH_RUN
-from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE, PLAN_VARIABLE
+from heteromesh.runtime.process.variables import CLUSTER_VARIABLE, DRY_RUN_VARIABLE, PLAN_VARIABLE
 
 
 def main(argv: list[str]) -> int:

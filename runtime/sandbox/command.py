@@ -7,12 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from heteromesh.runtime.process.variables import CLUSTER_VARIABLE
+
 LAUNCHERS = ("run", "probe")
 """Commands of `heteromesh` that take torchrun's flags."""
 PORT = 29500
 """Hosts have ports of their own, so any does."""
-CLUSTER_VARIABLE = "HETEROMESH_CLUSTER"
-"""runtime/training/build.py reads it; importing that would import torch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

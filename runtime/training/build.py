@@ -38,11 +38,8 @@ from heteromesh.runtime.network.nics import open_nic_collectives
 from heteromesh.runtime.process.environment import PLACE
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.process.peers import SILENCE_SECONDS
+from heteromesh.runtime.process.variables import CLUSTER_VARIABLE, PLAN_VARIABLE
 from heteromesh.runtime.work.reader import Reader
-
-CLUSTER_VARIABLE, PLAN_VARIABLE = "HETEROMESH_CLUSTER", "HETEROMESH_PLAN"
-DRY_RUN_VARIABLE = "HETEROMESH_DRY_RUN"
-"""Number of ranks to plan for; set by `heteromesh run --dry-run`."""
 
 
 def build_cluster(config: TrainerConfig, ranks: int) -> Cluster:

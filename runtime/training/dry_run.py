@@ -23,7 +23,7 @@ from heteromesh.planner.report.text import first_passes, step_table
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.runtime.engine.calibrate import Calibration
 from heteromesh.runtime.engine.executor import StepExecutor
-from heteromesh.runtime.training.build import CLUSTER_VARIABLE, DRY_RUN_VARIABLE
+from heteromesh.runtime.process.variables import CLUSTER_VARIABLE, DRY_RUN_VARIABLE
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.job_check import check_job
 from heteromesh.runtime.training.trial import try_model

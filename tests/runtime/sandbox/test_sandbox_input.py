@@ -11,13 +11,13 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Measured, Nic, load_cluster
 from heteromesh.runtime.cli.main import main
+from heteromesh.runtime.process.variables import CLUSTER_VARIABLE
 from heteromesh.runtime.sandbox import machine
-from heteromesh.runtime.sandbox.command import CLUSTER_VARIABLE, Seat
+from heteromesh.runtime.sandbox.command import Seat
 from heteromesh.runtime.sandbox.faults import parse_fault
 from heteromesh.runtime.sandbox.network import control_switch, lay_out
 from heteromesh.runtime.sandbox.quota import Controller, Quotas, find_controller, shares
 from heteromesh.runtime.sandbox.scale import scaled_file
-from heteromesh.runtime.training.build import CLUSTER_VARIABLE as READ_BY_THE_TRAINER
 
 ETHERNET = Nic(kind="ethernet", gbit=1)
 
@@ -198,7 +198,6 @@ def test_other_commands_are_left_alone(words):
 
 
 def test_the_environment_keeps_what_it_had():
-    assert CLUSTER_VARIABLE == READ_BY_THE_TRAINER
     told = seat(cluster_file="/c.toml").environment({"OMP_NUM_THREADS": "4", "X": "y"})
     assert (told["OMP_NUM_THREADS"], told["X"], told[CLUSTER_VARIABLE]) == ("4", "y", "/c.toml")
     assert CLUSTER_VARIABLE not in seat().environment({})
