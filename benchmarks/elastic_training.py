@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -103,7 +104,8 @@ class Run:
         out, error = self.process.communicate(timeout=900)
         if self.process.returncode:
             raise SystemExit(f"the run failed ({self.process.returncode}):\n{out[-2000:]}{error[-3000:]}")
-        digests = [line.split()[1] for line in out.splitlines() if line.startswith("digest")]
+        # lines of several processes may run into each other
+        digests = re.findall(r"digest ([0-9a-f]{32})", out)
         return digests, sum(row["measured_seconds"] for row in rows(self.folder / "metrics.jsonl"))
 
 
