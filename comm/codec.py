@@ -67,6 +67,16 @@ def decode(data: bytes) -> Any:
     return _Unpacker(io.BytesIO(data)).load()
 
 
+def to_tensor(value: Any) -> torch.Tensor:
+    """Returns what `encode` does as a tensor of bytes, (n,), for collectives."""
+    return torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+
+
+def from_tensor(data: torch.Tensor) -> Any:
+    """Returns what `to_tensor` was given."""
+    return decode(data.numpy().tobytes())
+
+
 class _Packer(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

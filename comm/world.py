@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from heteromesh.comm.codec import decode, encode
+from heteromesh.comm.codec import from_tensor, to_tensor
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.torch import TorchCollectives
 from heteromesh.comm.interfaces import Transport
@@ -86,13 +86,13 @@ class World:
         """
         if self.size == 1:
             return value
-        data = _bytes(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        data = to_tensor(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()])
         dist.broadcast(size, group_src=0, group=self.control)
         if self.rank != 0:
             data = torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(data, group_src=0, group=self.control)
-        return value if self.rank == 0 else decode(data.numpy().tobytes())
+        return value if self.rank == 0 else from_tensor(data)
 
     def once(self, act: Callable[[], T]) -> T:
         """Returns on every rank the result of `act` on the one that writes; its exception is raised on every rank."""
@@ -126,14 +126,14 @@ class World:
         """Returns every rank's `value` (see comm/codec.py), in rank order, on every rank (statistics group; blocks)."""
         if self.size == 1:
             return [value]
-        mine = _bytes(value)
+        mine = to_tensor(value)
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.statistics)
         padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
         padded[: mine.numel()] = mine
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.statistics)
-        return [decode(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+        return [from_tensor(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Sums a CPU vector over the ranks element by element, in place (statistics group; blocks)."""
@@ -170,10 +170,6 @@ def _memory_of(tensor: torch.Tensor) -> torch.Tensor:
         if size > 1 and stride == 0:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
-
-
-def _bytes(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
 
 
 def local_rank() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from heteromesh.comm.codec import decode, encode
+from heteromesh.comm.codec import from_tensor, to_tensor
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.tcp.abort import GroupAborted
@@ -71,26 +71,26 @@ class EpochWorld(World):
         """Returns every rank's `value` (comm/codec.py says of what), in rank order, on every rank."""
         if self.size == 1:
             return [value]
-        mine = _bytes(value)
+        mine = to_tensor(value)
         sizes = [torch.tensor([mine.numel() if rank == self.rank else 0]) for rank in range(self.size)]
         self._group.all_gather(sizes)
         parts = [
             mine if rank == self.rank else torch.empty(int(size), dtype=torch.uint8) for rank, size in enumerate(sizes)
         ]
         self._group.all_gather(parts)
-        return [decode(part.numpy().tobytes()) for part in parts]
+        return [from_tensor(part) for part in parts]
 
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's `value` on every rank."""
         if self.size == 1:
             return value
-        data = _bytes(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        data = to_tensor(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = torch.tensor([data.numel()])
         self._group.broadcast(size, 0)
         if self.rank != 0:
             data = torch.empty(int(size), dtype=torch.uint8)
         self._group.broadcast(data, 0)
-        return value if self.rank == 0 else decode(data.numpy().tobytes())
+        return value if self.rank == 0 else from_tensor(data)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Sums a CPU vector over the ranks, in place: equal bits on all of them."""
@@ -101,7 +101,3 @@ class EpochWorld(World):
     def barrier(self) -> None:
         """Returns when every rank is here."""
         self.gather(None)
-
-
-def _bytes(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)

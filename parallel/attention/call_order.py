@@ -38,8 +38,7 @@ class CallOrder:
         counts = [number >> 32 for number in told]
         raise UserError(
             f"rank {self._exchange.ranks[0]} of a pass called attention {counts[0]} times and rank "
-            f"{self._exchange.ranks[other]} {counts[other]} times, or of other layers: layers must be skipped alike "
-            f"on all "
-            "ranks, so draw it from torch's, Python's or NumPy's own generator, which passes seed by the step, and not "
-            "from a generator of the model's or from what its tokens are"
+            f"{self._exchange.ranks[other]} {counts[other]} times, or of other layers: layers must be skipped alike on "
+            "all ranks, so draw it from torch's, Python's or NumPy's own generator, which passes seed by the step, "
+            "and not from a generator of the model's or from what its tokens are"
         )

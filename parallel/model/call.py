@@ -82,8 +82,7 @@ def _logits(result: Any, model: nn.Module) -> torch.Tensor:
         what = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, (tuple, list, dict)) else "")
         raise UserError(
             f"{_name(model)} returned {what}: it must return a tensor (logits (1, n, vocabulary), or losses (1, n) "
-            f"where it "
-            "takes targets) or an object with .logits; wrap it in a module that does"
+            "where it takes targets) or an object with .logits; wrap it in a module that does"
         )
     values = result.items() if isinstance(result, Mapping) else vars(result).items()
     weights = vars(getattr(uncompiled(model), "config", object)).items()

@@ -155,10 +155,8 @@ class _Trial:
             line = (str(error).splitlines() or [""])[0]
             raise UserError(
                 f"{_name(self._model)} fails on {what} ({type(error).__name__}: {line}), though not on each alone: a "
-                f"pass has "
-                "one row of all its tokens, position_ids that begin anew, and no mask; let attention go through "
-                "hm.attention "
-                "(Transformers: attn_implementation='heteromesh')"
+                "pass has one row of all its tokens, position_ids that begin anew, and no mask; let attention go "
+                "through hm.attention (Transformers: attn_implementation='heteromesh')"
             ) from error
 
     def _judge(self, what: str, alone: _Run, rounded: _Run, seen: _Run) -> None:
@@ -178,12 +176,9 @@ class _Trial:
         kind = f" ({type(uncompiled(modules[layer])).__name__})" if layer in modules else ""
         raise UserError(
             f"{_name(self._model)} gives other losses for {what} than for each alone, off by {off:.2g} where rounding "
-            f"explains "
-            f"{noise:.1g}: {layer}{kind} is the first to differ, as it mixes tokens outside hm.attention or looks at "
-            f"the "
-            "positions of all tokens at once; have it use hm.attention or hm.linear_attention and each token's own "
-            "position, "
-            "or train a model without it (docs/assumptions.md)"
+            f"explains {noise:.1g}: {layer}{kind} is the first to differ, as it mixes tokens outside hm.attention or "
+            "looks at the positions of all tokens at once; have it use hm.attention or hm.linear_attention and each "
+            "token's own position, or train a model without it (docs/assumptions.md)"
         )
 
 

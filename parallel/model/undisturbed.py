@@ -39,6 +39,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Has each module in the mode (training or evaluation) that it was in again after the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Puts the model's buffers and its modules' attributes back after the block, and nothing else."""
     kept = [_Kept.of(module) for module in model.modules()]

@@ -206,8 +206,7 @@ def _wait_while_working(processes: Sequence[subprocess.Popen[str]]) -> None:
         if time.monotonic() - since > LOOPBACK_SECONDS or used > LOOPBACK_CPU_SECONDS:
             raise Broken(
                 f"two processes did not finish an all-reduce: the last {LOOPBACK_SECONDS:.0f} s they only waited, so "
-                f"check "
-                "that a firewall leaves 127.0.0.1 alone"
+                "check that a firewall leaves 127.0.0.1 alone"
             )
 
 

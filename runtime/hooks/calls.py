@@ -13,6 +13,7 @@ from torch import nn
 
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
+from heteromesh.parallel.model.undisturbed import modes_kept
 from heteromesh.runtime.hooks.api import Hook, StepCommitted, Stop, TrainingReport
 from heteromesh.runtime.hooks.world import HookWorld, PeerRaised
 
@@ -98,10 +99,6 @@ class HookCalls:
 @contextmanager
 def _as_in_use(model: nn.Module) -> Iterator[None]:
     """Has all modules in evaluation mode inside, and each in its own again outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.undisturbed import modes_kept
 from heteromesh.runtime.records.plain import from_text, is_same, to_text
 from heteromesh.runtime.training.job import Job
 
@@ -28,13 +29,9 @@ def in_training(model: nn.Module) -> Iterator[None]:
     if model.training:
         yield
         return
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
+    with modes_kept(model):
+        model.train()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -42,8 +39,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     if not any(p.requires_grad for p in own):
         raise UserError(
             f"all {len(own)} parameters of {type(model).__name__} are frozen (requires_grad is False), so there is "
-            f"nothing to "
-            "train: let some of them have gradients"
+            "nothing to train: let some of them have gradients"
         )
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = sum(p not in own for p in held)
@@ -58,8 +54,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     for argument in _required(type(optimizer).step):
         raise UserError(
             f"{name}.step needs {argument!r}, which a step here does not have: use an optimizer that steps by "
-            f"gradients "
-            "alone, such as AdamW"
+            "gradients alone, such as AdamW"
         )
 
 
@@ -68,20 +63,17 @@ def _check_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, optimizer: t
     if getattr(schedule, "optimizer", optimizer) is not optimizer:
         raise UserError(
             f"the schedule ({name}) is of another optimizer than the one given ({type(optimizer).__name__}), whose "
-            f"learning "
-            "rate it would never change: make it of that one, and give both to the Trainer"
+            "learning rate it would never change: make it of that one, and give both to the Trainer"
         )
     for argument in _required(type(schedule).step):
         raise UserError(
             f"{name}.step needs {argument!r}, and a schedule is stepped once a step without any: use one that depends "
-            f"on "
-            "the number of steps only, such as CosineAnnealingLR"
+            "on the number of steps only, such as CosineAnnealingLR"
         )
     if any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
         raise UserError(
             f"the learning rate is a tensor and there is a schedule ({name}), whose state would share it: give the "
-            f"rate as "
-            "a number"
+            "rate as a number"
         )
     _check_state(name, schedule.state_dict())
 
@@ -99,8 +91,7 @@ def _check_state(name: str, state: dict[str, Any]) -> None:
         if not fine:
             raise UserError(
                 f"the schedule's ({name}) {key!r}, a {type(value).__name__}, does not come out of a checkpoint as it "
-                f"went in: "
-                "make it of numbers, strings and tensors"
+                "went in: make it of numbers, strings and tensors"
             )
 
 

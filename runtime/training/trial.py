@@ -56,10 +56,8 @@ def _check_fits(tables: Tables, reader: Reader) -> None:
     if tables.positions is not None and longest > tables.positions:
         raise UserError(
             f"sequence {reader.lengths.index(longest)} of the data has {longest} tokens, and the model's table of "
-            f"positions "
-            f"({tables.positions_name}) has {tables.positions}: cut the sequences (max_length={tables.positions}), or "
-            f"enlarge "
-            "the table"
+            f"positions ({tables.positions_name}) has {tables.positions}: cut the sequences "
+            f"(max_length={tables.positions}), or enlarge the table"
         )
     if tables.outputs is not None and reader.facts.targets and reader.facts.targets[1].value >= tables.outputs:
         high = reader.facts.targets[1]

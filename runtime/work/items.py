@@ -52,8 +52,8 @@ class DataFacts:
             return ""
         return (
             f"{self.untrained:,} of the data's {self.sequences:,} sequences have no label to learn from (all are "
-            f"{IGNORED}, "
-            f"or they have one token): they are passed through the model and add nothing to loss and gradients"
+            f"{IGNORED}, or they have one token): they are passed through the model and add nothing to loss and "
+            "gradients"
         )
 
 
@@ -72,8 +72,7 @@ def check_data(data: Any) -> None:
     if isinstance(data, IterableDataset) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise UserError(
             f"the data is a {kind}, which can't be asked for its length and its i-th sequence: give list(data), or "
-            f"write "
-            "it into a token store (heteromesh.runtime.data.tokens.open_tokens) where it does not fit memory"
+            "write it into a token store (heteromesh.runtime.data.tokens.open_tokens) where it does not fit memory"
         )
 
 
@@ -132,17 +131,15 @@ def look_at(items: Iterable[Any], labels: Labels) -> tuple[tuple[int, ...], Data
     if facts.targets and facts.targets[0].value < 0:
         low = facts.targets[0]
         raise UserError(
-            f"sequence {low.sequence} of the data has the label {low.value}: a label is a token id, or {IGNORED} "
-            f"where there "
-            "is nothing to predict"
+            f"sequence {low.sequence} of the data has the label {low.value}: a label is a token id, or {IGNORED} where "
+            "there is nothing to predict"
         )
     if labelled and other == labelled:
         raise UserError(_OTHER_KIND[labels])
     if max(lengths, default=0) == 1 and facts.untrained == len(lengths):
         raise UserError(
             f"all {len(lengths)} sequences of the data have one token, and nothing to predict: give sequences of two "
-            f"tokens "
-            "or more, or labels"
+            "tokens or more, or labels"
         )
     return tuple(lengths), facts
 
@@ -186,9 +183,8 @@ def _kept(mask: Row, length: int, index: int) -> slice:
     if len(seen) != end - first:
         hole = first + int(np.flatnonzero(mask[first:end] == 0)[0])
         raise UserError(
-            f"sequence {index} of the data has a zero in its attention_mask at {hole}, between ones: padding may be "
-            f"at its "
-            "ends only; leave those tokens out, or set their labels to -100 where others may see them"
+            f"sequence {index} of the data has a zero in its attention_mask at {hole}, between ones: padding may be at "
+            "its ends only; leave those tokens out, or set their labels to -100 where others may see them"
         )
     return slice(first, end)
 

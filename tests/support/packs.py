@@ -175,3 +175,10 @@ def strange(x: torch.Tensor, seed: int) -> torch.Tensor:
     wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
     wide[..., ::2] = x
     return wide[..., ::2]
+
+
+def methods_for(pack: Pack) -> list[str]:
+    """The methods that can split it; local for one rank."""
+    if len(pack.ranks) == 1:
+        return ["local"]
+    return [m for m in SPLIT if m != "ulysses" or pack.heads >= len(pack.ranks)]

@@ -17,7 +17,7 @@ from heteromesh.parallel.attention.kernels.tiles import tiles_between
 from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.splitting.layout import Segment, contiguous, zigzag
 from heteromesh.planner.splitting.masked import masked
-from packs import SPLIT, Pack, make_masked_pack, own_rows, sinks_of, strange, tensors, written_out
+from packs import Pack, make_masked_pack, methods_for, own_rows, sinks_of, strange, tensors, written_out
 from ranks import World, run_ranks
 
 
@@ -35,12 +35,6 @@ def run_method(world: World, pack: Pack, method: str, inputs: Sequence[torch.Ten
     with context.active():
         out = attention(q, k, v, sinks=sinks, **asked(pack))
     return [rows, out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def methods_for(pack: Pack) -> list[str]:
-    if len(pack.ranks) == 1:
-        return ["local"]
-    return [m for m in SPLIT if m != "ulysses" or pack.heads >= len(pack.ranks)]
 
 
 def fuzz(world: World, packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, float]:

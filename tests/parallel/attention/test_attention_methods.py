@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from heteromesh.parallel.attention.api import attention, prepare_pass
-from packs import SPLIT, Pack, make_pack, one_process, own_rows, strange, tensors
+from packs import SPLIT, Pack, make_pack, methods_for, one_process, own_rows, strange, tensors
 from ranks import World, run_ranks
 
 LONG = {0: 1500, 1: 4000}
@@ -30,12 +30,6 @@ def deviations(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], rows:
     return [
         (a.double() - b[:, :, rows]).abs() / max(1.0, float(b.abs().max())) for a, b in zip(got, exact, strict=True)
     ]
-
-
-def methods_for(pack: Pack) -> list[str]:
-    if len(pack.ranks) == 1:
-        return ["local"]
-    return [m for m in SPLIT if m != "ulysses" or pack.heads >= len(pack.ranks)]
 
 
 def fuzz(world: World, packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, float]:
