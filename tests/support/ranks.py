@@ -19,7 +19,17 @@ from heteromesh.comm.world import World, join_world
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["ranks", "heteromesh.runtime.trainer", "torch.distributed.checkpoint", "torch._dynamo", "fsspec.core"]
+    [
+        "ranks",
+        "heteromesh.runtime.trainer",
+        "torch.distributed.checkpoint",
+        "torch._dynamo",
+        "fsspec.core",
+        # what every rank of a Transformers model would import anew
+        "transformers.models.auto.modeling_auto",
+        "transformers.generation.utils",
+        "peft",
+    ]
 )
 
 

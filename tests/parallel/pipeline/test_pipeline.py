@@ -169,7 +169,6 @@ def run_transformers(world: World, placement: Placement, name: str) -> float:
 
 
 def test_transformers_models_can_be_cut() -> None:
-    pytest.importorskip("transformers", reason="needs `pip install heteromesh[transformers]`")
     for errors in run_ranks(2, run_each_transformers, simple(2, 1)):
         assert all(error < 1e-10 for error in errors.values()), errors
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import masking_utils as masking
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import prepare_pass
+from heteromesh.parallel.transformers.masks import mask_of
 from heteromesh.planner.model.mask import CAUSAL, Mask
 from heteromesh.planner.plan import Pass
 from ranks import World
 from tiny_models import tiny_model
-
-masking = pytest.importorskip("transformers.masking_utils", reason="the transformers extra is not installed")
-
-from heteromesh.parallel.transformers.masks import mask_of  # noqa: E402
 
 NO_PADDING = torch.zeros(1, dtype=torch.long)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1]])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,17 +13,9 @@ from heteromesh.runtime.work.reader import Reader
 from ranks import World, run_ranks
 from tiny_models import KINDS, documents, plain_losses, tiny_model
 
-pytest.importorskip("transformers", reason="the transformers extra is not installed")
 LENGTHS = (51, 100, 150, 34, 20)
 METHODS = ("gather", "ulysses", "trimmed_ring", "token_ring")
 """One a step."""
-TUNED = ("llama", "qwen3", "gemma3", "gpt_oss")
-
-
-@pytest.fixture(autouse=True)
-def _inductor_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # torch sets it itself when transformers imports its compiler, and would leave it behind
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
 
 def uneven(length: int, ranks: int) -> list[int]:
@@ -55,16 +44,6 @@ def data() -> list[list[torch.Tensor]]:
     return [documents(LENGTHS, step) for step in range(len(METHODS))]
 
 
-def tuned(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with LoRA matrices that are not 0."""
-    import peft
-
-    torch.manual_seed(1)
-    return peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
-    )
-
-
 def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
@@ -73,14 +52,14 @@ def gradient_of(model: torch.nn.Module) -> np.ndarray:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).numpy().copy()
 
 
-def train(world: World, kinds: Sequence[str], lora: bool) -> dict[str, tuple[list[float], np.ndarray]]:
+def train(world: World) -> dict[str, tuple[list[float], np.ndarray]]:
     """By kind the loss of every step and the gradient of the first."""
     found = {}
-    for kind in kinds:
+    for kind in KINDS:
         model = tiny_model(kind, "heteromesh")
-        model = tuned(model) if lora else model
         optimizer, executor, losses = optimizer_of(model), StepExecutor(model, world), []
-        for method, batch in zip(METHODS, data(), strict=True):
+        # a rank alone has no use for methods
+        for method, batch in zip(METHODS[: 1 if world.size == 1 else None], data(), strict=False):
             step = a_step(method, world.size)
             result = executor.run(step, Reader(batch).step_inputs(step, range(len(batch)), world.rank))
             losses.append(result.loss)
@@ -91,9 +70,14 @@ def train(world: World, kinds: Sequence[str], lora: bool) -> dict[str, tuple[lis
     return found
 
 
-def alone(kind: str, lora: bool) -> tuple[list[float], np.ndarray]:
+@pytest.fixture(scope="module")
+def alone() -> dict[str, tuple[list[float], np.ndarray]]:
+    """In plain torch."""
+    return {kind: train_alone(kind) for kind in KINDS}
+
+
+def train_alone(kind: str) -> tuple[list[float], np.ndarray]:
     model = tiny_model(kind, "eager")
-    model = tuned(model) if lora else model
 
     def forget() -> None:
         # `dynamic` frequencies remember the longest sequence so far; they are to follow each one's own length
@@ -107,25 +91,14 @@ def alone(kind: str, lora: bool) -> tuple[list[float], np.ndarray]:
     return first + plain_losses(model, data()[1:], optimizer, forget), gradient
 
 
-def compare(kinds: Sequence[str], ranks: int, lora: bool) -> None:
-    results = run_ranks(ranks, train, list(kinds), lora, seconds=150)
-    for kind in kinds:
-        expected, right = alone(kind, lora)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_losses_equal_plain_torch(ranks: int, alone: dict[str, tuple[list[float], np.ndarray]]) -> None:
+    results = run_ranks(ranks, train, seconds=150)
+    for kind, (expected, right) in alone.items():
         for losses, gradient in (found[kind] for found in results):
-            assert losses == pytest.approx(expected, abs=1e-4), kind
+            assert losses == pytest.approx(expected[: len(losses)], abs=1e-4), kind
             # half a unit in the last place of the weights changes GPT-OSS's by 2.5e-4 in plain torch
             assert np.linalg.norm(gradient - right) < 1e-3 * np.linalg.norm(right), kind
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_losses_equal_plain_torch(ranks: int) -> None:
-    compare(list(KINDS), ranks, lora=False)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_losses_with_lora_equal_plain_torch(ranks: int) -> None:
-    pytest.importorskip("peft", reason="peft is not installed")
-    compare(TUNED, ranks, lora=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.planner.plan import Pass, Step
@@ -20,17 +21,8 @@ from packs import SPLIT
 from ranks import World, run_ranks
 from steps import random_costs
 
-transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _inductor_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # torch sets it itself when transformers imports its compiler, and would leave it behind
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-
-
 VOCAB = 97
-STEPS = 20
+STEPS = 10
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -110,13 +102,13 @@ def train_each(world: World, folder: Path, steps: Sequence[Step]) -> dict[str, t
     return {kind: train(world, kind, str(folder / kind), steps) for kind in ("llama", "qwen3")}
 
 
-def test_twenty_steps_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
+def test_ten_steps_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
     # made once: a search that the time limit cuts short ends differently on every rank
     steps = [planned([len(t) for t in batch], 4, number) for number, batch in enumerate(batches())]
     results = run_ranks(4, train_each, tmp_path, steps, seconds=120)
     for kind in results[0]:
         alone = train_alone(kind)
-        assert alone[-1] < alone[0] - 1.0
+        assert alone[-1] < alone[0] - 0.5
         for losses, methods in (result[kind] for result in results):
             assert losses == pytest.approx(alone, abs=1e-3), kind
             assert len(methods) > 4

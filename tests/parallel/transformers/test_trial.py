@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from backwards import on_another_thread
 from heteromesh.errors import UserError
@@ -18,15 +18,6 @@ from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.work.reader import Reader
 from instances import random_costs, random_lengths, random_step
 from ranks import World, run_ranks
-
-transformers = pytest.importorskip("transformers", reason="the transformers extra is not installed")
-
-
-@pytest.fixture(autouse=True)
-def _inductor_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # torch sets it itself when transformers imports its compiler, and would leave it behind
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-
 
 SIZES = {
     "vocab_size": 97,
