@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 
 from heteromesh.comm.interfaces import OnceWork, Transport, Work
+from heteromesh.comm.world import World
 
+T = TypeVar("T")
 _Pair = tuple[int, int, int]
 """(sender, receiver, tag)."""
 
@@ -53,6 +59,27 @@ class InProcessMessages:
             if self._broken or not done:
                 raise ConnectionError(f"no message {number} from rank {pair[0]} to {pair[1]}")
             return self._sent[pair].pop(number)
+
+
+def run_threads(size: int, device: torch.device, act: Callable[[World], T]) -> list[T]:
+    """Returns what `act` does on each rank of a world of threads. Raises the first exception that is a rank's own."""
+    messages = InProcessMessages(size)
+
+    def member(rank: int) -> T:
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return act(World(rank=rank, size=size, device=device, exchange=messages.transport(rank)))
+        except BaseException:
+            messages.give_up()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(member, rank) for rank in range(size)]
+    errors = [e for e in (future.exception() for future in futures) if e is not None]
+    # the others' waits for it have failed too
+    for error in sorted(errors, key=lambda e: isinstance(e, ConnectionError)):
+        raise error
+    return [future.result() for future in futures]
 
 
 class _Member(Transport):

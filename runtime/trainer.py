@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from heteromesh.comm.world import join_world
+from heteromesh.parallel.model.loss import Loss
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.process.environment import COORDINATORS
@@ -35,7 +36,8 @@ class Trainer:
     with `input_ids`, `labels` (`TrainerConfig.labels` says of which kind) and perhaps `attention_mask`, whose padded
     ends are cut off; a `TokenStore` is read in part. optimizer: any torch optimizer over the model's parameters; None:
     AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called after steps, for
-    evaluations, checkpoints and at the end (`Hook`).
+    evaluations, checkpoints and at the end (`Hook`). loss: of your own, `loss(outputs, batch)`, in place of the next
+    token's cross-entropy (docs/losses.md): for classification, pairs, weights by token.
 
     Works in one process, under `heteromesh run` and under plain torchrun.
     """
@@ -49,10 +51,12 @@ class Trainer:
         *,
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         hooks: Sequence[Hook] = (),
+        loss: Loss | None = None,
     ) -> None:
         self.model, self.config, self.schedule, self.hooks = model, config, schedule, tuple(hooks)
+        self.loss = loss
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-        self.data, self.reader = data, Reader(data, config.labels)
+        self.data, self.reader = data, Reader(data, config.labels, examples=loss is not None)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
 
     def fit(self) -> TrainingReport:
@@ -98,4 +102,5 @@ class Trainer:
             config=self.config,
             given=settings_of(self.optimizer),
             hooks=self.hooks,
+            loss=self.loss,
         )

@@ -25,8 +25,8 @@ class Share:
 
     loss: float | torch.Tensor = 0.0
     """Sum over this member's tokens."""
-    valid: int = 0
-    """Those with something to predict."""
+    valid: float | torch.Tensor = 0.0
+    """What the loss is to be divided by in the end: tokens with something to predict, or weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,8 +35,8 @@ class Summed:
 
     loss: float
     """Sum over the tokens of all ranks."""
-    valid: int
-    """Those with something to predict."""
+    valid: float
+    """What it is divided by: the tokens with something to predict, or the weights of a loss of the user's own."""
     present: Mapping[nn.Parameter, bool]
     """Whether any rank has a gradient for the parameter."""
     tensors: tuple[torch.Tensor, ...]

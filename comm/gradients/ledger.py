@@ -52,7 +52,7 @@ class LedgerShare(Share):
         """Forgets everything but the memory."""
         self.passes.clear()
         self.touched.clear()
-        self.loss, self.valid = 0.0, 0
+        self.loss, self.valid = 0.0, 0.0
 
 
 class StepLedger:

@@ -253,7 +253,7 @@ class GradientReducer(GradientExchange):
         return total
 
     def _own_facts(self, flags: Sequence[bool] | None = None) -> torch.Tensor:
-        """Returns this rank's loss, its valid tokens and, for each parameter, whether it has a gradient: (2 + n,)."""
+        """Returns this rank's loss, what divides it and, for each parameter, whether it has a gradient: (2 + n,)."""
         shares = self._ledger.shares
         touched = {parameter for share in shares for parameter in share.touched}
         flags = [p in touched for p in self._homes] if flags is None else flags
@@ -283,7 +283,7 @@ class GradientReducer(GradientExchange):
         loss, valid, *flags = facts.tolist()
         return Summed(
             loss=loss,
-            valid=int(valid),
+            valid=valid,
             present={parameter: flag > 0 for parameter, flag in zip(self._homes, flags, strict=True)},
             tensors=tensors,
             digest=digest,

@@ -37,6 +37,8 @@ class PassContext:
     """How its linear attention runs; needed only where the pass has several ranks."""
     order: CallOrder | None = None
     """Of calls, where the pass has several ranks."""
+    exchange: Exchange | None = None
+    """Among them."""
 
     @property
     def tokens(self) -> int:
@@ -72,7 +74,7 @@ def prepare_pass(plan: Pass, lengths: Sequence[int], world: World, speeds: Seque
     agreement = Agreement(exchange, layout, plan.method)
     attend = split_method(plan, layout, lengths, exchange, agreement, [speeds[r] for r in plan.ranks])
     linear = LinearAttention(layout, exchange.member, exchange, agreement)
-    return PassContext(layout, exchange.member, attend, linear, CallOrder(exchange))
+    return PassContext(layout, exchange.member, attend, linear, CallOrder(exchange), exchange)
 
 
 def attention(

@@ -35,6 +35,7 @@ class ModelCall:
                 "it"
             )
         self._model, self._takes_targets = model, "targets" in parameters
+        self._needs_targets = self._takes_targets and parameters["targets"].default is inspect.Parameter.empty
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
 
     @property
@@ -46,6 +47,22 @@ class ModelCall:
         """Returns what the model makes of x (tokens, or hidden states in a pipeline); positions (1, n)."""
         result: Any = self._model(x, position_ids=positions, **self._options, **more)
         return result if isinstance(result, torch.Tensor) else _logits(result, self._model)
+
+    def outputs(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Returns what a loss of the user's own gets, (n, ...), in float32 at least. Raises UserError for other shapes."""
+        if self._needs_targets:
+            raise UserError(
+                f"{_name(self._model)}.forward needs targets, from which it makes losses itself, and there is a loss of "
+                "your own: leave loss= out, or give targets a default with which the model returns its outputs"
+            )
+        made = in_accumulation_dtype(self.output(x, positions))
+        if made.shape[:2] != positions.shape:
+            raise UserError(
+                f"{_name(self._model)} returned {tuple(made.shape)} for {positions.shape[1]} tokens in a row: with a "
+                f"loss of your own it must return a row for each token, (1, {positions.shape[1]}, ...), from which the "
+                "loss takes what it needs (batch.last(outputs): of each sequence's last token)"
+            )
+        return made.flatten(0, 1)
 
     def losses(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Returns losses (n,), in float32 at least, 0 where the label is IGNORED; positions and labels (1, n)."""

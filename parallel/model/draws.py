@@ -28,11 +28,18 @@ class TokenPlaces(NamedTuple):
     """The token's place in its sequence."""
 
 
-def token_places(segments: Sequence[Segment], places: Sequence[int], device: torch.device) -> TokenPlaces:
-    """Returns the places of a rank's tokens, given its segments and places[j] in the batch of the j-th sequence."""
+def token_places(
+    segments: Sequence[Segment], places: Sequence[int], device: torch.device, starts: Sequence[int] = ()
+) -> TokenPlaces:
+    """Returns the places of a rank's tokens, given its segments and places[j] in the batch of the j-th sequence.
+
+    starts[j]: where that begins in what the batch has in its place, if not at 0.
+    """
     sizes = [len(s) for s in segments]
     sequences = np.repeat(np.array([places[s.sequence] for s in segments], np.int64), sizes)
-    positions = np.concatenate([np.empty(0, np.int64)] + [np.arange(s.start, s.end) for s in segments])
+    positions = np.concatenate([np.empty(0, np.int64)] + [
+        np.arange(s.start, s.end) + (starts[s.sequence] if starts else 0) for s in segments
+    ])
     return TokenPlaces(torch.from_numpy(sequences).to(device), torch.from_numpy(positions).to(device))
 
 

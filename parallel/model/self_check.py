@@ -12,7 +12,6 @@ What rounding may do is measured too: the same run with every module's output of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -20,10 +19,11 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from heteromesh.comm.in_process import InProcessMessages
+from heteromesh.comm.in_process import run_threads
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
+from heteromesh.parallel.attention.layout import layout_of
 from heteromesh.parallel.model.call import IGNORED, ModelCall, eagerly, plain_name, uncompiled
 from heteromesh.parallel.model.rotary import follow_lengths
 from heteromesh.parallel.model.trace import Trace, Tracer
@@ -60,11 +60,11 @@ class _Run:
 
 
 @torch.no_grad()
-def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: bool) -> None:
+def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: bool, own_loss: bool = False) -> None:
     """Returns where packed and, with `split`, split sequences come out as each alone; the model is as before.
 
     sample: token ids (n,) of the data, one at least. longest: tokens of the data's longest sequence, up to which
-    positions are tried. Raises UserError, naming the first layer that differs, where they don't.
+    positions are tried. own_loss: the model has outputs that are no logits of labels. Raises UserError, naming the first layer that differs, where they don't.
     """
     size = min(SIZE, longest)
     device = next(model.parameters()).device
@@ -81,7 +81,7 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
         stack.enter_context(_exactly(model))
         tracer = Tracer(model)
         stack.enter_context(tracer.attached())
-        trial = _Trial(model, tracer, device)
+        trial = _Trial(model, tracer, device, own_loss)
         calls = trial.compare_packed(pair, far)
         if split and calls and whole.tokens.numel() > 1:
             trial.compare_split(whole)
@@ -90,9 +90,9 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
 class _Trial:
     """Runs of one model."""
 
-    def __init__(self, model: nn.Module, tracer: Tracer, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, tracer: Tracer, device: torch.device, own_loss: bool) -> None:
         self._model, self._tracer, self._device = model, tracer, device
-        self._call = ModelCall(model)
+        self._call, self._own_loss = ModelCall(model), own_loss
 
     def compare_packed(self, pair: Sequence[_Input], far: _Input) -> int:
         """Compares two sequences in one pass, `far` behind them, with each alone; returns the calls of attention."""
@@ -112,34 +112,26 @@ class _Trial:
         count = whole.tokens.numel()
         shards = ((count - count // 2,), (count // 2,))
         plan = Pass(ranks=(0, 1), method="gather", sequences=(0,), shards=shards, seconds=0.0)
-        messages = InProcessMessages(2)
-        worlds = [World(rank=r, size=2, device=self._device, exchange=messages.transport(r)) for r in range(2)]
-        contexts = [prepare_pass(plan, [count], world, (1.0, 1.0)) for world in worlds]
-        places = [torch.cat([torch.arange(s.start, s.end) for s in c.layout.segments[c.member]]) for c in contexts]
+        held = layout_of(plan, [count]).segments
+        places = [torch.cat([torch.arange(s.start, s.end) for s in segments]) for segments in held]
 
-        def member(rank: int) -> _Run:
-            try:
-                with torch.no_grad(), torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-                    return self._run(whole.at(places[rank].to(self._device)), contexts[rank])
-            except BaseException:
-                messages.give_up()
-                raise
+        def member(world: World) -> _Run:
+            context = prepare_pass(plan, [count], world, (1.0, 1.0))
+            with torch.no_grad():
+                return self._run(whole.at(places[world.rank].to(self._device)), context)
 
         def both() -> _Run:
-            with ThreadPoolExecutor(2) as pool:
-                futures = [pool.submit(member, rank) for rank in range(2)]
-            errors = [e for e in (future.exception() for future in futures) if e is not None]
-            # the other's wait for it has failed too
-            for error in sorted(errors, key=lambda e: isinstance(e, ConnectionError)):
-                raise error
-            return _joined([future.result() for future in futures], torch.cat(places).argsort())
+            return _joined(run_threads(2, self._device, member), torch.cat(places).argsort())
 
         seen = self._attempt("a sequence over two ranks", both)
         self._judge("a sequence over two ranks", self._run(whole), self._run_rounded(whole), seen)
 
     def _run(self, x: _Input, context: PassContext | None = None) -> _Run:
         with context.active() if context else nullcontext(), self._tracer.run(x.tokens.numel()) as trace:
-            losses = self._call.losses(x.tokens, x.positions, x.labels)
+            if self._own_loss:
+                losses = _one_number(self._call.outputs(x.tokens, x.positions))
+            else:
+                losses = self._call.losses(x.tokens, x.positions, x.labels)
         return _Run(losses.double().cpu(), trace)
 
     def _run_rounded(self, x: _Input) -> _Run:
@@ -208,6 +200,12 @@ def _sequence(tokens: torch.Tensor, first: int) -> _Input:
     positions = torch.arange(first, first + len(tokens), device=tokens.device)
     labels = torch.cat([tokens[1:], torch.full_like(tokens[:1], IGNORED)])
     return _Input(tokens[None], positions[None], labels[None])
+
+
+def _one_number(outputs: torch.Tensor) -> torch.Tensor:
+    """Returns (n,) of outputs (n, ...): a sum of all with weights that let nothing cancel out."""
+    flat = outputs.flatten(1)
+    return flat @ torch.arange(1.0, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype).sqrt() / flat.shape[1]
 
 
 def _joined(runs: Sequence[_Run], order: torch.Tensor | None = None) -> _Run:

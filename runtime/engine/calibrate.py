@@ -87,17 +87,21 @@ class _LinearSpy(LinearAttention):
         return super().__call__(*args)
 
 
+Sample = Callable[[Pass, Sequence[int], int], PassInput]
+"""Returns the input of any pass, of the data's own kind, on a rank; given the lengths of its sequences."""
+
+
 class Calibration:
     """Runs measuring passes of a model. Every rank of the world must make the same calls."""
 
     def __init__(
-        self, executor: StepExecutor, tokens: torch.Tensor, max_length: int, *, run_seconds: float = RUN_SECONDS
+        self, executor: StepExecutor, sample: Sample, max_length: int, *, run_seconds: float = RUN_SECONDS
     ) -> None:
-        """tokens: any of the data's, 1-D; repeated as often as needed. max_length: of the data's sequences.
+        """sample: of the data (`Reader.sample_input`). max_length: of the data's sequences.
 
         run_seconds: a slow device's longest measuring pass is as short as takes no longer than that.
         """
-        self._executor, self._world, self._tokens = executor, executor.world, tokens
+        self._executor, self._world, self._sample = executor, executor.world, sample
         self._longest, self._run_seconds = max(2, min(LONGEST, max_length)), run_seconds
         self._shape: tuple[ObservedAttention | None] | None = None
         """Once it has been looked at."""
@@ -254,7 +258,7 @@ class Calibration:
 
     def _look_at_attention(self) -> ObservedAttention | None:
         tokens = min(self._longest, 512)
-        plain = prepare_pass(self._alone([tokens]), [tokens], self._world, (1.0,) * self._world.size)
+        plain, given = self._prepared(self._alone([tokens]), [tokens])
         linear = _LinearSpy(plain.layout, 0, None, None)
         seen: list[tuple[torch.Size, torch.Size, int, bool]] = []
         masks: list[Mask] = []
@@ -275,7 +279,7 @@ class Calibration:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            self._executor.forward_backward(PassContext(plain.layout, 0, spy, linear), self._input(plain), 1)
+            self._executor.forward_backward(PassContext(plain.layout, 0, spy, linear), given, 1)
         if not seen:
             return None
         parameters = {p.untyped_storage().data_ptr() for p in self._executor.model.parameters()}
@@ -302,8 +306,7 @@ class Calibration:
     def _act(self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()) -> Callable[[], object]:
         if self._world.rank not in plan.ranks:  # too slow for a token
             return lambda: None
-        context = prepare_pass(plan, lengths, self._world, speeds or (1.0,) * self._world.size)
-        batch = self._input(context)
+        context, batch = self._prepared(plan, lengths, speeds)
         return lambda: self._executor.forward_backward(context, batch, max(1, batch.valid))
 
     def _timed(self, act: Callable[[], object]) -> float:
@@ -322,11 +325,11 @@ class Calibration:
             torch.cuda.synchronize(self._world.device)
         return time.perf_counter() - start
 
-    def _input(self, context: PassContext) -> PassInput:
-        segments = context.layout.segments[context.member]
-        positions = torch.cat([torch.arange(s.start, s.end) for s in segments]).unsqueeze(0)
-        tokens = self._tokens[torch.arange(positions.shape[1]) % len(self._tokens)].unsqueeze(0)
-        return PassInput(tokens, positions, tokens, valid=tokens.numel())
+    def _prepared(
+        self, plan: Pass, lengths: Sequence[int], speeds: Sequence[float] = ()
+    ) -> tuple[PassContext, PassInput]:
+        given = self._sample(plan, lengths, self._world.rank)
+        return prepare_pass(*given.divided(plan, lengths), self._world, speeds or (1.0,) * self._world.size), given
 
     def _capacity(self, shape: ObservedAttention | None, given: int | None) -> tuple[int, ...]:
         if given is not None:

@@ -13,6 +13,7 @@ from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import PassContext
+from heteromesh.parallel.model.loss import Loss, PassLosses
 from heteromesh.parallel.state.owner import hand_out
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.engine.api import Measurements, NonFinite, PassMeasure
@@ -28,7 +29,7 @@ class StepResult:
 
     loss: float
     """Sum over the valid tokens of the step, divided by their number."""
-    valid_tokens: int
+    valid_tokens: float
     busy_seconds: tuple[float, ...]
     """Per rank, in passes without waiting for peers."""
     passes: tuple[PassMeasure, ...]
@@ -49,7 +50,8 @@ class StepExecutor:
         optimizer.step()
 
     `model` and `autocast` as for `PassMajor`. `speeds`: of every world rank, as the planner had them (they decide which
-    rank works on how many heads). `scatter`: for a `ShardedOptimizer`, which takes `result.summed`.
+    rank works on how many heads). `scatter`: for a `ShardedOptimizer`, which takes `result.summed`. `loss`: of the
+    user's own, for passes that are measured; gradients of a step are not divided by its weights here.
     """
 
     def __init__(
@@ -62,8 +64,11 @@ class StepExecutor:
         checkpoint_activations: bool = False,
         seed: int = 0,
         scatter: bool = False,
+        loss: Loss | None = None,
     ) -> None:
-        engine = PassMajor(model, seed=seed, autocast=autocast, checkpoint_activations=checkpoint_activations)
+        engine = PassMajor(
+            model, seed=seed, autocast=autocast, checkpoint_activations=checkpoint_activations, loss=loss
+        )
         self._assemble(engine, GradientReducer(model.parameters(), scatter=scatter), world, speeds)
         self._scatter = scatter
 
@@ -114,7 +119,7 @@ class StepExecutor:
         exchange.committed()
         if not self._scatter and summed.tensors:
             hand_out(summed, exchange.buckets)
-        loss = summed.loss / max(1, summed.valid)
+        loss = summed.loss / (summed.valid or 1.0)
         return StepResult(
             loss=loss,
             valid_tokens=summed.valid,
@@ -127,7 +132,7 @@ class StepExecutor:
 
     def forward_backward(
         self, context: PassContext, batch: PassInput, divisor: int, offload_ratio: float = 0.0
-    ) -> torch.Tensor:
+    ) -> PassLosses:
         """Runs one pass without summing gradients; see `PassMajor.forward_backward`."""
         return self.engine.forward_backward(context, batch, divisor, self.world, offload_ratio)
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from heteromesh.comm.world import World
 from heteromesh.planner.cluster.cluster import Cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
@@ -45,9 +43,9 @@ class MemberCosts:
         """
         self._executor, self._cluster, self._capacity = executor, cluster, tokens_per_device
         self._constants = load_constants(cost_file) if cost_file is not None else None
-        self._tokens, self._longest = torch.from_numpy(reader.sample_tokens(4096)), max(reader.lengths)
+        self._sample, self._longest = reader.sample_input, max(reader.lengths)
         self._typical = [int(statistics.median(reader.lengths))]
-        calibration = Calibration(executor, self._tokens, self._longest)
+        calibration = Calibration(executor, self._sample, self._longest)
         self._shape = calibration.attention_shape()
         self._here, self._ranks = (place, nics), ranks
         self.device: DeviceCosts | None = None
@@ -78,7 +76,7 @@ class MemberCosts:
     def measure_links(self, world: World) -> LinkCosts:
         """Measures what exchanges cost; all ranks of the world together."""
         self._executor.world = world
-        calibration = Calibration(self._executor, self._tokens, self._longest)
+        calibration = Calibration(self._executor, self._sample, self._longest)
         return LinkCosts(calibration.exchange_rate(), calibration.round_seconds())
 
     def cluster_of(self, members: Sequence[int]) -> Cluster | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from heteromesh.comm.gradients.exchange import GradientExchange, Share
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
-from heteromesh.parallel.attention.layout import layout_of
+from heteromesh.parallel.attention.layout import Segment
 from heteromesh.parallel.model.call import ModelCall
 from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.layers import outermost_layers
+from heteromesh.parallel.model.loss import Loss, LossBatch, PassLosses
 from heteromesh.parallel.model.offload import offload
 from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.parallel.model.recompute import keep_activations, known_in_backward, recompute_layers
@@ -33,7 +34,8 @@ class PassMajor:
     """The `Engine` of ordinary steps.
 
     `model(input_ids, position_ids)` returns logits (1, n, vocab), as a tensor or in `.logits`; or, if it takes
-    `targets`, per-token losses (1, n). `autocast`: a dtype for torch.autocast.
+    `targets`, per-token losses (1, n). `autocast`: a dtype for torch.autocast. `loss`: of the user's own, over the
+    outputs (1, n, ...) of a model (docs/losses.md).
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class PassMajor:
         seed: int = 0,
         autocast: torch.dtype | None = None,
         checkpoint_activations: bool = False,
+        loss: Loss | None = None,
     ) -> None:
+        self._loss = loss
         self.model, self._seed, self._autocast = model, seed, autocast
         self._randomness = PassRandomness(model)
         self._call = ModelCall(model)
@@ -71,12 +75,12 @@ class PassMajor:
             ):
                 if position == mine[-1][0]:
                     exchange.last_backward()
-                ran.append((plan, places, self._pass(assignment, world, plan, position, places, share)))
+                ran.append(self._pass(assignment, world, plan, position, places, share))
         measured = timer.measurements()
         # asked once a step and when the passes are through: on a device the answer has to be waited for
-        if not ran or bool(torch.stack([losses.sum() for _, _, losses in ran]).isfinite().all()):
+        if not ran or bool(torch.stack([one.losses.sum() for one in ran]).isfinite().all()):
             return measured
-        found = [n for plan, places, losses in ran for n in _non_finite(assignment, world, plan, places, losses)]
+        found = [blamed for one in ran for blamed in one.non_finite(world.rank)]
         return replace(measured, non_finite=tuple(found))
 
     def forward_backward(
@@ -88,12 +92,12 @@ class PassMajor:
         offload_ratio: float = 0.0,
         number: int = 0,
         places: Sequence[int] = (),
-    ) -> torch.Tensor:
-        """Runs one pass without summing gradients; returns per-token losses (n,), detached, 0 where ignored.
+    ) -> PassLosses:
+        """Runs one pass without summing gradients; returns losses (n,), detached, 0 where ignored.
 
         offload_ratio: share of the activations that waits for backward in host memory.
-        number, places: the step, and places[j] of the pass's j-th sequence in its batch, by which random numbers are
-        drawn. The gradient added to the parameters is that of the losses' sum divided by `divisor`.
+        number, places: the step, and places[j] in its batch of the pass's j-th sequence (as the plan counts them),
+        by which random numbers are drawn. The gradient added to the parameters is that of the losses' sum divided by `divisor`.
         """
         device = world.device
         tokens, positions, labels = (
@@ -101,44 +105,59 @@ class PassMajor:
         )
         weights = tuple(self.model.parameters())
         where = token_places(
-            context.layout.segments[context.member], places or range(len(context.layout.lengths)), device
+            context.layout.segments[context.member],
+            batch.by_sequence(places) or range(len(context.layout.lengths)),
+            device,
+            batch.starts,
         )
         with context.active(), self._randomness.during(self._seed, number, where):
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
-                losses = self._call.losses(tokens, positions, labels)
+                if self._loss is None:
+                    made = PassLosses(self._call.losses(tokens, positions, labels), batch.valid)
+                else:
+                    made = self._own_losses(self._loss, context, batch, tokens, positions)
             if context.order is not None:
                 context.order.agree()
-            loss = losses.sum() / divisor
+            loss = made.losses.sum() / divisor
             with known_in_backward(loss):
                 loss.backward()
-        return losses.detach()
+        return PassLosses(made.losses.detach(), made.weight)
+
+    def _own_losses(
+        self, loss: Loss, context: PassContext, batch: PassInput, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> PassLosses:
+        outputs = self._call.outputs(tokens, positions)
+        given = LossBatch(context, batch.fields, parts=batch.parts_per_item, device=tokens.device)
+        return given.weighed(loss(outputs, given), outputs)
 
     def _pass(
         self, assignment: Assignment, world: World, plan: Pass, position: int, places: Sequence[int], share: Share
-    ) -> torch.Tensor:
-        """Runs a pass into a share; returns its losses by token."""
+    ) -> _Ran:
+        """Runs a pass into a share."""
         lengths, batch = [assignment.batch.lengths[i] for i in places], assignment.inputs[position]
-        context = prepare_pass(plan, lengths, world, assignment.speeds)
-        losses = self.forward_backward(
+        context = prepare_pass(*batch.divided(plan, lengths), world, assignment.speeds)
+        losses, weight = self.forward_backward(
             context, batch, assignment.divisor, world, plan.offload, assignment.number, places
         )
         share.loss += losses.double().sum()
-        share.valid += batch.valid
-        return losses
+        share.valid += weight
+        return _Ran(context.layout.segments[context.member], batch.by_sequence(places), losses)
 
 
-def _non_finite(
-    assignment: Assignment, world: World, plan: Pass, places: Sequence[int], losses: torch.Tensor
-) -> list[NonFinite]:
-    """Returns the pass's sequences whose losses on this rank are not finite."""
-    found, row, lengths = [], 0, [assignment.batch.lengths[i] for i in places]
-    for segment in layout_of(plan, lengths).segments[plan.ranks.index(world.rank)]:
-        value = float(losses[row : row + len(segment)].sum())
-        row += len(segment)
-        if not math.isfinite(value):
-            found.append(NonFinite(world.rank, places[segment.sequence], value))
-    return found
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A pass that this rank has run: what it held of which sequences (`places` in the batch), and the losses (n,)."""
+
+    segments: Sequence[Segment]
+    places: Sequence[int]
+    losses: torch.Tensor
+
+    def non_finite(self, rank: int) -> Iterator[NonFinite]:
+        """Yields the sequences whose losses on this rank are not finite."""
+        for segment, losses in zip(self.segments, self.losses.split([len(s) for s in self.segments]), strict=True):
+            if not math.isfinite(value := float(losses.sum())):
+                yield NonFinite(rank, self.places[segment.sequence], value)
 
 
 class _PassTimer:

@@ -147,8 +147,7 @@ def build_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor,
     if config.cost is not None:
         costs = bind(load_constants(Path(config.cost)), cluster)
     else:
-        sample = torch.from_numpy(reader.sample_tokens(4096))
-        calibration = Calibration(executor, sample, max(reader.lengths))
+        calibration = Calibration(executor, reader.sample_input, max(reader.lengths))
         known = known_costs(cluster, executor, calibration.attention_shape(), config.autocast)
         links = cluster_links(cluster) if cluster.measured.nic_gbit or cluster.measured.link_gbps else None
         measured = known or calibration.measure(config.tokens_per_device, links)

@@ -20,7 +20,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.training.build import build_cluster, cluster_path, plan_path
-from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job import Job, name_of
 from heteromesh.runtime.training.job_check import check_job
 
 NOTHING = "none"
@@ -35,6 +35,7 @@ WAYS_OUT = {
     ),
     "model": "build the same model on every rank",
     "optimizer": "make the same optimizer and schedule on every rank",
+    "loss": "give every rank the same loss=",
     "setting": "give every rank the same TrainerConfig",
 }
 """What to do about a difference, by the kind of fact."""
@@ -125,6 +126,7 @@ def _trainer_facts(job: Job) -> Facts:
         if setting.name not in LOCAL:
             facts[setting.name] = "setting", _setting(setting.name, getattr(config, setting.name))
     content = (job.sampler.state_dict()["dataset"], job.data_fingerprint)
+    facts["the loss"] = "loss", name_of(job.loss) or NOTHING
     facts["the data"] = "data", f"{len(job.reader.lengths)} sequences ({_digest(repr(content))})"
     facts.update((name, ("model", value)) for name, value in _model(job.model))
     facts.update((name, ("optimizer", value)) for name, value in _optimizer(job))

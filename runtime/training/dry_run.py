@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 
 from heteromesh.comm.world import World, pick_device
 from heteromesh.errors import UserError
@@ -34,7 +33,7 @@ STEPS = 3
 def dry_run(job: Job) -> None:
     """Prints the plan of the first steps and writes it to RUN_DIR/plan.json; nothing is trained."""
     check_job(job)
-    try_model(job.model, job.reader)
+    try_model(job.model, job.reader, job.loss)
     ranks = int(os.environ[DRY_RUN_VARIABLE])
     file = job.config.cluster or os.environ.get(CLUSTER_VARIABLE)
     cluster = load_cluster(Path(file)) if file else local_cluster(ranks)
@@ -74,9 +73,9 @@ def _costs(job: Job, cluster: Cluster) -> tuple[Costs, str]:
         World(device=device),
         autocast=job.config.autocast,
         checkpoint_activations=job.config.checkpoint_activations,
+        loss=job.loss,
     )
-    sample = torch.from_numpy(job.reader.sample_tokens(4096))
-    calibration = Calibration(executor, sample, max(job.reader.lengths))
+    calibration = Calibration(executor, job.reader.sample_input, max(job.reader.lengths))
     alone = calibration.measure(job.config.tokens_per_device)
     shape = calibration.attention_shape()
     costs = replace(

@@ -95,9 +95,10 @@ class ElasticJob:
             seed=config.seed,
             autocast=config.autocast,
             checkpoint_activations=config.checkpoint_activations,
+            loss=job.loss,
         )
         stack.callback(self.engine.close)
-        try_model(job.model, job.reader)
+        try_model(job.model, job.reader, job.loss)
         self.exchange = GradientReducer(job.model.parameters(), keep=True)
         stack.callback(self.exchange.close)
         self.recorder = World().recorder

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.loss import Loss
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.records.plain import from_text, to_text
@@ -39,6 +40,8 @@ class Job:
     """The optimizer's settings as this run was started with."""
     hooks: Sequence[Hook] = ()
     """The user's."""
+    loss: Loss | None = None
+    """The user's own."""
 
     def trainer_state(self, done: int, sampled: dict[str, Any]) -> dict[str, Any]:
         """Returns what a checkpoint has beside model and optimizer."""
@@ -90,6 +93,11 @@ class Job:
                 group[name] = value
                 told.append(f"{what}: {value!r} counts from here on")
         return told
+
+
+def name_of(loss: Loss | None) -> str:
+    """Returns what a loss is called, "" for none."""
+    return "" if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> Settings:

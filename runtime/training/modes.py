@@ -15,6 +15,7 @@ from heteromesh.comm.collectives.int8 import Int8Collectives
 from heteromesh.comm.gradients.exchange import GradientExchange
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -38,7 +39,7 @@ from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
-from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job import Job, name_of
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -90,9 +91,10 @@ class WholeModel(Mode):
             seed=config.seed,
             autocast=config.autocast,
             checkpoint_activations=config.checkpoint_activations,
+            loss=job.loss,
         )
         stack.callback(self.engine.close)
-        world.once(lambda: try_model(job.model, job.reader))
+        world.once(lambda: try_model(job.model, job.reader, job.loss))
         self.exchange = GradientReducer(job.model.parameters(), scatter=sharded)
         stack.callback(self.exchange.close)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
@@ -168,10 +170,15 @@ class Stages(Mode):
     def __init__(self, job: Job, world: World, cluster: Cluster, plan: Plan, basis: Basis, stack: ExitStack) -> None:
         self._job, self._world, self._cluster, self._plan, self._basis = job, world, cluster, plan, basis
         config, placement = job.config, basis.placement
+        if job.loss is not None:
+            raise UserError(
+                f"loss is {name_of(job.loss)} and the plan trains the model in pipeline stages, where only the next "
+                "token's cross-entropy is known: leave loss= out, or train without this plan file"
+            )
         check_placement(job.model, placement, world.size)
         unexpand(job.model)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
-        world.once(lambda: try_model(job.model, job.reader))
+        world.once(lambda: try_model(job.model, job.reader, None))
         sample = torch.from_numpy(job.reader.sample_tokens(8)).repeat(8)
         world.once(lambda: check_stages(job.model, placement, sample))
         self._runner = StageRunner(

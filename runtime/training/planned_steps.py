@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 
-import torch
-
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.planner.cost.passes import Costs
@@ -44,7 +42,7 @@ def planned_steps(
     sampler = Sampler(reader.lengths, batch_tokens=batch_tokens, seed=seed)
     if costs is None:
         executor = StepExecutor.of(engine, exchange, world, scatter=False)
-        costs = Calibration(executor, torch.from_numpy(reader.sample_tokens(4096)), max(reader.lengths)).measure()
+        costs = Calibration(executor, reader.sample_input, max(reader.lengths)).measure()
     known = CostLearning(FixedCosts(costs), learns=False, waits_known=True, seconds_per_step=costs.seconds_per_step)
     service = PlanService(plan_seconds) if world.rank == 0 else None
     with closing(service) if service is not None else nullcontext():

@@ -114,7 +114,7 @@ class TrainStep(Transaction):
         exposed = time.perf_counter() - waited + max(r.parameter_wait_seconds for r in reports)
         result = _Result(
             assignment=assignment,
-            summed=replace(summed, scale=assignment.divisor / max(1, summed.valid)),
+            summed=replace(summed, scale=assignment.divisor / (summed.valid or 1.0)),
             reports=reports,
             rounds=tuple(self._current.rounds),
             exposed_seconds=exposed,
@@ -130,7 +130,7 @@ class TrainStep(Transaction):
 
     def committed(self, done: Committed[_Result]) -> None:
         result, world, number = done.result, done.world, self._progress.done + 1
-        loss = result.summed.loss / max(1, result.summed.valid)
+        loss = result.summed.loss / (result.summed.valid or 1.0)
         self._check(number, loss, result)
         optimizer, schedule = self._job.optimizer, self._job.schedule
         rate = float(optimizer.param_groups[0]["lr"])

@@ -8,24 +8,29 @@ from torch import nn
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import prepare_pass
+from heteromesh.parallel.model.loss import Loss
 from heteromesh.parallel.model.pass_buffers import PassBuffers
 from heteromesh.parallel.model.self_check import check_model
 from heteromesh.parallel.model.tables import Tables, find_tables
 from heteromesh.planner.plan import Pass
+from heteromesh.runtime.engine.loss_check import check_loss
 from heteromesh.runtime.engine.passes import PassMajor
-from heteromesh.runtime.work.reader import PassInput, Reader
+from heteromesh.runtime.work.reader import Reader
 
 _SAMPLE, _LEARNING = 256, 16
 
 
-def try_model(model: nn.Module, reader: Reader) -> None:
+def try_model(model: nn.Module, reader: Reader, loss: Loss | None) -> None:
     """Returns where the model can be trained on the data exactly. Changes nothing of it.
 
     Raises UserError for ids, positions and labels outside the model's tables, and for a model that does something else
-    with packed or split sequences than with each alone.
+    with packed or split sequences than with each alone; so for a loss of the user's own.
     """
     _check_fits(find_tables(model), reader)
-    check_model(model, torch.from_numpy(reader.sample_tokens(_SAMPLE)), max(reader.lengths), split=True)
+    sample = torch.from_numpy(reader.sample_tokens(_SAMPLE))
+    check_model(model, sample, max(reader.lengths), split=True, own_loss=loss is not None)
+    if loss is not None:
+        check_loss(model, loss, reader)
 
 
 def learn_buffers(engine: PassMajor, reader: Reader, world: World) -> PassBuffers:
@@ -34,10 +39,8 @@ def learn_buffers(engine: PassMajor, reader: Reader, world: World) -> PassBuffer
     buffers = PassBuffers(engine.model)
     count = min(_LEARNING, max(reader.lengths))
     plan = Pass(ranks=(world.rank,), method="local", sequences=(0,), shards=((count,),), seconds=0.0)
-    context = prepare_pass(plan, [count], world, (1.0,) * world.size)
-    tokens = torch.from_numpy(reader.sample_tokens(count))
-    tokens = tokens[torch.arange(count) % len(tokens)][None]
-    given = PassInput(tokens, torch.arange(count)[None], tokens, count)
+    given = reader.sample_input(plan, [count], world.rank)
+    context = prepare_pass(*given.divided(plan, [count]), world, (1.0,) * world.size)
     buffers.learn(lambda: engine.forward_backward(context, given, count, world))
     for parameter in engine.model.parameters():
         parameter.grad = None

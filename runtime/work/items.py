@@ -83,8 +83,8 @@ def item_of(given: Any, index: int, labels: Labels) -> Item:
     padded ends are cut off.
     """
     if not isinstance(given, Mapping):
-        ids = _whole_numbers(given, index)
-        return Item(ids, _next(ids))
+        ids = whole_numbers(given, index)
+        return Item(ids, next_ids(ids))
     for name in ("input_ids", "labels"):
         if name not in given:
             raise UserError(
@@ -92,16 +92,16 @@ def item_of(given: Any, index: int, labels: Labels) -> Item:
                 f"input_ids and "
                 "labels, or the row of token ids alone, whose labels are its next tokens"
             )
-    ids, targets = _whole_numbers(given["input_ids"], index), _whole_numbers(given["labels"], index)
+    ids, targets = whole_numbers(given["input_ids"], index), whole_numbers(given["labels"], index)
     if len(ids) != len(targets):
         raise UserError(
             f"sequence {index} of the data has {len(ids)} input_ids and {len(targets)} labels: "
             f"give one label a token, {IGNORED} where there is nothing to predict"
         )
     if given.get("attention_mask") is not None:
-        kept = _kept(_whole_numbers(given["attention_mask"], index), len(ids), index)
+        kept = kept_by_mask(whole_numbers(given["attention_mask"], index), len(ids), index)
         ids, targets = ids[kept], targets[kept]
-    return Item(ids, _next(targets) if labels == "unshifted" else targets)
+    return Item(ids, next_ids(targets) if labels == "unshifted" else targets)
 
 
 def look_at(items: Iterable[Any], labels: Labels) -> tuple[tuple[int, ...], DataFacts]:
@@ -115,8 +115,8 @@ def look_at(items: Iterable[Any], labels: Labels) -> tuple[tuple[int, ...], Data
         ids, targets = item = item_of(given, index, labels)
         lengths.append(len(ids))
         trained = targets[targets != IGNORED]
-        _widen(facts.ids, ids, index)
-        _widen(facts.targets, trained, index)
+        widen(facts.ids, ids, index)
+        widen(facts.targets, trained, index)
         facts.untrained += not len(trained)
         if isinstance(given, Mapping) and len(trained):
             labelled += 1
@@ -162,7 +162,7 @@ def _is_other_kind(item: Item, labels: Labels) -> bool:
     """Whether the labels are those of the other setting: what is predicted is the token itself, or the one after
     next."""
     ids, targets = item
-    own, right = (ids, _next(ids)) if labels == "shifted" else (_next(_next(ids)), _next(ids))
+    own, right = (ids, next_ids(ids)) if labels == "shifted" else (next_ids(next_ids(ids)), next_ids(ids))
     seen = targets != IGNORED
     if labels == "unshifted":
         seen = seen & (own != IGNORED)
@@ -170,7 +170,8 @@ def _is_other_kind(item: Item, labels: Labels) -> bool:
     return count >= _TOLD_APART and bool((targets == own)[seen].all()) and not bool((targets == right)[seen].all())
 
 
-def _kept(mask: Row, length: int, index: int) -> slice:
+def kept_by_mask(mask: Row, length: int, index: int) -> slice:
+    """Returns what of a sequence an attention mask leaves. Raises UserError where that is not one piece."""
     if len(mask) != length:
         raise UserError(
             f"sequence {index} of the data has {length} input_ids and an attention_mask of {len(mask)}: "
@@ -189,7 +190,7 @@ def _kept(mask: Row, length: int, index: int) -> slice:
     return slice(first, end)
 
 
-def _widen(found: list[Extreme], values: Row, index: int) -> None:
+def widen(found: list[Extreme], values: Row, index: int) -> None:
     """Has `found` tell of these values too."""
     if not len(values):
         return
@@ -202,11 +203,13 @@ def _widen(found: list[Extreme], values: Row, index: int) -> None:
         found[1] = Extreme(high, index)
 
 
-def _next(row: Row) -> Row:
+def next_ids(row: Row) -> Row:
+    """Returns for each token the one after it, IGNORED for the last."""
     return np.append(row[1:], IGNORED) if len(row) else row
 
 
-def _whole_numbers(values: Any, index: int) -> Row:
+def whole_numbers(values: Any, index: int) -> Row:
+    """Returns a row of ids. Raises UserError, naming the sequence of the data, for what is none."""
     array = np.asarray(values)
     if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise UserError(

@@ -104,7 +104,7 @@ def _measure(world: World, spec: ModelSpec, layers: int, tokens: int, dtype: str
     try:
         sample = torch.arange(4096) * 7919 % spec.vocab
         # the length is fitted to the probe's time, which is more than a run's
-        costs = Calibration(executor, sample, tokens, run_seconds=math.inf).measure(rate=rate)
+        costs = Calibration(executor, Reader([sample]).sample_input, tokens, run_seconds=math.inf).measure(rate=rate)
         executor.speeds = costs.speeds
         return replace(costs, seconds_per_step=_step_overhead(executor, costs, sample, tokens // 4))
     finally:
