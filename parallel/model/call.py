@@ -49,11 +49,11 @@ class ModelCall:
         return result if isinstance(result, torch.Tensor) else _logits(result, self._model)
 
     def outputs(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Returns what a loss of the user's own gets, (n, ...), in float32 at least. Raises UserError for other shapes."""
+        """Returns what a loss of the user's own gets, (n, ...), in float32 at least. Raises UserError for others."""
         if self._needs_targets:
             raise UserError(
-                f"{_name(self._model)}.forward needs targets, from which it makes losses itself, and there is a loss of "
-                "your own: leave loss= out, or give targets a default with which the model returns its outputs"
+                f"{_name(self._model)}.forward needs targets, from which it makes losses itself, and there is a loss "
+                "of your own: leave loss= out, or give targets a default with which the model returns its outputs"
             )
         made = in_accumulation_dtype(self.output(x, positions))
         if made.shape[:2] != positions.shape:

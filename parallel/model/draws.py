@@ -37,9 +37,9 @@ def token_places(
     """
     sizes = [len(s) for s in segments]
     sequences = np.repeat(np.array([places[s.sequence] for s in segments], np.int64), sizes)
-    positions = np.concatenate([np.empty(0, np.int64)] + [
-        np.arange(s.start, s.end) + (starts[s.sequence] if starts else 0) for s in segments
-    ])
+    positions = np.concatenate(
+        [np.empty(0, np.int64)] + [np.arange(s.start, s.end) + (starts[s.sequence] if starts else 0) for s in segments]
+    )
     return TokenPlaces(torch.from_numpy(sequences).to(device), torch.from_numpy(positions).to(device))
 
 

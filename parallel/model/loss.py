@@ -18,8 +18,8 @@ class PassLosses(NamedTuple):
 
     losses: torch.Tensor
     """(n,) by token, weighted; an item's is at its last token. Their sum has the gradient."""
-    weight: float | torch.Tensor
-    """What the losses' sum is to be divided by, over all ranks and passes of a step."""
+    weights: torch.Tensor
+    """(n,) likewise; the losses' sum is to be divided by theirs, over all ranks and passes of a step."""
 
 
 class LossBatch:
@@ -81,9 +81,8 @@ class LossBatch:
     def _gathered(self, values: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
         own = values.new_zeros(self._sequences, *values.shape[1:]).index_add(0, sequences, values)
         by_item = own.unflatten(0, (-1, self._parts)) if self._parts > 1 else own
-        if self._exchange is None:
-            found = by_item[self._mine]
-        else:
+        found = by_item[self._mine]
+        if self._exchange is not None:
             found = _ToOwners.apply(by_item, self._exchange, self._owned)  # type: ignore[no-untyped-call]
         self._made.append(found)
         return found
@@ -99,7 +98,9 @@ class LossBatch:
         """Returns what a loss has returned as losses by token. Raises UserError for what is no loss."""
         values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         if not isinstance(values, torch.Tensor) or values.shape not in ((self.tokens,), (self.items,)):
-            what = f"a tensor {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+            what = (
+                f"a tensor {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+            )
             raise UserError(
                 f"the loss returned {what} for {self.tokens} tokens and {self.items} items that end here: return one "
                 "value a token or one an item (or these and their weights), not their mean, which is taken over the "
@@ -112,10 +113,10 @@ class LossBatch:
             )
         losses = (values * weights).masked_fill(weights == 0, 0.0)
         if len(losses) != self.tokens:
-            losses = losses.new_zeros(self.tokens).index_copy(0, self._ends, losses)
+            losses, weights = (t.new_zeros(self.tokens).index_copy(0, self._ends, t) for t in (losses, weights))
         # peers wait in their backward for this rank's, whatever the loss has left out here
         ties = [tensor.flatten()[:0].sum().to(losses) for tensor in (outputs, *self._made)]
-        return PassLosses(losses + torch.stack(ties).sum(), weights.double().sum())
+        return PassLosses(losses + torch.stack(ties).sum(), weights)
 
 
 Loss = Callable[[torch.Tensor, LossBatch], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]

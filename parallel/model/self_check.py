@@ -64,7 +64,8 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
     """Returns where packed and, with `split`, split sequences come out as each alone; the model is as before.
 
     sample: token ids (n,) of the data, one at least. longest: tokens of the data's longest sequence, up to which
-    positions are tried. own_loss: the model has outputs that are no logits of labels. Raises UserError, naming the first layer that differs, where they don't.
+    positions are tried. own_loss: the model's outputs are no logits of labels. Raises UserError, naming the
+    first layer that differs, where they don't.
     """
     size = min(SIZE, longest)
     device = next(model.parameters()).device

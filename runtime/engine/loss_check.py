@@ -37,15 +37,18 @@ def check_loss(model: nn.Module, loss: Loss, reader: Reader) -> None:
     def total(members: int, *chosen: int) -> torch.Tensor:
         return _total(loss, reader, [(examples[i], outputs[i]) for i in chosen], members, device)
 
-    alone = total(1, 0) + total(1, 1)
+    alone = torch.cat([total(1, 0), total(1, 1)])
     for what, seen in (("packed", total(1, 0, 1)), ("split over two ranks", total(2, 0, 1))):
         if not torch.allclose(seen, alone, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
             raise UserError(
-                f"the loss comes to {seen[0]:.6g} with weight {seen[1]:.6g} for two items {what}, and to {alone[0]:.6g} "
-                f"with weight {alone[1]:.6g} for each alone: it must treat each item by itself, return values and not "
-                "their mean, and bring what a sequence's tokens have together with batch.sum and batch.last "
-                "(docs/losses.md)"
+                f"the loss comes to {_told(seen)} for two items {what}, and to {_told(alone)} for each alone (losses "
+                "and weights): it must treat each item by itself, return values and not their mean, and bring what a "
+                "sequence's tokens have together with batch.sum and batch.last (docs/losses.md)"
             )
+
+
+def _told(totals: torch.Tensor) -> str:
+    return " and ".join(f"{loss:.6g} ({weight:.6g})" for loss, weight in totals.tolist())
 
 
 def _outputs(call: ModelCall, example: Example, device: torch.device) -> list[torch.Tensor]:
@@ -57,11 +60,13 @@ def _outputs(call: ModelCall, example: Example, device: torch.device) -> list[to
 def _total(
     loss: Loss, reader: Reader, items: list[tuple[Example, list[torch.Tensor]]], members: int, device: torch.device
 ) -> torch.Tensor:
-    """Returns the loss and its weight of items in one pass over so many ranks: (2,)."""
+    """Returns the losses and weights of items in one pass over so many ranks: (items, 2)."""
     lengths = [sum(map(len, example.ids)) for example, _ in items]
     shards = tuple(tuple(n * (m + 1) // members - n * m // members for n in lengths) for m in range(members))
     method = "gather" if members > 1 else "local"
-    plan = Pass(ranks=tuple(range(members)), method=method, sequences=tuple(range(len(items))), shards=shards, seconds=0)
+    plan = Pass(
+        ranks=tuple(range(members)), method=method, sequences=tuple(range(len(items))), shards=shards, seconds=0
+    )
     parts = [row for _, outputs in items for row in outputs]
 
     def member(world: World) -> torch.Tensor:
@@ -70,7 +75,9 @@ def _total(
         segments = context.layout.segments[context.member]
         outputs = torch.cat([parts[0][:0], *(parts[s.sequence][s.start : s.end] for s in segments)])
         batch = LossBatch(context, given.fields, parts=given.parts_per_item, device=device)
-        losses, weight = batch.weighed(loss(outputs, batch), outputs)
-        return torch.stack([losses.double().sum(), torch.as_tensor(weight).double()]).cpu()
+        made = batch.weighed(loss(outputs, batch), outputs)
+        item = torch.tensor([s.sequence // given.parts_per_item for s in segments for _ in range(len(s))])
+        values = torch.stack([made.losses, made.weights], 1).double().cpu()
+        return torch.zeros(len(items), 2, dtype=torch.float64).index_add(0, item.long(), values)
 
     return torch.stack(run_threads(members, device, member)).sum(0)

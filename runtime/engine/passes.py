@@ -16,7 +16,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.layout import Segment
-from heteromesh.parallel.model.call import ModelCall
+from heteromesh.parallel.model.call import IGNORED, ModelCall
 from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.layers import outermost_layers
 from heteromesh.parallel.model.loss import Loss, LossBatch, PassLosses
@@ -97,7 +97,8 @@ class PassMajor:
 
         offload_ratio: share of the activations that waits for backward in host memory.
         number, places: the step, and places[j] in its batch of the pass's j-th sequence (as the plan counts them),
-        by which random numbers are drawn. The gradient added to the parameters is that of the losses' sum divided by `divisor`.
+        by which random numbers are drawn. The gradient added to the parameters is that of the losses' sum divided by
+        `divisor`.
         """
         device = world.device
         tokens, positions, labels = (
@@ -114,7 +115,7 @@ class PassMajor:
             moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
             with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
                 if self._loss is None:
-                    made = PassLosses(self._call.losses(tokens, positions, labels), batch.valid)
+                    made = PassLosses(self._call.losses(tokens, positions, labels), labels[0] != IGNORED)
                 else:
                     made = self._own_losses(self._loss, context, batch, tokens, positions)
             if context.order is not None:
@@ -122,7 +123,7 @@ class PassMajor:
             loss = made.losses.sum() / divisor
             with known_in_backward(loss):
                 loss.backward()
-        return PassLosses(made.losses.detach(), made.weight)
+        return PassLosses(made.losses.detach(), made.weights)
 
     def _own_losses(
         self, loss: Loss, context: PassContext, batch: PassInput, tokens: torch.Tensor, positions: torch.Tensor
@@ -137,11 +138,11 @@ class PassMajor:
         """Runs a pass into a share."""
         lengths, batch = [assignment.batch.lengths[i] for i in places], assignment.inputs[position]
         context = prepare_pass(*batch.divided(plan, lengths), world, assignment.speeds)
-        losses, weight = self.forward_backward(
+        losses, weights = self.forward_backward(
             context, batch, assignment.divisor, world, plan.offload, assignment.number, places
         )
         share.loss += losses.double().sum()
-        share.valid += weight
+        share.valid += weights.double().sum()
         return _Ran(context.layout.segments[context.member], batch.by_sequence(places), losses)
 
 

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-
 from heteromesh.comm.world import World, pick_device
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster

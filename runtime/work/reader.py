@@ -182,7 +182,9 @@ class Reader:
         """Returns some of the data's tokens (at most `count`, at least one)."""
         parts, have = [], 0
         for index, length in enumerate(self.lengths):
-            parts.append(np.concatenate(self._example(index).ids) if self._form else self._read(index, 0, length, length)[0])
+            parts.append(
+                np.concatenate(self._example(index).ids) if self._form else self._read(index, 0, length, length)[0]
+            )
             have += length
             if have >= count:
                 break

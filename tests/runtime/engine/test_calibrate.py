@@ -55,7 +55,7 @@ def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, floa
     """Bytes of a pass over all ranks, for each method, beside what the exact and the linear prediction say."""
     config = replace(TINY, kv_heads=max(2, world.size))
     executor = StepExecutor(Llama(config), world, checkpoint_activations=recompute)
-    calibration = Calibration(executor, torch.arange(61), 48)
+    calibration = Calibration(executor, Reader([torch.arange(61)]).sample_input, 48)
     shape = calibration.attention_shape()
     assert shape is not None
     assert (shape.calls, shape.heads, shape.kv_heads, shape.dim, shape.itemsize) == (2, 4, config.kv_heads, 8, 4)
@@ -91,7 +91,7 @@ def test_predicted_bytes_are_the_sent_ones(ranks: int, recompute: bool) -> None:
 
 
 def measured(world: World) -> tuple[float, tuple[float, ...], tuple[int, ...]]:
-    costs = Calibration(StepExecutor(Llama(TINY), world), torch.arange(61), 256).measure()
+    costs = Calibration(StepExecutor(Llama(TINY), world), Reader([torch.arange(61)]).sample_input, 256).measure()
     assert costs.seconds_per_token2 + costs.seconds_per_token > 0
     seconds = costs.pass_seconds((0,), "local", [256], [[256]])
     return seconds, costs.speeds, costs.capacity
@@ -118,7 +118,7 @@ def test_a_slow_device_measures_shorter_passes(power: int, slowness: float) -> N
         return tried[-1]
 
     world = SimpleNamespace(rank=0, gather=lambda mine: [mine, LONGEST])
-    calibration = Calibration(SimpleNamespace(world=world), torch.arange(61), 100_000)
+    calibration = Calibration(SimpleNamespace(world=world), None, 100_000)
     calibration._act = lambda plan, lengths: lengths[0]
     calibration._once = seconds
     length = calibration._affordable()
@@ -132,7 +132,7 @@ def test_a_slow_device_measures_shorter_passes(power: int, slowness: float) -> N
 def test_without_a_limit_the_longest_pass_is_measured_however_long_it_takes() -> None:
     calibration = Calibration(
         SimpleNamespace(world=SimpleNamespace(rank=0, gather=lambda mine: [mine])),
-        torch.arange(61),
+        None,
         100_000,
         run_seconds=math.inf,
     )

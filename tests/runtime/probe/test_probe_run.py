@@ -260,7 +260,7 @@ def costs_used(world: World, folder: str) -> list[bool]:
     for layers in (1, 2):
         executor = StepExecutor(Decoder(SPEC, layers), world)
         reader = Reader([torch.arange(50) % 61] * 3)
-        shape = Calibration(executor, torch.arange(61), 50).attention_shape()
+        shape = Calibration(executor, reader.sample_input, 50).attention_shape()
         known = known_costs(cluster, executor, shape, None)
         costs = build_costs(config, cluster, executor, reader)
         answers += [known is not None, costs == measured_costs(cluster)]

@@ -1,5 +1,6 @@
-"""Losses of the user's own against plain torch: one item at a time, the weighted mean over the step."""
+"""Losses of docs/losses.md against plain torch: one item at a time, the weighted mean over the step."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as functional
 
 import heteromesh as hm
-from heteromesh.parallel.model.loss import LossBatch
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
 
-STEPS, CLASSES, BETA = 4, 3, 0.3
+STEPS = 4
 random = np.random.RandomState(5)
 LENGTHS = [int(n) for n in random.randint(2, 90, 40)]
 Item = dict[str, Any]
@@ -25,7 +25,7 @@ def ids(length: int) -> np.ndarray:
     return random.randint(TINY.vocab, size=length)
 
 
-CLASSIFIED: list[Item] = [{"input_ids": ids(n), "label": int(random.randint(CLASSES))} for n in LENGTHS]
+CLASSIFIED: list[Item] = [{"input_ids": ids(n), "label": int(random.randint(TINY.vocab))} for n in LENGTHS]
 WEIGHTED: list[Item] = [
     {"input_ids": ids(n), "weights": random.rand(n) * (random.rand(n) < 0.7)} for n in LENGTHS
 ]  # fmt: skip
@@ -34,24 +34,14 @@ PAIRS: list[Item] = [
 ]  # fmt: skip
 
 
-def classification(outputs: torch.Tensor, batch: LossBatch) -> torch.Tensor:
-    return functional.cross_entropy(batch.last(outputs)[:, :CLASSES], batch["label"], reduction="none")
-
-
-def weighted(outputs: torch.Tensor, batch: LossBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    losses = functional.cross_entropy(outputs, batch["labels"], reduction="none")
-    return losses, batch["weights"] * (batch["labels"] != -100)
-
-
-def preference(outputs: torch.Tensor, batch: LossBatch) -> torch.Tensor:
-    """DPO of pairs (chosen, rejected), given a reference model's log-probabilities."""
-    chosen, rejected = (batch.sum(-functional.cross_entropy(outputs, batch["labels"], reduction="none"))).unbind(1)
-    margin = (chosen - batch["reference"][:, 0]) - (rejected - batch["reference"][:, 1])
-    return -functional.logsigmoid(BETA * margin / 10)
+DOCUMENTED: dict[str, Any] = {}
+"""The functions of docs/losses.md."""
+page = Path(__file__, "../../../../docs/losses.md").resolve().read_text()
+exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), DOCUMENTED)
 
 
 def plain_classification(model: Llama, item: Item) -> tuple[torch.Tensor, float]:
-    return functional.cross_entropy(scores(model, item["input_ids"])[-1, :CLASSES], torch.tensor(item["label"])), 1.0
+    return functional.cross_entropy(scores(model, item["input_ids"])[-1], torch.tensor(item["label"])), 1.0
 
 
 def plain_weighted(model: Llama, item: Item) -> tuple[torch.Tensor, float]:
@@ -66,13 +56,13 @@ def plain_preference(model: Llama, item: Item) -> tuple[torch.Tensor, float]:
         for row in item["input_ids"]
     ]
     chosen, rejected = (s - float(r) for s, r in zip(sums, item["reference"], strict=True))
-    return -functional.logsigmoid(BETA * (chosen - rejected) / 10), 1.0
+    return -functional.logsigmoid(0.1 * (chosen - rejected)), 1.0
 
 
 KINDS: dict[str, tuple[list[Item], Any, Callable[[Llama, Item], tuple[torch.Tensor, float]]]] = {
-    "classification": (CLASSIFIED, classification, plain_classification),
-    "weights by token": (WEIGHTED, weighted, plain_weighted),
-    "pairs": (PAIRS, preference, plain_preference),
+    "classification": (CLASSIFIED, DOCUMENTED["classification"], plain_classification),
+    "weights by token": (WEIGHTED, DOCUMENTED["weighted"], plain_weighted),
+    "pairs": (PAIRS, DOCUMENTED["preference"], plain_preference),
 }
 
 
@@ -87,8 +77,8 @@ def job(kind: str, folder: Path, ranks: int, **changes: Any) -> tuple[hm.Trainer
     model, seen = Llama(TINY), list[set[int]]()
 
     class Look(hm.Hook):
-        def step(self, done: hm.StepCommitted) -> None:
-            seen.append({len(p.ranks) for r in done.rounds for p in r.plan.passes})
+        def step_committed(self, step: hm.StepCommitted) -> None:
+            seen.append({len(p.ranks) for r in step.rounds for p in r.plan.passes})
 
     # no rank alone can hold the longest
     room = None if ranks == 1 else int(max(total(item) for item in data) * 0.75)

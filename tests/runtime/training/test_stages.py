@@ -187,6 +187,21 @@ def test_what_does_not_fit_is_told_in_one_sentence(
         assert "\n" not in told
 
 
+def fit_with_a_loss(world: World, folder: Path, plan: Path) -> str:
+    trainer, _ = make_trainer(folder, False, plan=plan)
+    try:
+        hm.Trainer(trainer.model, None, trainer.data, trainer.config, loss=lambda outputs, batch: outputs[:, 0]).fit()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
+    plan = write_stage_plan(tmp_path / "plan.json", simple(1, 3))
+    for told in run_ranks(2, fit_with_a_loss, tmp_path / "run", plan, seconds=60):
+        assert "<lambda> and the plan trains the model in pipeline stages" in told
+
+
 class Scaled(Llama):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         cos, sin = self._rope(position_ids)
