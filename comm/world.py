@@ -124,16 +124,7 @@ class World:
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's `value` (see comm/codec.py), in rank order, on every rank (statistics group; blocks)."""
-        if self.size == 1:
-            return [value]
-        mine = to_tensor(value)
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.statistics)
-        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-        padded[: mine.numel()] = mine
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded, group=self.statistics)
-        return [from_tensor(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+        return gather_over(self.statistics, value) if self.size > 1 else [value]
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Sums a CPU vector over the ranks element by element, in place (statistics group; blocks)."""
@@ -156,6 +147,18 @@ class World:
         """Returns when every rank is here."""
         if self.size > 1:
             dist.barrier(group=self.statistics)
+
+
+def gather_over(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """Returns the `value` (see comm/codec.py) of every rank of a gloo group, in rank order, on every rank; blocks."""
+    size, mine = dist.get_world_size(group), to_tensor(value)
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(size)]
+    dist.all_gather(sizes, torch.tensor([mine.numel()]), group=group)
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
+    padded[: mine.numel()] = mine
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded, group=group)
+    return [from_tensor(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _memory_of(tensor: torch.Tensor) -> torch.Tensor:

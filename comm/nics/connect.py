@@ -6,7 +6,6 @@ import secrets
 import socket
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,6 +14,7 @@ from heteromesh.comm.tcp.abort import Abort, GroupAborted
 from heteromesh.comm.tcp.connect import Address, Place, build
 from heteromesh.comm.tcp.listen import Listener
 from heteromesh.comm.tcp.transport import TcpTransport
+from heteromesh.comm.world import gather_over
 from heteromesh.errors import UserError
 from heteromesh.planner.reduction.nics import Split
 
@@ -47,10 +47,10 @@ def open_nics(
     all could be connected.
     """
     rank = group.rank()
-    secret = _tell(group, secrets.token_bytes(32) if rank == 0 else b"")[0]
+    secret = gather_over(group, secrets.token_bytes(32) if rank == 0 else b"")[0]
     listener, problem = _listen(rank, secret, addresses, nics[hosts[rank]])
     try:
-        told = _tell(group, (listener.addresses if listener else (), problem))
+        told = gather_over(group, (listener.addresses if listener else (), problem))
         if problems := [its for _, its in told if its]:
             raise UserError(problems[0])
         assert listener is not None
@@ -62,12 +62,6 @@ def open_nics(
         _limit(sock, seconds)
     schedulers = {peer: DeficitRoundRobin(connection_shares(rank, peer, hosts, nics, split)) for peer in sockets}
     return TcpTransport(rank=rank, size=len(hosts), epoch=0, sockets=sockets, abort=Abort(), schedulers=schedulers)
-
-
-def _tell(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    told = [None] * group.size()
-    dist.all_gather_object(told, mine, group=group)
-    return told
 
 
 def _listen(rank: int, secret: bytes, addresses: Sequence[str], count: int) -> tuple[Listener | None, str]:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from heteromesh.comm.codec import decode, encode
+import heteromesh
+from heteromesh.comm.codec import decode, encode, from_tensor, to_tensor
+from heteromesh.comm.world import gather_over
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.devices import DeviceCosts
+from ranks import World, run_ranks
 
 
 class Evil:
@@ -68,3 +72,44 @@ def test_bytes_that_would_run_something_run_nothing(tmp_path: Path) -> None:
 def test_what_can_not_travel_is_told_by_its_sender() -> None:
     with pytest.raises(UserError, match=r"Evil can't be told to other ranks"):
         encode([Evil])
+
+
+def send_code(world: World, trace: Path) -> str:
+    """Rank 1 sends code where a value is expected; returns what rank 0 says to it."""
+    if world.rank == 1:
+        gather_over_as_is(world, pickle.dumps(Evil(trace)))
+        return ""
+    with pytest.raises(pickle.UnpicklingError) as told:
+        gather_over(world.gradients, "a value")
+    return str(told.value)
+
+
+def gather_over_as_is(world: World, data: bytes) -> None:
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(2)]
+    torch.distributed.all_gather(sizes, torch.tensor([len(data)]), group=world.gradients)
+    padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+    padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    torch.distributed.all_gather([torch.empty_like(padded) for _ in range(2)], padded, group=world.gradients)
+
+
+def test_a_rank_can_send_no_code_over_a_group(tmp_path: Path) -> None:
+    assert from_tensor(to_tensor("a value")) == "a value"
+    told, _ = run_ranks(2, send_code, tmp_path / "ran")
+    assert "posix.system: only plain values and tensors travel" in told
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nothing_of_others_is_unpickled_plainly() -> None:
+    root = Path(heteromesh.__file__).parent
+    plain = re.compile(
+        r"pickle\.loads?\(|(gather|cast|scatter|send|recv)_object(_list)?\(|torch\.load\((?!.*weights_only=True)"
+        "|allow_pickle=True"
+    )
+    found = {
+        str(path.relative_to(root))
+        for name in ("planner", "comm", "parallel", "faults", "runtime")
+        for path in (root / name).rglob("*.py")
+        if plain.search(path.read_text())
+    }
+    # both ends of a pipe between a process and its own child
+    assert found == {"planner/sequences/service.py", "runtime/work/plan_service.py"}
