@@ -10,12 +10,13 @@ from collections.abc import Callable
 class GroupAborted(RuntimeError):
     """The group's transport is gone; nothing that was under way may be used.
 
-    `peer` is the rank whose connection failed, when that was the cause; None when the abort was asked for.
+    `peer` is the rank whose connection failed, when that was the cause; None when the abort was asked for. `disagreed`:
+    it sent something else than this rank expects, so both are well and would do the same again.
     """
 
-    def __init__(self, reason: str, *, peer: int | None = None) -> None:
+    def __init__(self, reason: str, *, peer: int | None = None, disagreed: bool = False) -> None:
         super().__init__(reason)
-        self.peer = peer
+        self.peer, self.disagreed = peer, disagreed
 
 
 class Abort:
@@ -51,7 +52,7 @@ class Abort:
     def check(self) -> None:
         """Raises GroupAborted when the state is set. A fresh exception each time: tracebacks must not pile up."""
         if self.error is not None:
-            raise GroupAborted(str(self.error), peer=self.error.peer)
+            raise GroupAborted(str(self.error), peer=self.error.peer, disagreed=self.error.disagreed)
 
     def on_set(self, call: Callable[[], None]) -> None:
         """Calls this in the aborting thread when the state is set; at once when it is."""

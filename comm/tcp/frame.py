@@ -21,6 +21,10 @@ class FrameError(ConnectionError):
     """Bytes that are no frame of this epoch, or not what was agreed on."""
 
 
+class SizeMismatch(FrameError):
+    """A message of another size than its receive: the two ranks are not at the same point of what they do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One piece of a message."""

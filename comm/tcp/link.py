@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from heteromesh.comm.tcp.frame import HEADER, Frame, FrameError, checksum, unpack
+from heteromesh.comm.tcp.frame import HEADER, Frame, FrameError, SizeMismatch, checksum, unpack
 
 LOCAL_BUFFER = 1 << 18
 
@@ -208,7 +208,7 @@ class Link:
             self.parked = frame
             return
         if len(message.view) != frame.total:
-            raise FrameError(
+            raise SizeMismatch(
                 f"message {frame.sequence} with tag {frame.tag} has {frame.total} bytes, "
                 f"its receive has room for {len(message.view)}"
             )

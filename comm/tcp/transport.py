@@ -19,7 +19,7 @@ import torch
 
 from heteromesh.comm.interfaces import Work
 from heteromesh.comm.tcp.abort import Abort, GroupAborted
-from heteromesh.comm.tcp.frame import Frame, bytes_of
+from heteromesh.comm.tcp.frame import Frame, SizeMismatch, bytes_of
 from heteromesh.comm.tcp.link import Link, LinkScheduler, Message, Outbox
 from heteromesh.comm.tcp.records import Records
 
@@ -276,7 +276,7 @@ class TcpTransport:
             try:
                 link.fill(end, _BUDGET)
             except OSError as error:
-                self._lost(link, str(error))
+                self._lost(link, error)
                 return
             if link.parked is not None:
                 self._interest(link)
@@ -287,7 +287,7 @@ class TcpTransport:
         try:
             more = link.flush(end.scheduler.outbox(link.place), end)
         except OSError as error:
-            self._lost(link, str(error))
+            self._lost(link, error)
             return
         if more != (link.fd in self._writing):
             (self._writing.add if more else self._writing.discard)(link.fd)
@@ -312,9 +312,10 @@ class TcpTransport:
             del self._links[link.fd]
             link.close()
 
-    def _lost(self, link: Link, reason: str) -> None:
+    def _lost(self, link: Link, reason: OSError | str) -> None:
         # the state's callback wants the lock, which this thread holds
-        error = GroupAborted(f"rank {self.rank} lost rank {link.peer}: {reason}", peer=link.peer)
+        what = f"rank {self.rank} lost rank {link.peer}: {reason}"
+        error = GroupAborted(what, peer=link.peer, disagreed=isinstance(reason, SizeMismatch))
         self._lock.release()
         try:
             self.abort.set(error)
@@ -343,7 +344,7 @@ class TcpTransport:
             if link.resume(end):
                 self._interest(link)
         except OSError as error:
-            self._lost(link, str(error))
+            self._lost(link, error)
 
     def _absorb(self, end: _Peer) -> None:
         """Makes room for what arrived too early, so that the message somebody waits for can come behind it."""
@@ -358,7 +359,7 @@ class TcpTransport:
     def _adopt(self, end: _Peer, key: tuple[int, int], early: Message, view: memoryview) -> Message:
         """Posts the receive of a message that has come, or is coming, before it."""
         if len(early.view) != len(view):
-            raise ValueError(
+            raise SizeMismatch(
                 f"message {early.sequence} with tag {early.tag} has {len(early.view)} bytes, "
                 f"its receive has room for {len(view)}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 
-from heteromesh.comm.exchange import Exchange
+from heteromesh.comm.exchange import ALIKE, Exchange
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.scope import backward_number
 
@@ -27,8 +27,12 @@ class CallOrder:
         if backward_number() == -1:
             self._calls.append(self.layer)
 
-    def agree(self) -> None:
-        """Returns when every member's forward has made the same calls. Raises UserError on every one otherwise."""
+    def agree(self, then: str = "") -> None:
+        """Returns when every member's forward has made the same calls since the last time. Raises UserError otherwise.
+
+        then: what all members are about to exchange.
+        """
+        self._calls += [then] if then else []
         mine = len(self._calls) << 32 | zlib.crc32("\n".join(self._calls).encode())
         self._calls.clear()
         told = self._exchange.agree(mine)
@@ -38,7 +42,5 @@ class CallOrder:
         counts = [number >> 32 for number in told]
         raise UserError(
             f"rank {self._exchange.ranks[0]} of a pass called attention {counts[0]} times and rank "
-            f"{self._exchange.ranks[other]} {counts[other]} times, or of other layers: layers must be skipped alike on "
-            "all ranks, so draw it from torch's, Python's or NumPy's own generator, which passes seed by the step, "
-            "and not from a generator of the model's or from what its tokens are"
+            f"{self._exchange.ranks[other]} {counts[other]} times, or of other layers: {ALIKE}"
         )

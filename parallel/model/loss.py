@@ -42,6 +42,7 @@ class LossBatch:
         """parts: sequences of an item; they follow each other in the pass. fields: as `batch[name]` gives them."""
         layout, member = context.layout, context.member
         self._fields, self._parts, self._exchange = fields, parts, context.exchange
+        self._order = context.order
         self._device, self._sequences = device, len(layout.lengths)
         owners = owned_items(layout, parts)
         self._owned = [torch.tensor(items, dtype=torch.int64, device=device) for items in owners]
@@ -82,7 +83,8 @@ class LossBatch:
         own = values.new_zeros(self._sequences, *values.shape[1:]).index_add(0, sequences, values)
         by_item = own.unflatten(0, (-1, self._parts)) if self._parts > 1 else own
         found = by_item[self._mine]
-        if self._exchange is not None:
+        if self._exchange is not None and self._order is not None:
+            self._order.agree(f"values of a loss, {tuple(by_item.shape)} {by_item.dtype}")
             found = _ToOwners.apply(by_item, self._exchange, self._owned)  # type: ignore[no-untyped-call]
         self._made.append(found)
         return found

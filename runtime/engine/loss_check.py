@@ -76,6 +76,8 @@ def _total(
         outputs = torch.cat([parts[0][:0], *(parts[s.sequence][s.start : s.end] for s in segments)])
         batch = LossBatch(context, given.fields, parts=given.parts_per_item, device=device)
         made = batch.weighed(loss(outputs, batch), outputs)
+        if context.order is not None:
+            context.order.agree()
         item = torch.tensor([s.sequence // given.parts_per_item for s in segments for _ in range(len(s))])
         values = torch.stack([made.losses, made.weights], 1).double().cpu()
         return torch.zeros(len(items), 2, dtype=torch.float64).index_add(0, item.long(), values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
+from mesh import everywhere, mesh
 from torch import nn
 
 import heteromesh as hm
@@ -172,15 +174,22 @@ class Skipping(Llama):
 
 
 def skip(world: World, skipped: tuple[int, ...]) -> str:
-    plan = Pass(ranks=(0, 1), method="gather", sequences=(0,), shards=((12,), (12,)), seconds=0.0)
-    context = prepare_pass(plan, [24], world, (1.0, 1.0))
-    batch = Reader([torch.arange(24)]).pass_input(context.layout, [0], world.rank)
-    torch.manual_seed(0)
-    executor = StepExecutor(Skipping(skipped[world.rank]), world)
     try:
-        executor.forward_backward(context, batch, 1)
+        return skip_and_fail(world, skipped)
     except UserError as error:
         return str(error)
+    except RuntimeError as error:
+        return "a peer has ended" if "lost rank" in str(error) else repr(error)
+
+
+def skip_and_fail(world: World, skipped: tuple[int, ...], method: str = "gather") -> str:
+    ranks, length = tuple(range(world.size)), 12 * world.size
+    plan = Pass(ranks=ranks, method=method, sequences=(0,), shards=((12,),) * world.size, seconds=0.0)
+    context = prepare_pass(plan, [length], world, (1.0,) * world.size)
+    batch = Reader([torch.arange(length)]).pass_input(context.layout, [0], world.rank)
+    torch.manual_seed(0)
+    executor = StepExecutor(Skipping(skipped[world.rank]), world)
+    executor.forward_backward(context, batch, 1)
     return "" if executor.model.embed.weight.grad is not None else "no gradient"
 
 
@@ -188,6 +197,30 @@ def test_ranks_that_skip_different_layers_are_told() -> None:
     assert run_ranks(2, skip, (1, 1)) == ["", ""]
     for message in run_ranks(2, skip, (0, 1)):
         assert message.startswith("rank 0 of a pass called attention 2 times and rank 1 2 times, or of other layers")
+
+
+@pytest.mark.parametrize(
+    ("skipped", "method"),
+    [((1, -1), "gather"), ((-1, 1), "ring"), ((-1, -1, 2), "ulysses"), ((0, -1, -1), "ring"), ((-1, 0, 0), "gather")],
+)
+def test_ranks_that_call_attention_more_often_than_others_are_told(skipped: tuple[int, ...], method: str) -> None:
+    with pytest.raises(AssertionError) as failed:
+        run_ranks(len(skipped), skip_and_fail, skipped, method, seconds=30)
+    ends = re.findall(r"^(?:\w+\.)*(\w+): (.*)", str(failed.value), re.MULTILINE)
+    assert ends
+    assert any("has ended the forward of a pass that others are still in: layers must be" in what for _, what in ends)
+    # who only waited for a rank that has been told sees it end
+    assert {kind for kind, _ in ends} <= {"UserError", "RuntimeError", "DistBackendError"}, failed.value
+    assert "exit code" not in str(failed.value)
+
+
+@pytest.mark.parametrize("skipped", [(1, -1), (-1, 0)])
+def test_members_that_call_attention_more_often_are_told_and_do_not_try_again(skipped: tuple[int, ...]) -> None:
+    with mesh(2) as (transports, pool):
+        worlds = [World(rank=t.rank, size=2, exchange=t) for t in transports]
+        told = everywhere(pool, lambda world: skip(world, skipped), worlds)
+    assert any("the ranks of a pass don't wait for the same messages" in sentence for sentence in told)
+    assert all("don't wait for" in sentence or sentence == "a peer has ended" for sentence in told)
 
 
 def test_split_sequences_in_half_precision_draw_the_same_masks() -> None:

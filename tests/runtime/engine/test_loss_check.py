@@ -71,6 +71,16 @@ def test_a_loss_that_treats_each_item_by_itself_is_fine() -> None:
     check_loss(Llama(TINY), by_item, Reader(DATA, examples=True))
 
 
+def careless(outputs: torch.Tensor, batch: LossBatch) -> torch.Tensor:
+    """Leaves `last` out where no item ends, and so does not meet its peers."""
+    return by_item(outputs, batch) if batch.items else outputs.new_zeros(0)
+
+
+def test_a_loss_that_brings_together_on_some_ranks_only_is_refused() -> None:
+    with pytest.raises(hm.UserError, match=r"called attention 1 times and rank 1 0 times|called attention 0 times"):
+        check_loss(Llama(TINY), careless, Reader(DATA, examples=True))
+
+
 class Pooled(torch.nn.Module):
     """Scores of the last token only, as Transformers' heads for sequences return."""
 
