@@ -223,6 +223,20 @@ def test_members_that_call_attention_more_often_are_told_and_do_not_try_again(sk
     assert all("don't wait for" in sentence or sentence == "a peer has ended" for sentence in told)
 
 
+def test_a_graph_that_was_traced_outside_of_passes_draws_by_token_inside() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    for count in (3, 5):
+        compiled(torch.randn(1, count, 4)).sum().backward()
+    x, places = torch.randn(1, 9, 4), TokenPlaces(torch.zeros(9, dtype=torch.long), torch.arange(9))
+    drawn = []
+    for form in (model, compiled):
+        with PassRandomness(nn.Identity()).during(1, 1, places):
+            drawn.append(form(x))
+    assert torch.equal(drawn[0], drawn[1])
+    assert 0 < int((drawn[0] == 0).sum()) < 36
+
+
 def test_split_sequences_in_half_precision_draw_the_same_masks() -> None:
     def mask(start: int, end: int) -> torch.Tensor:
         places = TokenPlaces(torch.zeros(end - start, dtype=torch.long), torch.arange(start, end))
