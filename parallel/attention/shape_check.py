@@ -1,8 +1,8 @@
 """Before ranks exchange tensors of a new shape they tell each other what they are about to do.
 
 A rank whose shapes differ from its peers' would otherwise hang them, or fill their buffers with something else. One
-message of 64 bytes to each peer, once per pass and shape. A rank that makes fewer calls than the others is found when its
-forward ends (call_order.py).
+message of 64 bytes to each peer, once per pass and shape. A rank that makes fewer calls than the others is found when
+its forward ends (call_order.py).
 """
 
 from __future__ import annotations

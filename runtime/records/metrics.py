@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,14 +56,20 @@ class StepMetrics:
 
 
 class Tensorboard:
-    """Writes the metrics for TensorBoard where that is installed, else nothing."""
+    """Writes the metrics for TensorBoard where that is installed and whole, else nothing."""
 
     def __init__(self, directory: Path, done_steps: int) -> None:
+        """Raises OSError, as writing does, where the directory can't be written."""
         self._writer: Any = None
-        if find_spec("tensorboard") is not None:
+        if find_spec("tensorboard") is None:
+            return
+        try:
             from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(directory), purge_step=done_steps + 1)
+        except ImportError:
+            return
+        self._writer = SummaryWriter(str(directory), purge_step=done_steps + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._of_other_threads
 
     def write(self, metrics: StepMetrics) -> None:
         if self._writer is None:
@@ -78,7 +86,15 @@ class Tensorboard:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            threading.excepthook = self._hook
+            # it raises again what writing has raised
+            with suppress(OSError):
+                self._writer.close()
+
+    def _of_other_threads(self, failed: threading.ExceptHookArgs) -> None:
+        """Leaves out the traceback of a failed write, which TensorBoard makes on its thread: the next one raises it."""
+        if not type(failed.thread).__module__.startswith("tensorboard.") or not isinstance(failed.exc_value, OSError):
+            self._hook(failed)
 
 
 class JsonLines:

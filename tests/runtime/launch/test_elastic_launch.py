@@ -321,6 +321,27 @@ def test_a_stopped_agent_is_waited_for(member, tmp_path):
 
 
 @pytest.mark.alone
+def test_a_job_whose_workers_all_freeze_goes_on(member, tmp_path):
+    """As under a paused container, for much longer than one silent member is waited for. The agent is not stopped."""
+    logs = tmp_path / "logs"
+    with started(tmp_path, "--nproc-per-node", 2, member, logs, [2] * 30) as agent:
+        wait_until(lambda: sum(path.stat().st_size for path in logs.iterdir()) > 20, 120)
+        frozen = [int(path.name) for path in logs.iterdir()]
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        code, told = agent.end(120)
+    assert code == 0, told
+    # of one that was put out another came, and has what the last holder had
+    steps = [int(line.split()[0]) for path in logs.iterdir() for line in path.read_text().splitlines()]
+    assert max(steps) >= 29
+    done = [tuple(line.split()[0:3:2]) for path in logs.iterdir() for line in path.read_text().splitlines()]
+    assert all(int(state) == int(step) + int(done[0][1]) - int(done[0][0]) for step, state in done), "no step twice"
+
+
+@pytest.mark.alone
 def test_two_hosts_survive_the_loss_of_the_agent_that_served_the_coordinator(member, tmp_path):
     """Two agents on loopback stand for two hosts."""
     ports = [port for _, port in free_addresses(2)]

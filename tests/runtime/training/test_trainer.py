@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -280,7 +281,40 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path) -> 
     message = run_ranks(1, full_disk, tmp_path / "run")[0]
     assert "the checkpoint of step 3 can't be written" in message
     assert "there is none before it" in message
+    # the limit's own words, or what torch's archive writer makes of a short write
+    assert "File too large" in message or "the disk took fewer bytes than it was given, as a full one does" in message
+    assert "free disk space or mend the directory and resume" in message
+    assert "unexpected pos" not in message
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+class Deleting(hm.Hook):
+    """Deletes the run directory when there is a step left."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def step_committed(self, step: hm.StepCommitted) -> None:
+        if step.metrics.step == 2 and step.world.writes:
+            shutil.rmtree(self._folder)
+
+
+def delete_meanwhile(world: World, folder: Path) -> str:
+    trainer = make_trainer(folder, max_steps=3)
+    trainer.hooks = (Deleting(folder),)
+    try:
+        trainer.fit()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_directory_that_is_deleted_meanwhile_is_told(tmp_path: Path) -> None:
+    for message in run_ranks(2, delete_meanwhile, tmp_path / "run"):
+        assert "can't be written" in message
+        assert "it is not there any more" in message or "No such file or directory" in message
+        assert "\n" not in message
+    assert not (tmp_path / "run/finished.json").exists()
 
 
 def stop_on_second_rank(world: World, folder: Path) -> tuple[Any, int]:
