@@ -43,9 +43,13 @@ class ModelCall:
         """Whether the model itself computes the losses."""
         return self._takes_targets
 
-    def output(self, x: torch.Tensor, positions: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
-        """Returns what the model makes of x (tokens, or hidden states in a pipeline); positions (1, n)."""
-        result: Any = self._model(x, position_ids=positions, **self._options, **more)
+    def output(self, x: torch.Tensor, positions: torch.Tensor | None, **more: torch.Tensor) -> torch.Tensor:
+        """Returns what the model makes of x (tokens, or hidden states in a pipeline).
+
+        positions: (1, n); None: those that the model itself gives.
+        """
+        told = {} if positions is None else {"position_ids": positions}
+        result: Any = self._model(x, **told, **self._options, **more)
         return result if isinstance(result, torch.Tensor) else _logits(result, self._model)
 
     def outputs(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -64,8 +68,8 @@ class ModelCall:
             )
         return made.flatten(0, 1)
 
-    def losses(self, x: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Returns losses (n,), in float32 at least, 0 where the label is IGNORED; positions and labels (1, n)."""
+    def losses(self, x: torch.Tensor, positions: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+        """Returns losses (n,), in float32 at least, 0 where the label is IGNORED; labels (1, n)."""
         if self._takes_targets:
             losses = in_accumulation_dtype(self.output(x, positions, targets=labels)).view(-1)
         else:

@@ -4,7 +4,7 @@ A pass is exact for models that mix tokens in hm.attention alone and that treat 
 that mix tokens elsewhere (convolutions, recurrent states, masks of their own), or that look at all positions of a pass
 at once, would train something else, silently. So before the first step a few dozen tokens go through the model: two
 sequences, each alone and outside any pass; both packed into one; one as long as both split over two ranks, which are
-threads here.
+threads here. And one whose positions are told, from 0, beside one that the model itself gives positions.
 
 What rounding may do is measured too: the same run with every module's output off by a few units in the last place.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -38,16 +39,28 @@ _SURE = 32.0
 """Times what rounding does, from which on a difference is none of it."""
 
 
+_ALONE = (
+    ": it is called with a row of token ids and their position_ids, and no mask; make that work, or train another "
+    "model (some of Transformers' can't do with attn_implementation='heteromesh')"
+)
+_PASSES = (
+    ", though not on each alone: a pass has one row of all its tokens, position_ids that begin anew, and no mask; let "
+    "attention go through hm.attention (Transformers: attn_implementation='heteromesh')"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Input:
     """Sequences in a row: (1, n) each."""
 
     tokens: torch.Tensor
-    positions: torch.Tensor
+    positions: torch.Tensor | None
+    """None: the model's own."""
     labels: torch.Tensor
 
     def at(self, places: torch.Tensor) -> _Input:
         """Returns some of the tokens."""
+        assert self.positions is not None
         return _Input(self.tokens[:, places], self.positions[:, places], self.labels[:, places])
 
 
@@ -102,11 +115,27 @@ class _Trial:
         plan = Pass(ranks=(0,), method="local", sequences=(0, 1, 2), shards=(tuple(lengths),), seconds=0.0)
         context, calls = _counted(prepare_pass(plan, lengths, World(device=self._device), (1.0,)))
         whole = _Input(*(torch.cat([getattr(x, name) for x in row], 1) for name in ("tokens", "positions", "labels")))
-        alone, rounded = ([run(x) for x in pair] for run in (self._run, self._run_rounded))
+        alone = [self._attempt("a sequence alone", partial(self._run, x), _ALONE) for x in pair]
+        rounded = [self._run_rounded(x) for x in pair]
+        self._compare_positions(pair[0], alone[0], rounded[0])
         seen = self._attempt("packed sequences", lambda: self._run(whole, context))
         kept = torch.arange(sum(lengths[:2]))
         self._judge("packed sequences", _joined(alone), _joined(rounded), _joined([seen], kept))
         return len(calls)
+
+    def _compare_positions(self, x: _Input, told: _Run, rounded: _Run) -> None:
+        """Compares a sequence whose positions were told, from 0, with one that the model itself gives positions."""
+        try:
+            own = self._run(replace(x, positions=None))
+        except Exception:
+            return  # it must be told them
+        off = _off(own, told)
+        if off > _allowed(_off(rounded, told), _scale(told), self._epsilon()):
+            raise UserError(
+                f"{_name(self._model)} gives other losses without position_ids than with those from 0, off by "
+                f"{off:.2g}: a pass tells each token's position in its sequence, from 0; wrap the model in a module "
+                "that adds to position_ids what it adds where it has none, or train another one"
+            )
 
     def compare_split(self, whole: _Input) -> None:
         """Compares one sequence over two ranks with the same alone."""
@@ -139,7 +168,7 @@ class _Trial:
         with _rounded(self._model):
             return self._run(x)
 
-    def _attempt(self, what: str, act: Callable[[], _Run]) -> _Run:
+    def _attempt(self, what: str, act: Callable[[], _Run], way_out: str = _PASSES) -> _Run:
         try:
             return act()
         except UserError:
@@ -147,22 +176,19 @@ class _Trial:
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
             raise UserError(
-                f"{_name(self._model)} fails on {what} ({type(error).__name__}: {line}), though not on each alone: a "
-                "pass has one row of all its tokens, position_ids that begin anew, and no mask; let attention go "
-                "through hm.attention (Transformers: attn_implementation='heteromesh')"
+                f"{_name(self._model)} fails on {what} ({type(error).__name__}: {line}){way_out}"
             ) from error
 
     def _judge(self, what: str, alone: _Run, rounded: _Run, seen: _Run) -> None:
         """Raises UserError where what was seen differs from each alone by more than rounding does."""
-        off = float((seen.losses - alone.losses).abs().max())
-        noise = float((rounded.losses - alone.losses).abs().max())
-        scale = max(1.0, float(alone.losses.abs().max()))
-        if off > _allowed(noise, scale, self._epsilon()) or off != off:
+        off, noise = _off(seen, alone), _off(rounded, alone)
+        if off > _allowed(noise, _scale(alone), self._epsilon()) or off != off:
             self._refuse(what, off, noise, _culprit(alone.trace, rounded.trace, seen.trace, self._epsilon()))
 
     def _epsilon(self) -> float:
         dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
-        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1), default=1e-7)
+        # models in float64 compute some of it in float32 all the same (routers, rotary embeddings)
+        return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32) if dtype.itemsize > 1)
 
     def _refuse(self, what: str, off: float, noise: float, layer: str) -> NoReturn:
         modules = {plain_name(n): m for n, m in self._model.named_modules()}
@@ -173,6 +199,14 @@ class _Trial:
             "looks at the positions of all tokens at once; have it use hm.attention or hm.linear_attention and each "
             "token's own position, or train a model without it (docs/assumptions.md)"
         )
+
+
+def _off(run: _Run, alone: _Run) -> float:
+    return float((run.losses - alone.losses).abs().max())
+
+
+def _scale(alone: _Run) -> float:
+    return max(1.0, float(alone.losses.abs().max()))
 
 
 def _allowed(noise: float, scale: float, epsilon: float) -> float:

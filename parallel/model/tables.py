@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heteromesh.errors import UserError
 from heteromesh.parallel.model.call import ModelCall, eagerly, plain_name
 from heteromesh.parallel.model.undisturbed import undisturbed
 
@@ -52,8 +53,10 @@ def find_tables(model: nn.Module) -> Tables:
                 found.outputs = call.output(tokens, positions).shape[-1]
             elif embeddings:
                 call.losses(tokens, positions, tokens)
-    except IndexError:
-        pass  # a table of fewer than three: the trial of passes will tell
+    except UserError:
+        raise
+    except Exception:
+        pass  # such as a table of fewer than three: the trial of passes will tell
     finally:
         for hook in hooks:
             hook.remove()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import active_pass, attention
 from heteromesh.parallel.attention.scope import never_compiled
+from heteromesh.parallel.attention.scoring import default_scale
 from heteromesh.parallel.transformers.llama4 import scaled_by_position
 from heteromesh.parallel.transformers.masks import mask_of
 from heteromesh.parallel.transformers.outside import formula
@@ -63,7 +65,7 @@ def _forward(
     s_aux: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (B, H, S, D), key and value (B, Hk, S, D); returns (B, S, H, D) and no weights.
+    """query (B, H, S, D), key (B, Hk, S, D), value (B, Hk, S, Dv); returns (B, S, H, Dv) and no weights.
 
     s_aux (H,): attention sinks. `sliding_window` is for attention that gets no mask; here the mask says it too.
     """
@@ -87,12 +89,19 @@ def _forward(
         )
     mask = attention_mask or Mask(causal=causal)
     _refuse_unknown(mask, sliding_window, dropout, options)
-    query = scaled_by_position(module, query)
+    scale, width = default_scale(scaling, query.shape[-1]), value.shape[-1]
+    query, key, value = _of_one_width(scaled_by_position(module, query), key, value)
     out = attention(
-        query, key, value, scale=scaling, causal=mask.causal, window=mask.window, chunk=mask.chunk, sinks=s_aux,
+        query, key, value, scale=scale, causal=mask.causal, window=mask.window, chunk=mask.chunk, sinks=s_aux,
         softcap=softcap,
     )  # fmt: skip
-    return out.transpose(1, 2), None
+    return out[..., :width].transpose(1, 2), None
+
+
+def _of_one_width(*heads: torch.Tensor) -> list[torch.Tensor]:
+    """Returns queries, keys and values with zeros behind the narrower ones: latent attention's differ (DeepSeek's)."""
+    most = max(t.shape[-1] for t in heads)
+    return [functional.pad(t, (0, most - t.shape[-1])) if t.shape[-1] < most else t for t in heads]
 
 
 def _mask(*args: Any, **options: Any) -> torch.Tensor | Mask | None:

@@ -34,6 +34,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"sliding_window": 16, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}),
     "gpt_oss": ("GptOssConfig", {"sliding_window": 16, **EXPERTS}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        # values are narrower than queries and keys
+        {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 48,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "phimoe": (
         "PhimoeConfig",
         {"sliding_window": 16, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0, **EXPERTS},

@@ -148,16 +148,52 @@ def test_what_shows_in_split_sequences_alone_is_found() -> None:
         check_model(model, SAMPLE, 64 + SIZE, split=True)
 
 
+class Numbered(Llama):
+    """Numbers positions from 2 where it is told none, as RoBERTa does, and scales by them."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(2, input_ids.shape[1] + 2)[None]
+        return super().forward(input_ids, position_ids) * (1 + position_ids[..., None] / 64)
+
+
+def test_positions_that_begin_elsewhere_are_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="Numbered gives other losses without position_ids than with those from 0"):
+        check_model(Numbered(TINY), SAMPLE, 40, split=True)
+
+
+class Rounded(nn.Module):
+    """Computes in float32, as routers do, whatever the model's dtype."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x.float(), self.inner.weight.float()).to(x.dtype)
+
+
+def test_float32_within_float64_is_no_difference() -> None:
+    def change(model: Llama) -> None:
+        for layer in model.layers:
+            layer.gate_up = Rounded(layer.gate_up)
+
+    check_model(make(change, torch.float64), SAMPLE, 40, split=True)
+
+
 class Losses(nn.Module):
     """Takes targets, and fails on rows of more than one sequence."""
 
-    def __init__(self, fails: bool) -> None:
+    def __init__(self, fails: bool, shortest: int = 0) -> None:
         super().__init__()
-        self.inner, self.fails = make(), fails
+        self.inner, self.fails, self.shortest = make(), fails, shortest
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if self.fails and not bool((position_ids.diff() == 1).all()):
             raise RuntimeError("one sequence at a time")
+        if input_ids.numel() < self.shortest:
+            raise RuntimeError("too short")
         logits = self.inner(input_ids, position_ids)
         return functional.cross_entropy(logits[0], targets[0], ignore_index=-100, reduction="none")[None]
 
@@ -166,13 +202,15 @@ def test_models_that_compute_losses_are_checked_too() -> None:
     check_model(Losses(False), SAMPLE, 40, split=True)
     with pytest.raises(UserError, match=r"fails on packed sequences \(RuntimeError: one sequence at a time\)"):
         check_model(Losses(True), SAMPLE, 40, split=True)
+    with pytest.raises(UserError, match=r"fails on a sequence alone \(RuntimeError: too short\): it is called with"):
+        check_model(Losses(True, shortest=99), SAMPLE, 40, split=True)
 
 
 def test_hardly_any_work_is_done() -> None:
     model, tokens = make(), []
     model.embed.register_forward_hook(lambda module, args, output: tokens.append(args[0].numel()))
     check_model(model, SAMPLE, 5000, split=True)
-    assert sum(tokens) <= 13 * SIZE
+    assert sum(tokens) <= 14 * SIZE
     assert math.isfinite(float(model(SAMPLE[None, :8]).sum()))
 
 

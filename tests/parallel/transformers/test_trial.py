@@ -59,6 +59,11 @@ def test_short_convolutions_are_refused_by_name() -> None:
         check_model(model, SAMPLE, 300, split=True)
 
 
+def test_positions_that_begin_elsewhere_are_refused() -> None:
+    with pytest.raises(UserError, match="RobertaForCausalLM gives other losses without position_ids"):
+        check_model(build("Roberta", is_decoder=True), SAMPLE, 300, split=True)
+
+
 def test_losses_of_routers_are_refused() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     x, positions = torch.arange(9)[None], torch.arange(9)[None]
