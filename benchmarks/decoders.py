@@ -25,8 +25,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "support")]
-from tiny_decoders import VOCABULARY, NoTinyModel, tiny_model
-
 from heteromesh.errors import UserError
 from heteromesh.parallel.transformers import register
 from heteromesh.planner.plan import Pass, Step
@@ -34,6 +32,7 @@ from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.reader import Reader
 from ranks import World, run_ranks
+from tiny_decoders import VOCABULARY, NoTinyModel, tiny_model
 
 TABLE = ROOT / "docs" / "models.md"
 LENGTHS = (75, 40, 61, 9, 30)
@@ -113,7 +112,7 @@ def compared(world: World, model: Any, expected: float, gradients: dict[str, tor
     reader, step = Reader(documents()), a_step(world.size)
     executor = StepExecutor(model, world)
     if world.size == 1:
-        try_model(model, reader)
+        try_model(model, reader, None)
         learn_buffers(executor.engine, reader, world)
     result = executor.run(step, reader.step_inputs(step, range(len(LENGTHS)), world.rank))
     executor.close()

@@ -52,7 +52,7 @@ class ModelCall:
         result: Any = self._model(x, **told, **self._options, **more)
         return result if isinstance(result, torch.Tensor) else _logits(result, self._model)
 
-    def outputs(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def outputs(self, x: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Returns what a loss of the user's own gets, (n, ...), in float32 at least. Raises UserError for others."""
         if self._needs_targets:
             raise UserError(
@@ -60,10 +60,10 @@ class ModelCall:
                 "of your own: leave loss= out, or give targets a default with which the model returns its outputs"
             )
         made = in_accumulation_dtype(self.output(x, positions))
-        if made.shape[:2] != positions.shape:
+        if made.shape[:2] != x.shape[:2]:
             raise UserError(
-                f"{_name(self._model)} returned {tuple(made.shape)} for {positions.shape[1]} tokens in a row: with a "
-                f"loss of your own it must return a row for each token, (1, {positions.shape[1]}, ...), from which the "
+                f"{_name(self._model)} returned {tuple(made.shape)} for {x.shape[1]} tokens in a row: with a "
+                f"loss of your own it must return a row for each token, (1, {x.shape[1]}, ...), from which the "
                 "loss takes what it needs (batch.last(outputs): of each sequence's last token)"
             )
         return made.flatten(0, 1)

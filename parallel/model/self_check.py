@@ -96,8 +96,8 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
         tracer = Tracer(model)
         stack.enter_context(tracer.attached())
         trial = _Trial(model, tracer, device, own_loss)
-        calls = trial.compare_packed(pair, far)
-        if split and calls and whole.tokens.numel() > 1:
+        trial.compare_packed(pair, far)
+        if split and whole.tokens.numel() > 1:
             trial.compare_split(whole)
 
 
@@ -108,12 +108,12 @@ class _Trial:
         self._model, self._tracer, self._device = model, tracer, device
         self._call, self._own_loss = ModelCall(model), own_loss
 
-    def compare_packed(self, pair: Sequence[_Input], far: _Input) -> int:
-        """Compares two sequences in one pass, `far` behind them, with each alone; returns the calls of attention."""
+    def compare_packed(self, pair: Sequence[_Input], far: _Input) -> None:
+        """Compares two sequences in one pass, `far` behind them, with each alone."""
         row = [*pair, far]
         lengths = [x.tokens.numel() for x in row]
         plan = Pass(ranks=(0,), method="local", sequences=(0, 1, 2), shards=(tuple(lengths),), seconds=0.0)
-        context, calls = _counted(prepare_pass(plan, lengths, World(device=self._device), (1.0,)))
+        context = prepare_pass(plan, lengths, World(device=self._device), (1.0,))
         whole = _Input(*(torch.cat([getattr(x, name) for x in row], 1) for name in ("tokens", "positions", "labels")))
         alone = [self._attempt("a sequence alone", partial(self._run, x), _ALONE) for x in pair]
         rounded = [self._run_rounded(x) for x in pair]
@@ -121,7 +121,6 @@ class _Trial:
         seen = self._attempt("packed sequences", lambda: self._run(whole, context))
         kept = torch.arange(sum(lengths[:2]))
         self._judge("packed sequences", _joined(alone), _joined(rounded), _joined([seen], kept))
-        return len(calls)
 
     def _compare_positions(self, x: _Input, told: _Run, rounded: _Run) -> None:
         """Compares a sequence whose positions were told, from 0, with one that the model itself gives positions."""
@@ -197,7 +196,8 @@ class _Trial:
             f"{_name(self._model)} gives other losses for {what} than for each alone, off by {off:.2g} where rounding "
             f"explains {noise:.1g}: {layer}{kind} is the first to differ, as it mixes tokens outside hm.attention or "
             "looks at the positions of all tokens at once; have it use hm.attention or hm.linear_attention and each "
-            "token's own position, or train a model without it (docs/assumptions.md)"
+            "token's own position (Transformers: attn_implementation='heteromesh'), or train a model without it "
+            "(docs/assumptions.md)"
         )
 
 
@@ -252,17 +252,6 @@ def _joined(runs: Sequence[_Run], order: torch.Tensor | None = None) -> _Run:
         call.given = call.given if call.given is None else call.given[order]
         call.made = call.made if call.made is None else call.made[order]
     return _Run(losses[order], trace)
-
-
-def _counted(context: PassContext) -> tuple[PassContext, list[None]]:
-    """Returns the pass with a list that grows with every call of attention."""
-    calls: list[None] = []
-
-    def attend(*args: Any, **options: Any) -> torch.Tensor:
-        calls.append(None)
-        return context.attend(*args, **options)
-
-    return replace(context, attend=attend), calls
 
 
 @contextmanager

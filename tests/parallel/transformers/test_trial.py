@@ -64,6 +64,15 @@ def test_positions_that_begin_elsewhere_are_refused() -> None:
         check_model(build("Roberta", is_decoder=True), SAMPLE, 300, split=True)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_of_their_own_is_refused(attention: str) -> None:
+    """It is right when packed: by the positions Transformers sees where sequences begin."""
+    model = build("Llama")
+    model.set_attn_implementation(attention)
+    with pytest.raises(UserError, match=r"over two ranks.*self_attn \(LlamaAttention\).*attn_implementation='heterom"):
+        check_model(model, SAMPLE, 300, split=True)
+
+
 def test_losses_of_routers_are_refused() -> None:
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     x, positions = torch.arange(9)[None], torch.arange(9)[None]
