@@ -77,6 +77,8 @@ class Records:
         """When the transport was made; when the last operation was entered or left."""
         self.inside = 0
         """Nanoseconds in operations that have been left."""
+        self.planned = 0.0
+        """Seconds of work that plans have foreseen for this rank, in steps that are done; of whoever plans."""
 
     def enter(self, name: str) -> None:
         """Takes note that an operation begins; one at a time."""

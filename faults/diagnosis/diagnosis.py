@@ -162,11 +162,11 @@ def _place(matrix: Collection[Cell], hot: Mapping[Cell, float], worst: Cell) -> 
 
 
 def slow_member(windows: Mapping[int, Window]) -> Diagnosis | None:
-    """Finds a slow member: the others wait for it and it waits least."""
+    """Finds a slow member: the others wait for it, longer than the plan has them wait, and it waits least."""
     if len(windows) < 2:
         return None
     awaited = {
-        m: statistics.median_low(window.late(m) for other, window in windows.items() if other != m) for m in windows
+        m: statistics.median_low(_unplanned(windows, m, other) for other in windows if other != m) for m in windows
     }
     worst = max(windows, key=lambda m: awaited[m] - windows[m].blocked)
     seconds = max(statistics.median(window.seconds for window in windows.values()), 1e-9)
@@ -175,15 +175,23 @@ def slow_member(windows: Mapping[int, Window]) -> Diagnosis | None:
     if awaited[worst] - own < SHARE * seconds or own > others / 2:
         return None
     last = windows[worst].after
+    beyond = " more than planned" if last.planned else ""
     return Diagnosis(
         syndrome="non-communication slow",
         place="member",
         members=(worst,),
         operation=last.name,
         sequence=last.entered,
-        why=f"the others wait for it {awaited[worst] / seconds:.0%} of the time, it waits {own / seconds:.0%}",
+        why=f"the others wait for it {awaited[worst] / seconds:.0%} of the time{beyond}, it waits {own / seconds:.0%}",
         lost=min(1.0, (awaited[worst] - own) / seconds),
     )
+
+
+def _unplanned(windows: Mapping[int, Window], member: int, other: int) -> float:
+    """Seconds that the other was late waiting for the member beyond those that its smaller share of work explains."""
+    most, least = windows[member].after.planned, windows[other].after.planned
+    foreseen = max(0.0, 1 - least / most) if most else 0.0
+    return windows[other].late(member) - foreseen * windows[other].seconds
 
 
 def hang(

@@ -47,6 +47,7 @@ def report(view: View, records: Records, stalled: Sequence[int]) -> OperationRep
         age=_seconds(now - records.began),
         inside=_seconds(records.inside),
         since=_seconds(now - records.since),
+        planned=round(records.planned, 6),
         waiting=tuple(view.members[rank] for rank in stalled if rank < view.size),
         links=links,
     )

@@ -173,6 +173,8 @@ class OperationReport:
     """Seconds in collectives that it has left."""
     since: float
     """Seconds since it entered the collective, or left the last one."""
+    planned: float = 0.0
+    """Seconds of work that plans have foreseen for it; 0 where nobody plans."""
     waiting: tuple[int, ...] = ()
     """Members whose bytes, either way, it waits for now."""
     links: Mapping[int, LinkUse]

@@ -38,6 +38,7 @@ from heteromesh.runtime.hooks.api import TrainingReport
 from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
 from heteromesh.runtime.hooks.cost_learning import CostLearning
+from heteromesh.runtime.hooks.planned_work import PlannedWork
 from heteromesh.runtime.hooks.records import RunRecords
 from heteromesh.runtime.process.environment import (
     COORDINATORS,
@@ -149,7 +150,7 @@ class ElasticJob:
 
     def _run(self) -> TrainingReport:
         job, progress, costs, session = self.job, self.progress, self.members, self.session
-        ours = [self.costs, self.records, self.console]
+        ours = [self.costs, self.records, self.console, PlannedWork()]
         hooks = HookCalls(ours, job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(job.config.run_dir))
         parts = StepParts(

@@ -120,6 +120,24 @@ def test_the_culprit_waits_least_while_the_others_wait_for_it():
     assert slow(windows(late=late | also)) is None
 
 
+@pytest.mark.parametrize(
+    ("planned", "found"),
+    [
+        ({13: 10.0, 11: 4.0, 12: 4.0, 14: 5.0}, False),  # the plan has the others wait for half of the time and more
+        ({13: 10.0, 11: 8.5, 12: 9.0, 14: 9.5}, True),  # it explains a small part of 60 %
+        ({13: 4.0, 11: 10.0, 12: 10.0, 14: 10.0}, True),  # it should have been done first
+    ],
+)
+def test_a_member_that_is_as_slow_as_planned_is_no_finding(planned, found):
+    seen = windows(late={(13, m): 1.2 for m in MEMBERS if m != 13})
+    seen = {m: Window(w.before, replace(w.after, planned=planned[m])) for m, w in seen.items()}
+    finding = slow(seen)
+    assert (finding is not None) == found
+    if finding is not None:
+        assert told(finding) == ("non-communication slow", "member", (13,))
+        assert "of the time more than planned, it waits" in finding.why
+
+
 def test_waits_that_a_slow_link_causes_elsewhere_blame_the_link():
     # 13 cannot sum before 12's part has come; the others wait for 13's sum
     late = {(13, 11): 0.9, (13, 14): 0.9, (13, 12): 0.9}
