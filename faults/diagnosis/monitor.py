@@ -17,7 +17,9 @@ from heteromesh.faults.membership.membership import Membership, Order
 from heteromesh.faults.wire.messages import Evicted, OperationReport
 
 SPAN = 2.0
-"""Seconds of reports that a diagnosis of slowness compares."""
+"""Seconds of reports that a diagnosis of slowness compares, at least."""
+_STEPS = 4
+"""That it compares, at least."""
 _EVERY = 0.5
 """Seconds between two looks for slowness."""
 _TIMES = 3
@@ -25,6 +27,8 @@ _TIMES = 3
 _RECORD = 10.0
 """Seconds between two delay matrices among the events."""
 _FRESH = 1.0
+_KEPT = 256
+"""Reports of a member, and looks at commits: a few steps of ten seconds each."""
 WORLD = "world"
 """What lines and events call all members of the job."""
 _log = logging.getLogger("heteromesh.faults")
@@ -48,7 +52,7 @@ class _GroupStatus:
     """What is known of the job's members together."""
 
     reports: dict[int, deque[tuple[float, OperationReport]]] = field(default_factory=dict)
-    commits: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
+    commits: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_KEPT))
     trouble: _Trouble | None = None
     epoch: int = 0
     looked: float = 0.0
@@ -62,17 +66,24 @@ class _GroupStatus:
         epoch = max((r.epoch for r in last.values()), default=0)
         return {m: r for m, r in last.items() if r.epoch == epoch}
 
+    def span(self, now: float) -> float:
+        """Returns the seconds to compare: of a few steps, as some wait for others at each one's end, in turns."""
+        if not self.commits or self.commits[0][1] == self.commits[-1][1]:
+            return SPAN
+        earlier = [t for t, steps in self.commits if steps <= self.commits[-1][1] - _STEPS]
+        return max(SPAN, now - (earlier or [self.commits[0][0]])[-1])
+
     def windows(self, members: Sequence[int], now: float) -> dict[int, Window]:
         """Returns all members' windows, or none: who is missing may be the one that all wait for."""
-        found = {}
+        found, span = {}, self.span(now)
         for member in members:
             held = self.reports.get(member, ())
-            recent = [(t, r) for t, r in held if now - t <= SPAN + _FRESH]
+            recent = [(t, r) for t, r in held if now - t <= span + _FRESH]
             if not recent or now - recent[-1][0] > _FRESH or recent[-1][1].epoch != self.epoch:
                 return {}
-            base = next((r for t, r in recent if now - t <= SPAN), recent[-1][1])
+            base = next((r for t, r in recent if now - t <= span), recent[-1][1])
             window = Window(base, recent[-1][1])
-            if window.seconds < SPAN / 2:
+            if window.seconds < span / 2:
                 return {}
             found[member] = window
         return found
@@ -101,7 +112,7 @@ class Monitor:
 
     def heard(self, member: int, report: OperationReport, now: float) -> None:
         """Keeps a member's report."""
-        held = self._status.reports.setdefault(member, deque(maxlen=32))
+        held = self._status.reports.setdefault(member, deque(maxlen=_KEPT))
         if held and held[-1][1].epoch != report.epoch:
             held.clear()
         held.append((now, report))

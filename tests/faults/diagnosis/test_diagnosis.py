@@ -340,6 +340,27 @@ def test_a_slow_member_is_said_once_with_rank_host_collective_and_deed():
     assert (event["kind"], event["names"], event["ranks"], event["action"]) == ("diagnosis", ["c"], [2], "ignore")
 
 
+def test_members_that_take_turns_in_being_waited_for_are_not_slow():
+    """Steps of four seconds, much longer than a look: in one all wait for one member, in the next for another."""
+    bench, waits = Bench(), {(me, other): 0.0 for me in (1, 2, 3, 4) for other in (3, 4)}
+    assert set(bench.members) == {1, 2, 3, 4}
+    for tick in range(400):
+        bench.now += 0.2
+        step, at = divmod(tick, 20)
+        bench.membership.world.committed = step
+        culprit = 3 + step % 2
+        for me in bench.members:
+            if me != culprit and at >= 8:
+                waits[me, culprit] += 0.2
+            links = {o: LinkUse(waited=waits.get((me, o), 0.0), late=waits.get((me, o), 0.0)) for o in bench.members}
+            del links[me]
+            bench.monitor.heard(me, heard(entered=9, finished=9, age=bench.now - 100, links=links), bench.now)
+        bench.monitor.slow(bench.membership, bench.now)
+        if not step:  # how long steps are is not known yet
+            bench.lines.clear()
+    assert bench.lines == []
+
+
 def test_a_slow_member_is_evicted_when_it_has_cost_more_than_its_eviction():
     bench = Bench(evicts=True, steps=10_000)
     evicted = bench.pass_time(6, share=0.8)
