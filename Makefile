@@ -11,10 +11,10 @@ RANKS ?= $(shell $(PYTHON) -c 'import os; print(max(2, min(8, len(os.sched_getaf
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py --ranks $(RANKS)
 
-# two tests at a time keep two cores busy, as most wait for processes; then those that other tests would disturb;
-# a second part also when tests of the first failed, but not after Ctrl-C
+# more tests at a time than cores, as most wait for processes; then those that other tests would disturb; a second part
+# also when tests of the first failed, but not after Ctrl-C
 test: check
-	@$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal; first=$$?; \
+	@$(BIN)/python -m pytest -m "not alone" -n 4 --dist worksteal; first=$$?; \
 	[ $$first -le 1 ] && $(BIN)/python -m pytest -m alone && { \
 		[ $$first -eq 0 ] || echo "tests of the first part failed: see its summary above"; exit $$first; }
 

@@ -67,7 +67,7 @@ def fuzz(world: World, packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, f
     return errors
 
 
-@pytest.mark.parametrize(("size", "count"), [(1, 30), (2, 30), (3, 30), (4, 24)])
+@pytest.mark.parametrize(("size", "count"), [(1, 15), (2, 15), (3, 12), (4, 10)])
 def test_methods_equal_the_formula(size: int, count: int) -> None:
     packs = [make_masked_pack(7000 * size + i, size, 900 if i == 0 else None) for i in range(count)]
     for errors in run_ranks(size, fuzz, packs, torch.float64, seconds=150):
@@ -77,7 +77,7 @@ def test_methods_equal_the_formula(size: int, count: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_float32(size: int) -> None:
-    packs = [make_masked_pack(8000 * size + i, size) for i in range(10)]
+    packs = [make_masked_pack(8000 * size + i, size) for i in range(5)]
     for errors in run_ranks(size, fuzz, packs, torch.float32):
         assert errors
         assert {m: e for m, e in errors.items() if not e <= 1e-5} == {}

@@ -11,8 +11,6 @@ from elastic_jobs import STEPS, Job, check_ledger, eventually, rows
 from heteromesh.faults.membership.membership import Bounds
 from trainers import make_trainer
 
-pytestmark = pytest.mark.alone  # a member that says nothing for 3 s is lost
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
