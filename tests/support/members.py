@@ -18,7 +18,7 @@ def free_addresses(count):
         return [sock.getsockname()[:2] for sock in sockets]
 
 
-def wait_until(true, seconds=30.0):
+def wait_until(true, seconds=120.0):
     """Waits until `true()`; fails after so many seconds."""
     limit = time.monotonic() + seconds
     while not true():

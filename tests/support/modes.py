@@ -152,7 +152,7 @@ def in_mode(mode: Mode, ranks: int, runs: Sequence[Run]) -> list[list[Result]]:
     """The results by run and rank."""
     runs = [replace(run, settings={**mode.settings, **run.settings}) for run in runs]
     if not mode.elastic:
-        rows = run_ranks(ranks, _fixed, runs, seconds=240)
+        rows = run_ranks(ranks, _fixed, runs)
         return [list(row) for row in zip(*rows, strict=True)]
     with ExitStack() as stack:
         timing, bounds = Timing(stuck=150.0, silence=60.0, hang=60.0), Bounds(min=ranks, max=ranks)
@@ -160,7 +160,7 @@ def in_mode(mode: Mode, ranks: int, runs: Sequence[Run]) -> list[list[Result]]:
             coordinator = Coordinator(SECRET.encode(), bounds=bounds, timing=timing).start()
             stack.callback(coordinator.stop)
             runs[number] = replace(run, environments=tuple(_environment(coordinator, i, ranks) for i in range(ranks)))
-        rows = run_processes(ranks, _elastic, runs, seconds=240)
+        rows = run_processes(ranks, _elastic, runs)
     return [list(row) for row in zip(*rows, strict=True)]
 
 

@@ -17,6 +17,9 @@ import torch.distributed as dist
 
 from heteromesh.comm.world import World, join_world
 
+LIMIT = 150.0
+"""Seconds: what never ends is told before pytest's own limit; a busy machine is no failure."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -33,7 +36,7 @@ _context.set_forkserver_preload(
 )
 
 
-def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
+def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> list[Any]:
     """act(world, *args) on every rank of a world of this size; the results in rank order.
 
     `act` is a function of a test module. The first rank's exception is raised here as AssertionError; ranks that are
@@ -43,7 +46,7 @@ def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = 6
         return run_processes(size, _in_world, size, Path(folder), act, args, seconds=seconds)
 
 
-def run_processes(size: int, act: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
+def run_processes(size: int, act: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> list[Any]:
     """act(index, *args) in so many processes that know nothing of each other; else as `run_ranks`."""
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [_context.Process(target=_main, args=(rank, pipes[rank][1], act, args)) for rank in range(size)]
@@ -96,8 +99,8 @@ def _in_world(rank: int, size: int, folder: Path, act: Callable[..., Any], args:
     if size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
         store = dist.FileStore(str(folder / "store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
-    with join_world(timedelta(seconds=30)) as world:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT))
+    with join_world(timedelta(seconds=LIMIT)) as world:
         return act(world, *args)
 
 

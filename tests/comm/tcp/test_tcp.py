@@ -236,7 +236,7 @@ def test_foreign_traffic_is_dropped_and_counted():
 
 def proved(address, claim, secret=SECRET):
     """A connection whose other end knows the secret, and has heard this claim."""
-    sock = socket.create_connection(address, timeout=20)
+    sock = socket.create_connection(address, timeout=150)
     connector = Connector(secret, claim)
     while not connector.advance(sock):
         pass

@@ -262,7 +262,7 @@ def test_stand_alone_coordinator_serves_and_ends_when_told(tmp_path, number):
         assert steps.reduce([torch.ones(3)]).step == 0
         member.close()
         process.send_signal(number)
-        assert process.communicate(timeout=20) == ("", "")
+        assert process.communicate(timeout=150) == ("", "")
         assert process.returncode == 0
     finally:
         process.kill()

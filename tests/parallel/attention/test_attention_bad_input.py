@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def other_plan(world: World) -> None:
 
 
 def test_ranks_with_different_plans_are_an_error_on_every_rank() -> None:
-    run_ranks(2, other_plan, seconds=20)
+    run_ranks(2, other_plan)
 
 
 def one_fails(world: World) -> None:
@@ -115,10 +114,8 @@ def one_fails(world: World) -> None:
 
 
 def test_a_rank_that_is_refused_alone_does_not_hang_its_peers() -> None:
-    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0:.*rank 1:.*one dtype among"):
-        run_ranks(2, one_fails, seconds=100)
-    assert time.monotonic() - start < 90
+        run_ranks(2, one_fails)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -57,7 +57,7 @@ def fuzz(world: World, packs: Sequence[Pack], dtype: torch.dtype) -> dict[str, f
 @pytest.mark.parametrize(("size", "count"), [(1, 10), (2, 30), (3, 24), (4, 20)])
 def test_methods_equal_one_process(size: int, count: int) -> None:
     packs = [make_pack(1000 * size + i, size, LONG.get(i)) for i in range(count)]
-    for errors in run_ranks(size, fuzz, packs, torch.float64, seconds=150):
+    for errors in run_ranks(size, fuzz, packs, torch.float64):
         assert errors
         assert {m: e for m, e in errors.items() if not e <= 1e-12} == {}
 

@@ -218,4 +218,4 @@ def differ(world: World) -> None:
 
 
 def test_ranks_with_another_decay_are_an_error_on_every_rank() -> None:
-    run_ranks(2, differ, seconds=20)
+    run_ranks(2, differ)

@@ -136,11 +136,11 @@ def make_transformer() -> nn.Module:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_any_plan_draws_what_each_sequence_alone_draws(ranks: int, recompute: bool) -> None:
-    run_ranks(ranks, check, make_model, 2, recompute, seconds=120)
+    run_ranks(ranks, check, make_model, 2, recompute)
 
 
 def test_unmodified_transformers_model() -> None:
-    run_ranks(2, check, make_transformer, 2, True, seconds=120)
+    run_ranks(2, check, make_transformer, 2, True)
 
 
 def first_losses(world: World, folder: Path) -> tuple[float, ...]:
@@ -150,7 +150,7 @@ def first_losses(world: World, folder: Path) -> tuple[float, ...]:
 
 
 def test_the_trainer_has_one_curve_on_any_number_of_ranks(tmp_path: Path) -> None:
-    curves = [run_ranks(ranks, first_losses, tmp_path / str(ranks), seconds=120)[0] for ranks in (1, 2, 3)]
+    curves = [run_ranks(ranks, first_losses, tmp_path / str(ranks))[0] for ranks in (1, 2, 3)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
@@ -205,7 +205,7 @@ def test_ranks_that_skip_different_layers_are_told() -> None:
 )
 def test_ranks_that_call_attention_more_often_than_others_are_told(skipped: tuple[int, ...], method: str) -> None:
     with pytest.raises(AssertionError) as failed:
-        run_ranks(len(skipped), skip_and_fail, skipped, method, seconds=30)
+        run_ranks(len(skipped), skip_and_fail, skipped, method)
     ends = re.findall(r"^(?:\w+\.)*(\w+): (.*)", str(failed.value), re.MULTILINE)
     assert ends
     assert any("has ended the forward of a pass that others are still in: layers must be" in what for _, what in ends)

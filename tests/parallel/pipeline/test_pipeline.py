@@ -84,16 +84,16 @@ def check_step(world: World, executor: StagedSteps, model: Llama, step: Step, dt
     ("ranks", "shapes"), [(1, [(1, 1)]), (2, [(2, 1), (1, 2)]), (3, [(3, 1)]), (4, [(2, 2), (4, 1)])]
 )
 def test_any_cut_equals_one_process_in_double(ranks: int, shapes: list[tuple[int, int]]) -> None:
-    run_ranks(ranks, check_cuts, shapes, torch.float64, 4, False, seconds=120)
+    run_ranks(ranks, check_cuts, shapes, torch.float64, 4, False)
 
 
 def test_any_cut_equals_one_process_in_single() -> None:
-    run_ranks(3, check_cuts, [(3, 1)], torch.float32, 4, False, seconds=120)
+    run_ranks(3, check_cuts, [(3, 1)], torch.float32, 4, False)
 
 
 def test_recomputed_layers_change_nothing() -> None:
     """Other micro-batches have gone forward when a layer is recomputed: it must attend as its own says."""
-    run_ranks(2, check_cuts, [(2, 1)], torch.float64, 4, True, seconds=120)
+    run_ranks(2, check_cuts, [(2, 1)], torch.float64, 4, True)
 
 
 def train(world: World, placement: Placement, tied: bool) -> tuple[int, int, list[float], dict[str, np.ndarray]]:

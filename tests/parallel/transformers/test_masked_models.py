@@ -92,7 +92,7 @@ def train_alone(kind: str) -> tuple[list[float], np.ndarray]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_losses_equal_plain_torch(ranks: int, alone: dict[str, tuple[list[float], np.ndarray]]) -> None:
-    results = run_ranks(ranks, train, seconds=150)
+    results = run_ranks(ranks, train)
     for kind, (expected, right) in alone.items():
         for losses, gradient in (found[kind] for found in results):
             assert losses == pytest.approx(expected[: len(losses)], abs=1e-4), kind

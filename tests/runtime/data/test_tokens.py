@@ -258,7 +258,7 @@ def test_concurrent_processes_build_once(tmp_path):
         worker.join(timeout=60)
     assert [w.exitcode for w in workers] == [0] * 4
     assert len(seen) == 1
-    assert builds.get(timeout=5)
+    assert builds.get(timeout=100)
     assert builds.empty()
     assert len(list((tmp_path / "cache").iterdir())) == 1
 

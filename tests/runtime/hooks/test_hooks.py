@@ -99,7 +99,7 @@ def test_every_method_is_called_on_every_rank_when_promised(tmp_path: Path, capf
         ("saved", 5, "step-00000005"),
         ("end", 5),
     ]
-    for calls in run_ranks(2, watched, tmp_path / "two", True, seconds=150):
+    for calls in run_ranks(2, watched, tmp_path / "two", True):
         assert [call[:2] for call in calls] == [call[:2] for call in alone]
         assert [call[2] for call in calls if call[0] == "evaluated"] == pytest.approx(values, abs=1e-5)
     assert f"evaluation after step 2: loss {values[0]:.4f}" in capfd.readouterr().out
@@ -140,7 +140,7 @@ def test_a_hook_that_raises_is_named_everywhere_and_the_run_is_saved(ranks: int,
 
     In `evaluate` the other rank is waiting in `world.sum` by then.
     """
-    for told in run_ranks(ranks, raising, tmp_path, steps, seconds=240):
+    for told in run_ranks(ranks, raising, tmp_path, steps):
         for method in RAISING:
             assert f"hook Raises.{method} raised KeyError: 'no such thing' at step " in told[method]
             assert f"on rank {ranks - 1} (mend the hook, then resume); the run is saved after step" in told[method]

@@ -159,7 +159,7 @@ def test_a_cut_cable_ends_both_hosts_and_the_run_resumes(tmp_path: Path) -> None
     assert make_trainer(tmp_path, resume=True, max_steps=first).fit().first_step == first
 
 
-def wait_for(path: Path, limit: timedelta = timedelta(seconds=60)) -> None:
+def wait_for(path: Path, limit: timedelta = timedelta(seconds=150)) -> None:
     until = time.monotonic() + limit.total_seconds()
     while not path.exists():
         assert time.monotonic() < until, f"{path.name} did not appear"

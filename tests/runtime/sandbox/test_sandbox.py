@@ -168,7 +168,7 @@ def heard(stream, seconds):
     return stream.read()
 
 
-def eventually(true, seconds=10):
+def eventually(true, seconds=100):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if true():
@@ -233,12 +233,10 @@ def test_a_host_that_fails_ends_the_job(sandbox, monkeypatch):
     lines = []
     job = SandboxJob(
         sandbox,
-        ["sh", "-c", "echo at $HETEROMESH_HOST; test $HETEROMESH_HOST = b && exit 9; sleep 60"],
+        ["sh", "-c", "echo at $HETEROMESH_HOST; test $HETEROMESH_HOST = b && exit 9; sleep 600"],
         sink=lambda host, error, line: lines.append((host, error, line)),
     )
-    began = time.monotonic()
-    assert job.wait(30) == 9
-    assert time.monotonic() - began < 50, "the others, which sleep for a minute, were ended"
+    assert job.wait(250) == 9, "the others, which sleep for ten minutes, were ended"
     assert job.failed == "b"
     assert sorted(lines) == [(h, False, f"at {h}\n".encode()) for h in "abc"]
 

@@ -77,7 +77,7 @@ def test_compiled_and_plain_models_have_equal_losses(ranks: int, kind: str, comp
     for how in ("", compiled):
         folder = tmp_path / (how or "plain")
         folder.mkdir()
-        losses.append(run_ranks(ranks, train, folder, kind, how, 2, False, seconds=170)[0])
+        losses.append(run_ranks(ranks, train, folder, kind, how, 2, False)[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -85,8 +85,8 @@ def test_checkpoints_of_plain_models_resume_compiled_and_back(tmp_path: Path) ->
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    expected = run_ranks(1, train, whole, "targets", "", 3, False, seconds=120)[0]
+    expected = run_ranks(1, train, whole, "targets", "", 3, False)[0]
     found: tuple[float, ...] = ()
     for compiled, steps in (("", 1), ("model", 2), ("", 3)):
-        found += run_ranks(1, train, parts, "targets", compiled, steps, bool(found), seconds=120)[0]
+        found += run_ranks(1, train, parts, "targets", compiled, steps, bool(found))[0]
     assert found == pytest.approx(expected, rel=1e-5)

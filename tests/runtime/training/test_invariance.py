@@ -86,14 +86,14 @@ def check_update(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_any_plan_equals_one_process_in_double(ranks: int) -> None:
-    seen = run_ranks(ranks, check_plans, torch.float64, 12, False, seconds=120)
+    seen = run_ranks(ranks, check_plans, torch.float64, 12, False)
     assert set(seen[0]) == ({"local"} if ranks == 1 else set(METHODS))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_plan_equals_one_process_in_single(ranks: int) -> None:
-    run_ranks(ranks, check_plans, torch.float32, 6, False, seconds=120)
+    run_ranks(ranks, check_plans, torch.float32, 6, False)
 
 
 def test_recomputed_layers_change_nothing() -> None:
-    run_ranks(2, check_plans, torch.float64, 4, True, seconds=120)
+    run_ranks(2, check_plans, torch.float64, 4, True)

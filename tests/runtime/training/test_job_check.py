@@ -269,7 +269,7 @@ def celled(world: World, folder: Path) -> tuple[list[float], list[float], list[i
 
 
 def test_ranks_begin_and_resume_with_equal_tensors_of_any_layout(tmp_path: Path) -> None:
-    several = run_ranks(2, celled, tmp_path / "2", seconds=120)
+    several = run_ranks(2, celled, tmp_path / "2")
     assert several[0] == several[1]
     assert several[0][2] == [0, 0, 0]
     assert several[0][0] == pytest.approx(run_ranks(1, celled, tmp_path / "1")[0][0], rel=1e-5)

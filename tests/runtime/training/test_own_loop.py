@@ -50,7 +50,7 @@ def all_three(world: World, folder: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_are_the_trainers(ranks: int, tmp_path: Path) -> None:
-    for own, sharded, trained in run_ranks(ranks, all_three, tmp_path / "run", seconds=150):
+    for own, sharded, trained in run_ranks(ranks, all_three, tmp_path / "run"):
         assert len(own) == STEPS
         assert own == pytest.approx(trained, abs=1e-6)
         assert sharded == pytest.approx(trained, abs=1e-6)

@@ -108,7 +108,7 @@ def refused(world: World, folder: Path, changes: dict[str, Any]) -> str:
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One process without stages, checkpoint after three of six steps."""
     folder = tmp_path_factory.mktemp("alone")
-    losses, seen, weights = run_ranks(1, train, folder, request.param, {"checkpoint_every": 3}, seconds=120)[0]
+    losses, seen, weights = run_ranks(1, train, folder, request.param, {"checkpoint_every": 3})[0]
     return request.param, losses, seen, weights, folder
 
 
@@ -128,7 +128,7 @@ def test_losses_and_weights_are_those_of_one_process(alone: Any, placement: Plac
     plan = write_stage_plan(tmp_path / "plan.json", placement)
     ranks = sum(len(s.ranks) for s in placement.stages)
     changes = {"plan": plan, "checkpoint_activations": placement is UNEVEN}
-    close(alone, run_ranks(ranks, train, tmp_path / "run", alone[0], changes, seconds=120))
+    close(alone, run_ranks(ranks, train, tmp_path / "run", alone[0], changes))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert all(row["grad_norm"] > 0 and row["predicted_seconds"] > 0 for row in rows)
@@ -140,24 +140,24 @@ def test_resume_into_other_stages_and_none(alone: Any, tmp_path: Path) -> None:
     tied, folder = alone[0], tmp_path / "run"
     two = write_stage_plan(tmp_path / "two.json", simple(3, 1))
     three = write_stage_plan(tmp_path / "three.json", simple(1, 2, 1))
-    close_first = run_ranks(2, train, folder, tied, {"plan": two, "max_steps": 2}, seconds=120)
+    close_first = run_ranks(2, train, folder, tied, {"plan": two, "max_steps": 2})
     assert close_first[0][0] == pytest.approx(alone[1][:2], rel=1e-5)
-    rest = run_ranks(3, train, folder, tied, {"plan": three, "max_steps": 4, "resume": True}, seconds=120)
+    rest = run_ranks(3, train, folder, tied, {"plan": three, "max_steps": 4, "resume": True})
     assert rest[0][0] == pytest.approx(alone[1][2:4], rel=1e-5)
-    close(alone, run_ranks(1, train, folder, tied, {"resume": True}, seconds=120), 4)
+    close(alone, run_ranks(1, train, folder, tied, {"resume": True}), 4)
 
 
 def test_stages_resume_a_run_without(alone: Any, tmp_path: Path) -> None:
     tied, folder = alone[0], tmp_path / "run"
-    run_ranks(1, train, folder, tied, {"max_steps": 3}, seconds=120)
+    run_ranks(1, train, folder, tied, {"max_steps": 3})
     plan = write_stage_plan(tmp_path / "plan.json", UNEVEN)
-    close(alone, run_ranks(4, train, folder, tied, {"plan": plan, "resume": True}, seconds=120), 3)
+    close(alone, run_ranks(4, train, folder, tied, {"plan": plan, "resume": True}), 3)
 
 
 def test_replicas_compress(alone: Any, tmp_path: Path) -> None:
     plan = write_stage_plan(tmp_path / "plan.json", UNEVEN)
     changes = {"plan": plan, "gradient_compression": "int8"}
-    results = run_ranks(4, train, tmp_path / "run", alone[0], changes, seconds=120)
+    results = run_ranks(4, train, tmp_path / "run", alone[0], changes)
     assert results[0][0] == pytest.approx(alone[1], rel=1e-2)
     assert results[0][0] != pytest.approx(alone[1], rel=1e-8)
     assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == "int8"
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_told_in_one_sentence(
     placement: Placement, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     plan = write_stage_plan(tmp_path / "plan.json", placement)
-    for told in run_ranks(2, refused, tmp_path / "run", changes | {"plan": plan}, seconds=60):
+    for told in run_ranks(2, refused, tmp_path / "run", changes | {"plan": plan}):
         assert message in told
         assert "\n" not in told
 
@@ -222,5 +222,5 @@ def fit_scaled(world: World, folder: Path, plan: Path) -> str:
 
 def test_a_model_whose_stages_are_not_the_model_is_refused(tmp_path: Path) -> None:
     plan = write_stage_plan(tmp_path / "plan.json", simple(1, 3))
-    for told in run_ranks(2, fit_scaled, tmp_path / "run", plan, seconds=60):
+    for told in run_ranks(2, fit_scaled, tmp_path / "run", plan):
         assert "Scaled cut into 2 stages gives other losses than whole" in told

@@ -39,14 +39,14 @@ def train_and_error(world: World, folder: Path, changes: dict[str, Any]) -> str:
 def four(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[float, ...]]:
     """A run of 20 steps on four ranks, interrupted by nothing."""
     folder = tmp_path_factory.mktemp("four") / "run"
-    losses = run_ranks(4, train, folder, {"checkpoint_every": 10}, seconds=120)
+    losses = run_ranks(4, train, folder, {"checkpoint_every": 10})
     assert all(row == losses[0] for row in losses), "every rank reports the same losses"
     return folder, losses[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_losses_are_those_of_four_ranks(ranks: int, four: tuple[Path, tuple[float, ...]], tmp_path: Path) -> None:
-    losses = run_ranks(ranks, train, tmp_path / "run", {}, seconds=120)[0]
+    losses = run_ranks(ranks, train, tmp_path / "run", {})[0]
     assert len(losses) == 20
     assert losses == pytest.approx(four[1], abs=1e-3)
     assert losses[-1] < losses[0] - 0.1, "it learns"
@@ -55,17 +55,17 @@ def test_losses_are_those_of_four_ranks(ranks: int, four: tuple[Path, tuple[floa
 def test_resume_on_three_ranks_continues_the_curve_of_four(
     four: tuple[Path, tuple[float, ...]], tmp_path: Path
 ) -> None:
-    run_ranks(4, train, tmp_path / "run", {"max_steps": 11}, seconds=120)
-    rest = run_ranks(3, train, tmp_path / "run", {"resume": True}, seconds=120)[0]
+    run_ranks(4, train, tmp_path / "run", {"max_steps": 11})
+    rest = run_ranks(3, train, tmp_path / "run", {"resume": True})[0]
     assert rest == pytest.approx(four[1][11:], abs=1e-3)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21))
 
 
 def test_resume_repeats_the_steps_after_the_checkpoint(four: tuple[Path, tuple[float, ...]], tmp_path: Path) -> None:
-    run_ranks(2, train, tmp_path / "run", {"max_steps": 8, "checkpoint_every": 5}, seconds=120)
+    run_ranks(2, train, tmp_path / "run", {"max_steps": 8, "checkpoint_every": 5})
     os.rename(tmp_path / "run/checkpoints/step-00000008", tmp_path / "run/checkpoints/step-00000008.part")
-    rest = run_ranks(2, train, tmp_path / "run", {"resume": True}, seconds=120)[0]
+    rest = run_ranks(2, train, tmp_path / "run", {"resume": True})[0]
     assert rest == pytest.approx(four[1][5:], abs=1e-3)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -113,7 +113,7 @@ def test_a_sharded_optimizer_continues_a_plain_one_and_the_other_way_round(
     losses: tuple[float, ...] = ()
     for ranks, sharded, until in ((4, True, 7), (3, False, 11), (3, True, 15), (2, True, 20)):
         changes = {"max_steps": until, "resume": bool(losses), "shard_optimizer": sharded}
-        losses += run_ranks(ranks, train, tmp_path / "run", changes, seconds=120)[0]
+        losses += run_ranks(ranks, train, tmp_path / "run", changes)[0]
     assert losses == pytest.approx(four[1], abs=1e-3)
     trace = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
     gathered = {(e["pid"], e["args"]["step"]) for e in trace if e["name"] == "parameter gather 0"}
@@ -124,7 +124,7 @@ def test_a_sharded_optimizer_continues_a_plain_one_and_the_other_way_round(
 
 def test_compressed_gradients_train(four: tuple[Path, tuple[float, ...]], tmp_path: Path) -> None:
     changes = {"gradient_compression": "int8", "shard_optimizer": True}
-    losses = run_ranks(3, train, tmp_path / "run", changes, seconds=120)[0]
+    losses = run_ranks(3, train, tmp_path / "run", changes)[0]
     assert losses == pytest.approx(four[1], abs=0.06)
     assert losses != pytest.approx(four[1], abs=1e-6), "they were compressed"
     assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == "int8"
@@ -210,7 +210,7 @@ def poisoned_run(world: World, folder: Path, sharded: bool) -> str:
 
 @pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (3, False), (2, True)])
 def test_a_loss_that_is_not_finite_names_step_rank_and_sequence(ranks: int, sharded: bool, tmp_path: Path) -> None:
-    messages = run_ranks(ranks, poisoned_run, tmp_path / "run", sharded, seconds=90)
+    messages = run_ranks(ranks, poisoned_run, tmp_path / "run", sharded)
     assert len(set(messages)) == 1
     assert "the loss is nan at step 3: rank " in messages[0]
     assert "sequence POISONED of the data" in messages[0]
@@ -338,7 +338,7 @@ def stop_on_second_rank(world: World, folder: Path) -> tuple[Any, int]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_on_one_rank_saves_and_stops_all(ranks: int, tmp_path: Path) -> None:
-    results = run_ranks(ranks, stop_on_second_rank, tmp_path / "run", seconds=90)
+    results = run_ranks(ranks, stop_on_second_rank, tmp_path / "run")
     assert results == [(128 + signal.SIGTERM, 1)] * ranks
     done = len((tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert 1 <= done < 10
