@@ -25,7 +25,7 @@ class _Sent:
         self._done.set()
 
     def wait(self) -> None:
-        assert self._done.wait(30), "the slow link did not send in time"
+        assert self._done.wait(150), "the slow link did not send in time"
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def train(world: World, compressed: bool, sharded: bool) -> tuple[list[float], b
     owner: Any = Sharded(optimizer, model, exchange.buckets, world) if sharded else None
     owner = owner or Replicated(optimizer, model, exchange.buckets)
     noise, losses = torch.Generator().manual_seed(world.rank), []
-    for step in range(160):
+    for step in range(80):
         x = torch.randn(32, 16, generator=noise)
         exchange.begin(step, world)
         with exchange.share((world.rank,), (0,)):

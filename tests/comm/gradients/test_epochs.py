@@ -62,7 +62,7 @@ class Members:
             work(reducer, self.models[world.rank], [((world.rank,), 3 * world.rank + step)], last=world.rank < 2)
             if world.rank < 2:
                 reducer.flush()
-            started.wait(30)
+            started.wait(150)
             if world.rank == 2:
                 world.exchange.close()  # type: ignore[union-attr]
                 return

@@ -273,7 +273,7 @@ def test_stand_alone_coordinator_on_a_taken_port_says_so():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         process = command("--host", "127.0.0.1", "--port", str(port), HETEROMESH_SECRET="s" * 16)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=150)
     assert process.returncode == 2
     assert f"127.0.0.1:{port}" in error
     assert "Traceback" not in error

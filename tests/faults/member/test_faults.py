@@ -67,7 +67,7 @@ def test_the_commits_round_trip_is_hidden_behind_work_on_the_result():
             def overlap(summed):
                 heard.append(summed.sums[0].tolist())
                 # the other has its commit although this one is still at work on the result
-                assert index == 1 or committed.wait(10)
+                assert index == 1 or committed.wait(150)
 
             steps.atomic(body, overlap)
             committed.set()
@@ -218,7 +218,7 @@ def test_lease_tells_of_its_holder():
     watcher = Watcher(lease.path, told.set)
     assert not told.wait(0.05)
     lease.close()
-    assert told.wait(2)
+    assert told.wait(150)
     watcher.join()
     lease, told = Lease(), threading.Event()
     unwanted = Watcher(lease.path, told.set)

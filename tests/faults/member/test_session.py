@@ -61,7 +61,7 @@ class Adding:
             self.ended = error
 
     def close(self):
-        self.thread.join(20)
+        self.thread.join(150)
         assert not self.thread.is_alive()
 
 
@@ -118,7 +118,7 @@ def test_member_killed_in_the_middle_of_an_attempt():
                 assert not seen[-1][1]
                 with pytest.raises(GroupAborted, match="is over"):
                     three[0][0].collectives  # noqa: B018
-            assert victim.wait(20) == -signal.SIGKILL
+            assert victim.wait(150) == -signal.SIGKILL
         for session in sessions:
             session.close()
         assert len(opened) == 2 * 3

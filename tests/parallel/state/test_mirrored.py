@@ -102,7 +102,7 @@ class Toy:
         member = Member(JoinOptions(coordinators=[address], secret=b"s", name=self.name))
         session = Elastic(member, self._capture, self._adopt)
         try:
-            begin.wait(20)
+            begin.wait(150)
             self._train(session)
         finally:
             session.close()
@@ -124,7 +124,7 @@ class Toy:
 
     def _attempt(self, world: World) -> Attempt[bool]:
         if self.done == self.waits_in:
-            self.go.wait(20)
+            self.go.wait(150)
         self._maybe_die("step")
         self._break_off("in refresh", world)
         digest = self.held.refresh(world)
@@ -182,7 +182,7 @@ class Late(Toy):
 
     def _attempt(self, world: World) -> Attempt[bool]:
         if world.size == 2:
-            self.go.wait(20)
+            self.go.wait(150)
         return super()._attempt(world)
 
 

@@ -217,7 +217,7 @@ def test_lock_ends_with_the_build_even_if_a_child_was_forked_in_it(tmp_path):
         fcntl.flock(waiter, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert child.is_alive()
     done.set()
-    child.join(30)
+    child.join(150)
 
 
 def test_leftover_of_the_same_store_is_taken_over(tmp_path):
@@ -253,9 +253,9 @@ def test_concurrent_processes_build_once(tmp_path):
     ]
     for worker in workers:
         worker.start()
-    seen = {results.get(timeout=60) for _ in workers}
+    seen = {results.get(timeout=150) for _ in workers}
     for worker in workers:
-        worker.join(timeout=60)
+        worker.join(150)
     assert [w.exitcode for w in workers] == [0] * 4
     assert len(seen) == 1
     assert builds.get(timeout=100)
@@ -278,9 +278,9 @@ def test_killed_builder_holds_up_nobody(tmp_path):
     started = context.Event()
     builder = context.Process(target=_build_for_ever, args=(tmp_path / "in", tmp_path / "cache", started))
     builder.start()
-    assert started.wait(30)
+    assert started.wait(150)
     builder.kill()
-    builder.join(30)
+    builder.join(150)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".part"]
     assert texts_of(open_tokens(corpus, BYTES, max_length=50, cache_dir=tmp_path / "cache")) == ["hello"]
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".tokens"]
@@ -293,7 +293,7 @@ def test_waiter_builds_when_the_builder_gave_up(tmp_path):
     class Failing(Letters):
         def encode_batch(self, texts):
             started.set()
-            go_on.wait(30)
+            go_on.wait(150)
             raise RuntimeError("builder died")
 
     def fail():
@@ -305,11 +305,11 @@ def test_waiter_builds_when_the_builder_gave_up(tmp_path):
 
     threads = [threading.Thread(target=fail), threading.Thread(target=wait)]
     threads[0].start()
-    assert started.wait(30)
+    assert started.wait(150)
     threads[1].start()
     go_on.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(150)
     assert texts_of(stores[0], Letters()) == ["hello"]
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".tokens"]
 

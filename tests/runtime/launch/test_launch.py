@@ -126,15 +126,9 @@ def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> Non
     assert "line" in refused("--cluster", broken, *run)
     assert "none.json does not exist" in refused("--plan", tmp_path / "none.json", *run)
     assert "plan file" in refused("--nproc-per-node", 3, "--plan", plan, *run)
-    # the file names another cluster than the flags: every rank finds it
+    # the file names another cluster than the flags: every rank finds it, and it is told once
     assert "make the plan again" in sentence(heteromesh("--nproc-per-node", 2, "--plan", plan, *run))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_mistake_found_by_every_rank_is_told_once(script: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    message = sentence(heteromesh("--nproc-per-node", 2, script, tmp_path / "file/run", 1))
-    assert "choose another directory" in message
 
 
 def test_a_mistake_before_the_trainer_is_told_in_one_sentence(tmp_path: Path) -> None:
@@ -209,7 +203,7 @@ def interrupt(number: signal.Signals, group: bool, metrics: Path, words: Sequenc
         family = children(process.pid)
         assert len(family) >= 3, "two ranks and a planner"
         os.killpg(process.pid, number) if group else process.send_signal(number)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=150)
     finally:
         process.kill()
     assert process.returncode == 128 + number, err

@@ -169,7 +169,7 @@ def wait_for(path: Path, limit: timedelta = timedelta(seconds=150)) -> None:
 def communicate(process: Any) -> str:
     """What a process that ends soon has written."""
     try:
-        process.wait(30)
+        process.wait(150)
     except subprocess.TimeoutExpired:
         process.kill()
     output, error = process.streams

@@ -264,7 +264,7 @@ def start(sandbox: Sandbox, cluster: Path, folder: Path, steps: int) -> list[Pro
 def texts(processes: list[Process]) -> list[str]:
     """What the processes have written when they have ended."""
     for process in processes:
-        process.wait(60)
+        process.wait(150)
     streams = [process.streams for process in processes]
     return ["".join(stream.read().decode() for stream in its) for its in streams if its]
 
