@@ -73,7 +73,7 @@ def alone() -> dict[tuple[str, bool], list[float]]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_losses_equal_plain_torch(ranks: int, alone: dict[tuple[str, bool], list[float]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        results = run_ranks(ranks, train, Path(folder), seconds=150)
+        results = run_ranks(ranks, train, Path(folder))
     for key, expected in alone.items():
         assert expected[-1] < expected[0] - 0.1, key  # it learns
         for result in results:

@@ -122,7 +122,7 @@ def train(world: World, kind: str, folder: Path) -> tuple[list[float], np.ndarra
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_of_ones_own_is_plain_torchs(kind: str, ranks: int, tmp_path: Path) -> None:
     wanted, weights = expected(kind)
-    for losses, found, seen in run_ranks(ranks, train, kind, tmp_path, seconds=120):
+    for losses, found, seen in run_ranks(ranks, train, kind, tmp_path):
         assert losses == pytest.approx(wanted, rel=2e-5)
         assert found == pytest.approx(weights, abs=3e-5)
         assert set().union(*seen) >= ({1} if ranks == 1 else {1, 2}), "packed passes and split ones"
@@ -136,6 +136,6 @@ def train_twice(world: World, folder: Path) -> tuple[list[float], np.ndarray]:
 
 def test_a_run_with_pairs_resumes(tmp_path: Path) -> None:
     wanted, weights = expected("pairs")
-    for losses, found in run_ranks(2, train_twice, tmp_path, seconds=120):
+    for losses, found in run_ranks(2, train_twice, tmp_path):
         assert losses[-2:] == pytest.approx(wanted[-2:], rel=2e-5)
         assert found == pytest.approx(weights, abs=3e-5)

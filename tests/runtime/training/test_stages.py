@@ -198,7 +198,7 @@ def fit_with_a_loss(world: World, folder: Path, plan: Path) -> str:
 
 def test_a_loss_of_ones_own_is_refused(tmp_path: Path) -> None:
     plan = write_stage_plan(tmp_path / "plan.json", simple(1, 3))
-    for told in run_ranks(2, fit_with_a_loss, tmp_path / "run", plan, seconds=60):
+    for told in run_ranks(2, fit_with_a_loss, tmp_path / "run", plan):
         assert "<lambda> and the plan trains the model in pipeline stages" in told
 
 
