@@ -103,7 +103,7 @@ def test_ten_steps_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
     steps = [planned([len(t) for t in batch], 4, number) for number, batch in enumerate(batches())]
     alone = train_alone()
     assert alone[-1] < alone[0] - 0.5
-    for losses, methods in run_ranks(4, train, str(tmp_path), steps, seconds=120):
+    for losses, methods in run_ranks(4, train, str(tmp_path), steps):
         assert losses == pytest.approx(alone, abs=1e-3)
         assert len(methods) > 4
     assert list(tmp_path.glob("*.safetensors"))
