@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+# threads of several tests at a time would wait for each other, and busily
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # a busy machine is no failure: every test has pytest's own time limit
 settings.register_profile("heteromesh", deadline=None)
 settings.load_profile("heteromesh")

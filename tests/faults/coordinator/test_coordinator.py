@@ -145,11 +145,11 @@ def test_majority_that_loses_its_coordinator_goes_on_and_the_minority_ends(jobs,
             wait_until(lambda: all(member._lost_at for member in members[2:]))
         commits = [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]
         for wait in commits[2:]:
-            assert wait.result(20).contributors == tuple(m.id for m in members[2:])
+            assert wait.result(150).contributors == tuple(m.id for m in members[2:])
         assert "are not the larger part of [1, 2, 3, 4, 5]" in server.ended
         for wait in commits[:2]:
             with pytest.raises(Fenced, match="cut off from the majority"):
-                wait.result(20)
+                wait.result(150)
     assert not server.running
 
 
@@ -179,23 +179,23 @@ def test_coordinator_that_hangs_is_replaced_and_ends_when_it_wakes_up(jobs):
         steps = begin(pool, members)
         with hanging(server):
             for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-                assert len(wait.result(20).contributors) == 3
+                assert len(wait.result(150).contributors) == 3
         wait_until(lambda: not server.running)
         assert "are not the larger part" in server.ended
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-            assert wait.result(20).step == 2
+            assert wait.result(150).step == 2
 
 
 def test_who_joins_in_the_moment_of_an_election_joins_when_it_is_over():
     address = free_addresses(1)[0]
     candidate = Coordinator(b"s", host=address[0], port=address[1], election=Election()).start()
     with ThreadPoolExecutor(1) as pool:
-        terms = JoinOptions(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=20.0)
+        terms = JoinOptions(coordinators=[address, ("127.0.0.1", 1)], secret=b"s", name="late", connect_seconds=150.0)
         wait = pool.submit(Member, terms)
         wait_until(lambda: not candidate.running)  # it has refused it for so long
         assert not wait.done()
         server = Coordinator(b"s", host=address[0], port=address[1]).start()
-        member = wait.result(20)
+        member = wait.result(150)
         assert member.id == 1
         member.close()
         server.stop()
@@ -230,10 +230,10 @@ def test_jumps_of_the_systems_clock_change_nothing(jobs, monkeypatch):
         steps = begin(pool, members)
         server.stop()
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps]:
-            assert len(wait.result(20).contributors) == 3
+            assert len(wait.result(150).contributors) == 3
         members.pop().close()  # its watchers and those of its lease end, too
         for wait in [pool.submit(s.reduce, [torch.ones(10)]) for s in steps[:2]]:
-            assert len(wait.result(20).contributors) == 2
+            assert len(wait.result(150).contributors) == 2
 
 
 def command(*words, **environment):
