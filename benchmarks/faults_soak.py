@@ -12,6 +12,7 @@ disagreed or a survivor hung.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import statistics
@@ -26,6 +27,7 @@ from heteromesh.faults.wire.deadlines import Timing
 
 def main() -> int:
     options = _options()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([Lab.__module__])
     work = LabWork(bytes=int(options.megabytes * (1 << 20)), collectives=options.collectives)
     with Lab(work, size=options.processes, timing=Timing(silence=options.silence), elective=bool(options.lose)) as lab:
         what = _churn(lab, options) if options.churn else _faults(lab, options)

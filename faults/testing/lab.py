@@ -67,7 +67,6 @@ class Lab:
         self.work, self.secret = work, os.urandom(16)
         self.timing = timing or Timing()
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["heteromesh.faults.testing.lab"])
         self.workers: list[Worker] = []
         self.retired: list[Worker] = []
         self._size, self._min, self._elective = size, min_members, elective

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from forks import context
 from heteromesh.comm.tcp.state_transfer import digest_of
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
@@ -28,7 +28,6 @@ from trainers import DATA, make_trainer
 
 STEPS = 12
 SECRET = "0123456789abcdef" * 2
-context = multiprocessing.get_context("forkserver")
 
 
 class Job:

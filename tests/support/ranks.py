@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -15,25 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from forks import context
 from heteromesh.comm.world import World, join_world
 
 LIMIT = 150.0
 """Seconds: what never ends is told before pytest's own limit; a busy machine is no failure."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "ranks",
-        "heteromesh.runtime.trainer",
-        "torch.distributed.checkpoint",
-        "torch._dynamo",
-        "fsspec.core",
-        # what every rank of a Transformers model would import anew
-        "transformers.models.auto.modeling_auto",
-        "transformers.generation.utils",
-        "peft",
-    ]
-)
 
 
 def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> list[Any]:
@@ -48,8 +33,8 @@ def run_ranks(size: int, act: Callable[..., Any], *args: Any, seconds: float = L
 
 def run_processes(size: int, act: Callable[..., Any], *args: Any, seconds: float = LIMIT) -> list[Any]:
     """act(index, *args) in so many processes that know nothing of each other; else as `run_ranks`."""
-    pipes = [_context.Pipe(duplex=False) for _ in range(size)]
-    processes = [_context.Process(target=_main, args=(rank, pipes[rank][1], act, args)) for rank in range(size)]
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    processes = [context.Process(target=_main, args=(rank, pipes[rank][1], act, args)) for rank in range(size)]
     for process, (_, sink) in zip(processes, pipes, strict=True):
         process.start()
         sink.close()

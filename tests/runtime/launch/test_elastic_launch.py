@@ -1,7 +1,6 @@
 """`heteromesh run --fault-tolerance` as a user types it: workers die, come back, end; signals; several hosts."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from members import free_addresses, wait_until
 
+from forks import context
 from heteromesh.errors import UserError
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.membership.membership import Bounds
@@ -81,16 +81,12 @@ def run(*words):
     return launcher.main(["--fault-tolerance", *map(str, words)])
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["heteromesh.runtime.launch.run"])
-
-
 class Agent:
     """`heteromesh run --fault-tolerance` as a process with a session of its own, as a terminal gives it."""
 
     def __init__(self, folder, words, variables):
         self.log = folder / f"agent{len(list(folder.glob('agent*')))}"
-        self.process = FORKS.Process(target=_agent, args=(self.log, list(map(str, words)), variables))
+        self.process = context.Process(target=_agent, args=(self.log, list(map(str, words)), variables))
         self.process.start()
         self.pid = self.process.pid
 
