@@ -4,7 +4,8 @@ A pass is exact for models that mix tokens in hm.attention alone and that treat 
 that mix tokens elsewhere (convolutions, recurrent states, masks of their own), or that look at all positions of a pass
 at once, would train something else, silently. So before the first step a few dozen tokens go through the model: two
 sequences, each alone and outside any pass; both packed into one; one as long as both split over two ranks, which are
-threads here. And one whose positions are told, from 0, beside one that the model itself gives positions.
+threads here. And one whose positions are told, from 0, beside one that the model itself gives positions. All of it in
+evaluation mode; the two also in the modes in which the model's modules train, with dropouts that draw by token.
 
 What rounding may do is measured too: the same run with every module's output off by a few units in the last place.
 """
@@ -26,6 +27,8 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.attention.layout import layout_of
 from heteromesh.parallel.model.call import IGNORED, ModelCall, eagerly, plain_name, uncompiled
+from heteromesh.parallel.model.draws import token_places
+from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.parallel.model.rotary import follow_lengths
 from heteromesh.parallel.model.trace import Trace, Tracer
 from heteromesh.parallel.model.undisturbed import undisturbed
@@ -46,6 +49,16 @@ _ALONE = (
 _PASSES = (
     ", though not on each alone: a pass has one row of all its tokens, position_ids that begin anew, and no mask; let "
     "attention go through hm.attention (Transformers: attn_implementation='heteromesh')"
+)
+
+_MIXES = (
+    "mixes tokens outside hm.attention or looks at the positions of all tokens at once; have it use hm.attention or "
+    "hm.linear_attention and each token's own position (Transformers: attn_implementation='heteromesh'), or train a "
+    "model without it"
+)
+_DRAWS = (
+    "looks at all tokens of the pass (batch statistics) or draws random numbers in their order; have it normalise each "
+    "token by itself, call dropout as torch.nn.functional.dropout or nn.Dropout, or put it in evaluation mode"
 )
 
 
@@ -89,6 +102,7 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
     whole = _sequence(tokens[: min(2 * size, longest)], 0)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
+        trained = [module for module in model.modules() if module.training]
         for hook in follow_lengths(model):
             stack.callback(hook.remove)
         model.eval()
@@ -99,6 +113,10 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
         trial.compare_packed(pair, far)
         if split and whole.tokens.numel() > 1:
             trial.compare_split(whole)
+        for module in trained:
+            module.training = True
+        if trained:
+            trial.compare_training(pair)
 
 
 class _Trial:
@@ -112,15 +130,18 @@ class _Trial:
         """Compares two sequences in one pass, `far` behind them, with each alone."""
         row = [*pair, far]
         lengths = [x.tokens.numel() for x in row]
-        plan = Pass(ranks=(0,), method="local", sequences=(0, 1, 2), shards=(tuple(lengths),), seconds=0.0)
-        context = prepare_pass(plan, lengths, World(device=self._device), (1.0,))
-        whole = _Input(*(torch.cat([getattr(x, name) for x in row], 1) for name in ("tokens", "positions", "labels")))
+        whole, context = _in_a_row(row), self._packed(lengths)
         alone = [self._attempt("a sequence alone", partial(self._run, x), _ALONE) for x in pair]
         rounded = [self._run_rounded(x) for x in pair]
         self._compare_positions(pair[0], alone[0], rounded[0])
         seen = self._attempt("packed sequences", lambda: self._run(whole, context))
         kept = torch.arange(sum(lengths[:2]))
         self._judge("packed sequences", _joined(alone), _joined(rounded), _joined([seen], kept))
+
+    def _packed(self, lengths: Sequence[int]) -> PassContext:
+        sequences, shards = tuple(range(len(lengths))), (tuple(lengths),)
+        plan = Pass(ranks=(0,), method="local", sequences=sequences, shards=shards, seconds=0.0)
+        return prepare_pass(plan, lengths, World(device=self._device), (1.0,))
 
     def _compare_positions(self, x: _Input, told: _Run, rounded: _Run) -> None:
         """Compares a sequence whose positions were told, from 0, with one that the model itself gives positions."""
@@ -155,6 +176,28 @@ class _Trial:
         seen = self._attempt("a sequence over two ranks", both)
         self._judge("a sequence over two ranks", self._run(whole), self._run_rounded(whole), seen)
 
+    def compare_training(self, pair: Sequence[_Input]) -> None:
+        """Compares two sequences in one pass with each in a pass of its own, in the modes in which modules train."""
+        randomness = PassRandomness(self._model)
+
+        def run(row: Sequence[_Input], first: int, act: Callable[[_Input, PassContext], _Run]) -> _Run:
+            """Runs a pass of some of the step's sequences, from `first` on."""
+            context = self._packed([x.tokens.numel() for x in row])
+            places = range(first, first + len(row))
+            drawn = token_places(context.layout.segments[0], places, self._device)
+            with randomness.during(0, 1, drawn):
+                return act(_in_a_row(row), context)
+
+        try:
+            alone, rounded = (
+                _joined([run([x], i, act) for i, x in enumerate(pair)]) for act in (self._run, self._run_rounded)
+            )
+            what = "packed sequences in training mode"
+            seen = self._attempt(what, lambda: run(pair, 0, self._run))
+            self._judge(what, alone, rounded, seen, _DRAWS)
+        finally:
+            randomness.close()
+
     def _run(self, x: _Input, context: PassContext | None = None) -> _Run:
         with context.active() if context else nullcontext(), self._tracer.run(x.tokens.numel()) as trace:
             if self._own_loss:
@@ -163,9 +206,9 @@ class _Trial:
                 losses = self._call.losses(x.tokens, x.positions, x.labels)
         return _Run(losses.double().cpu(), trace)
 
-    def _run_rounded(self, x: _Input) -> _Run:
+    def _run_rounded(self, x: _Input, context: PassContext | None = None) -> _Run:
         with _rounded(self._model):
-            return self._run(x)
+            return self._run(x, context)
 
     def _attempt(self, what: str, act: Callable[[], _Run], way_out: str = _PASSES) -> _Run:
         try:
@@ -178,27 +221,28 @@ class _Trial:
                 f"{_name(self._model)} fails on {what} ({type(error).__name__}: {line}){way_out}"
             ) from error
 
-    def _judge(self, what: str, alone: _Run, rounded: _Run, seen: _Run) -> None:
+    def _judge(self, what: str, alone: _Run, rounded: _Run, seen: _Run, why: str = _MIXES) -> None:
         """Raises UserError where what was seen differs from each alone by more than rounding does."""
         off, noise = _off(seen, alone), _off(rounded, alone)
         if off > _allowed(noise, _scale(alone), self._epsilon()) or off != off:
-            self._refuse(what, off, noise, _culprit(alone.trace, rounded.trace, seen.trace, self._epsilon()))
+            self._refuse(what, off, noise, _culprit(alone.trace, rounded.trace, seen.trace, self._epsilon()), why)
 
     def _epsilon(self) -> float:
         dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
         # models in float64 compute some of it in float32 all the same (routers, rotary embeddings)
         return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32) if dtype.itemsize > 1)
 
-    def _refuse(self, what: str, off: float, noise: float, layer: str) -> NoReturn:
+    def _refuse(self, what: str, off: float, noise: float, layer: str, why: str) -> NoReturn:
         modules = {plain_name(n): m for n, m in self._model.named_modules()}
         kind = f" ({type(uncompiled(modules[layer])).__name__})" if layer in modules else ""
         raise UserError(
             f"{_name(self._model)} gives other losses for {what} than for each alone, off by {off:.2g} where rounding "
-            f"explains {noise:.1g}: {layer}{kind} is the first to differ, as it mixes tokens outside hm.attention or "
-            "looks at the positions of all tokens at once; have it use hm.attention or hm.linear_attention and each "
-            "token's own position (Transformers: attn_implementation='heteromesh'), or train a model without it "
-            "(docs/assumptions.md)"
+            f"explains {noise:.1g}: {layer}{kind} is the first to differ, as it {why} (docs/assumptions.md)"
         )
+
+
+def _in_a_row(row: Sequence[_Input]) -> _Input:
+    return _Input(*(torch.cat([getattr(x, name) for x in row], 1) for name in ("tokens", "positions", "labels")))
 
 
 def _off(run: _Run, alone: _Run) -> float:
