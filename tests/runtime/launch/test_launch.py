@@ -133,8 +133,6 @@ def test_bad_files_are_told_in_one_sentence(script: Path, tmp_path: Path) -> Non
 
 def test_a_mistake_before_the_trainer_is_told_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    message = sentence(heteromesh(EXAMPLES / "train.py", "--data", tmp_path / "empty", "--run-dir", tmp_path / "run"))
-    assert str(tmp_path / "empty") in message
     dry = heteromesh("--dry-run", EXAMPLES / "train.py", "--data", tmp_path / "empty", "--run-dir", tmp_path / "run")
     assert str(tmp_path / "empty") in sentence(dry)
     bare = [sys.executable, str(EXAMPLES / "train.py"), "--data", str(tmp_path / "none"), "--run-dir", str(tmp_path)]

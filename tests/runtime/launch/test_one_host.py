@@ -74,7 +74,7 @@ def script(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("words", [[], ["--standalone"], ["--master-port", "PORT"], ["--rdzv-endpoint", "localhost:0"]])
+@pytest.mark.parametrize("words", [[], ["--master-port", "PORT"]])
 def test_nothing_listens_for_other_hosts(words: list[str], tmp_path: Path) -> None:
     words = [str(free_port()) if word == "PORT" else word for word in words]
     result = heteromesh("--nproc-per-node", 2, *words, script(tmp_path, LISTEN))
@@ -99,6 +99,17 @@ def test_every_start_of_the_workers_has_a_store_of_its_own() -> None:
     first = rendezvous.next_rendezvous()
     first.store.set("key", "old")
     assert not rendezvous.next_rendezvous().store.check(["key"])
+
+
+@pytest.mark.parametrize("changes", [{"standalone": True}, {"rdzv_endpoint": "localhost:0"}, {"rdzv_backend": "c10d"}])
+def test_every_way_to_ask_for_one_host_stays_on_loopback(
+    changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    usual = {"nnodes": "1", "rdzv_backend": "static", "rdzv_endpoint": "", "standalone": False, "master_port": None}
+    options = SimpleNamespace(**usual | changes)
+    assert stay_on_loopback(options)
+    assert options.rdzv_backend == BACKEND
 
 
 @pytest.mark.parametrize(
