@@ -2,7 +2,8 @@
 
 python examples/demo.py [--ranks 2] [--run-dir runs/demo]
 
-Every second rank is paced to half its speed (pace.py; no root). The data are the functions and classes of Python's own
+Every second rank has half the speed: with root each rank is a host of a sandbox (`heteromesh sandbox`), without it is
+paced (pace.py). The data are the functions and classes of Python's own
 sources: most are short, a few are a hundred times as long. The first run trains and then times the same batches under
 the plans and under even data and even sequence parallel. The second continues it with fault tolerance, and one rank is
 killed in a step. The screen at the end has what happened.
@@ -31,6 +32,7 @@ import heteromesh as hm
 from heteromesh.runtime.data.documents import open_corpus
 from heteromesh.runtime.data.tokenizer import load_tokenizer
 from heteromesh.runtime.data.tokens import TokenStore, open_tokens
+from heteromesh.runtime.sandbox import why_not
 from llama import Llama, LlamaConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"
@@ -39,6 +41,20 @@ MAX_LENGTH = 8_192
 STEPS, LAST_STEP, KILLED_AFTER = 8, 20, 11
 COMPARED = 3
 SLOW = 0.5
+HOST = """
+[[hosts]]
+names = ["{name}"]
+device = "{device}"
+count = 1
+nics = [{{ kind = "ethernet", gbit = 5 }}]
+"""
+DEVICE = """
+[devices.{name}]
+tflops = {tflops}
+memory_gb = 4
+memory_gbps = 10
+link_gbps = 5
+"""
 
 
 def main() -> None:
@@ -56,25 +72,27 @@ def main() -> None:
 def demonstrate(options: argparse.Namespace) -> int:
     """Runs both parts; returns the exit code."""
     store = load()
-    lengths = sorted(store.lengths.tolist())
+    lengths, hosts = sorted(store.lengths.tolist()), sandbox(options)
+    where = ", each a host of a sandbox" if hosts else ""
     print(
         f"{len(lengths):,} sequences: median {int(statistics.median(lengths)):,} tokens, 99 of 100 up to "
-        f"{lengths[len(lengths) * 99 // 100]:,}, longest {lengths[-1]:,}; {options.ranks} CPU ranks, every second one "
-        f"paced to {SLOW:g} of its speed\n\nPart 1: planned steps, then the same batches in even layouts",
+        f"{lengths[len(lengths) * 99 // 100]:,}, longest {lengths[-1]:,}; {options.ranks} CPU ranks{where}, "
+        f"every second one at {SLOW:g} of the speed\n\nPart 1: planned steps, then the same batches in even layouts",
         flush=True,
     )
-    code = run(options, "compare")
+    code = run(options, hosts, "compare")
     if code == 0:
         print("\nPart 2: the same run goes on with fault tolerance, and a rank is killed", flush=True)
-        code = run(options, "survive", "--fault-tolerance", "--max-restarts", "1")
+        code = run(options, hosts, "survive", "--fault-tolerance", "--max-restarts", "1")
     if code == 0:
         print("\n" + closing_screen(options.run_dir, options.ranks))
     return code
 
 
-def run(options: argparse.Namespace, part: str, *flags: str) -> int:
+def run(options: argparse.Namespace, hosts: list[str], part: str, *flags: str) -> int:
     """Returns the exit code of a part. Ctrl-C reaches it too, as it is in this process's group."""
-    command = [sys.executable, "-m", "heteromesh", "run", *flags, "--nproc-per-node", str(options.ranks), __file__]
+    ranks = [] if hosts else ["--nproc-per-node", str(options.ranks)]
+    command = [*hosts, sys.executable, "-m", "heteromesh", "run", *flags, *ranks, __file__]
     command += ["--worker", part, "--run-dir", str(options.run_dir)]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while True:
@@ -82,6 +100,19 @@ def run(options: argparse.Namespace, part: str, *flags: str) -> int:
             return process.wait()
         except KeyboardInterrupt:
             continue
+
+
+def sandbox(options: argparse.Namespace) -> list[str]:
+    """Returns the words that run a command on a sandbox's hosts, one a rank; none where there can be no sandbox."""
+    file = CACHE / f"demo-{options.ranks}.toml"
+    devices = [DEVICE.format(name=name, tflops=tflops) for name, tflops in (("fast", 0.04), ("slow", 0.04 * SLOW))]
+    kinds = [("fast", "slow")[i % 2] for i in range(options.ranks)]
+    hosts = [HOST.format(name=f"{kind}{i // 2}", device=kind) for i, kind in enumerate(kinds)]
+    file.write_text("".join([*devices, *hosts]))
+    cores = min(0.9 * (os.cpu_count() or 1), options.ranks * (1 + SLOW) / 2)
+    words = [sys.executable, "-m", "heteromesh", "sandbox", "--raw", "--cores", str(cores), str(file), "--"]
+    # root in a container may lack the right to make networks
+    return [] if why_not() or subprocess.run([*words, "true"], capture_output=True).returncode else words
 
 
 def load() -> TokenStore:
@@ -115,8 +146,10 @@ def top_level(source: str) -> list[str]:
 
 
 def worker(options: argparse.Namespace) -> None:
-    local = int(os.environ["LOCAL_RANK"])
-    pace(SLOW if local % 2 else 1.0)
+    own_host = "HETEROMESH_HOST" in os.environ
+    index = int(os.environ["NODE_RANK" if own_host else "LOCAL_RANK"])
+    if not own_host:  # a sandbox's hosts have their speeds
+        pace(SLOW if index % 2 else 1.0)
     store, survive = load(), options.worker == "survive"
     torch.manual_seed(0)
     model = Llama(LlamaConfig(vocab=store.vocab_size, layers=2, hidden=128, heads=4, kv_heads=2, intermediate=352))
@@ -129,9 +162,9 @@ def worker(options: argparse.Namespace) -> None:
         fault_tolerance=survive,
         compare_batches=0 if survive else COMPARED,
     )
-    hooks = [Death(options.run_dir / "killed.json")] if survive and local == options.ranks - 1 else []
+    hooks = [Death(options.run_dir / "killed.json")] if survive and index == options.ranks - 1 else []
     report = hm.Trainer(model, None, store, config, hooks=hooks).fit()
-    if local == 0 and report.comparisons:
+    if index == 0 and report.comparisons:
         (options.run_dir / "comparisons.json").write_text(json.dumps([asdict(found) for found in report.comparisons]))
 
 
