@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import os
+import secrets
 import signal
 import statistics
 import subprocess
@@ -38,9 +39,10 @@ from llama import Llama, LlamaConfig
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "heteromesh"
 BATCH_TOKENS = 12_288
 MAX_LENGTH = 8_192
-STEPS, LAST_STEP, KILLED_AFTER = 8, 20, 11
-COMPARED = 3
+STEPS, LAST_STEP, KILLED_AFTER = 8, 26, 11
+COMPARED = STEPS
 SLOW = 0.5
+SECRET = secrets.token_hex(16)
 HOST = """
 [[hosts]]
 names = ["{name}"]
@@ -94,7 +96,8 @@ def run(options: argparse.Namespace, hosts: list[str], part: str, *flags: str) -
     ranks = [] if hosts else ["--nproc-per-node", str(options.ranks)]
     command = [*hosts, sys.executable, "-m", "heteromesh", "run", *flags, *ranks, __file__]
     command += ["--worker", part, "--run-dir", str(options.run_dir)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    # hosts prove to each other that they are of this job
+    process = subprocess.Popen(command, env={"HETEROMESH_SECRET": SECRET, **os.environ, "OMP_NUM_THREADS": "1"})
     while True:
         try:
             return process.wait()
@@ -175,8 +178,9 @@ class Death(hm.Hook):
         self._mark = mark
 
     def step_committed(self, step: hm.StepCommitted) -> None:
-        if step.metrics.step == KILLED_AFTER and not self._mark.exists():
-            self._mark.write_text(json.dumps({"step": KILLED_AFTER + 1, "member": step.world.names[step.world.rank]}))
+        if step.metrics.step >= KILLED_AFTER and not self._mark.exists():
+            next_step = step.metrics.step + 1
+            self._mark.write_text(json.dumps({"step": next_step, "member": step.world.names[step.world.rank]}))
             threading.Timer(step.metrics.measured_seconds / 2, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +48,6 @@ def compare(
     batches: Sequence[tuple[Batch, Step]],
     costs: Costs,
     stop: Callable[[], object] = lambda: None,
-    repeats: int = 2,
 ) -> tuple[EvenSplit, ...]:
     """Runs forward, backward and gradient sum of every batch under each layout; no update. Equal on every rank.
 
@@ -66,7 +64,7 @@ def compare(
         static = static_steps(batch.lengths, costs)
         others = {name: step for name, step in static.items() if step.passes != planned.passes}
         with undisturbed(executor.model):
-            results = time_layouts(executor, reader, batch, {"plan": planned} | others, repeats)
+            results = time_layouts(executor, reader, batch, {"plan": planned} | others)
         same.update(static.keys() - others.keys())
         for name in ("plan", *static):
             took, loss = results.get(name, results["plan"])
@@ -97,20 +95,16 @@ def static_steps(lengths: Sequence[int], costs: Costs) -> dict[str, Step]:
 
 
 def time_layouts(
-    executor: StepExecutor, reader: Reader, batch: Batch, steps: Mapping[str, Step], repeats: int
+    executor: StepExecutor, reader: Reader, batch: Batch, steps: Mapping[str, Step]
 ) -> dict[str, tuple[float, float]]:
-    """Returns (median seconds of the slowest rank, loss) by layout; layouts take turns so that drift hits all alike."""
+    """Returns (seconds of the slowest rank, loss) by layout; layouts take turns so that drift hits all alike."""
     world = executor.world
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, float] = {}
+    results = {}
     inputs = {name: reader.step_inputs(step, batch.sequences, world.rank) for name, step in steps.items()}
-    order = random.Random(batch.index)  # the same on every rank
-    for _ in range(repeats):
-        # in random order: what ran before leaves its mark on caches and the allocator
-        for name in order.sample(list(steps), len(steps)):
-            step = steps[name]
-            world.barrier()
-            start = time.perf_counter()
-            losses[name] = executor.run(step, inputs[name], number=0).loss
-            times[name].append(max(world.gather(time.perf_counter() - start)))
-    return {name: (statistics.median(times[name]), losses[name]) for name in steps}
+    # in random order, the same on every rank: what ran before leaves its mark on caches and the allocator
+    for name in random.Random(batch.index).sample(list(steps), len(steps)):
+        world.barrier()
+        start = time.perf_counter()
+        loss = executor.run(steps[name], inputs[name], number=0).loss
+        results[name] = max(world.gather(time.perf_counter() - start)), loss
+    return results
