@@ -91,6 +91,16 @@ def sandbox():
     assert not made(os.getpid())
 
 
+def has_rate(receiver, sender, gbit, nic=0, within=0.25):
+    """Whether a TCP connection has the rate: asked again, as a busy machine makes it lower for a while, never higher."""
+    for _ in range(10):
+        found = rate(receiver, sender, nic=nic)
+        assert found < (1 + within) * gbit
+        if found > (1 - within) * gbit:
+            return True
+    return False
+
+
 def rate(receiver, sender, seconds=0.5, nic=0):
     """Gbit/s of one TCP connection."""
     address, own = receiver.interfaces[nic].address, sender.interfaces[nic].address
@@ -130,20 +140,20 @@ def test_quotas_are_in_proportion_to_the_speeds_and_are_the_kernels(sandbox):
 
 
 def test_the_slower_end_of_a_link_sets_the_rate(sandbox):
-    assert rate(sandbox["b"], sandbox["a"]) == pytest.approx(0.4, rel=0.25)
-    assert rate(sandbox["c"], sandbox["a"]) == pytest.approx(0.1, rel=0.25)
-    assert rate(sandbox["a"], sandbox["c"]) == pytest.approx(0.1, rel=0.25)
+    assert has_rate(sandbox["b"], sandbox["a"], 0.4)
+    assert has_rate(sandbox["c"], sandbox["a"], 0.1)
+    assert has_rate(sandbox["a"], sandbox["c"], 0.1)
 
 
 def test_the_source_address_decides_which_card_sends(sandbox):
-    assert rate(sandbox["b"], sandbox["a"], nic=1) == pytest.approx(0.1, rel=0.25)
+    assert has_rate(sandbox["b"], sandbox["a"], 0.1, nic=1)
 
 
 def test_a_slowed_link_is_slow_until_it_is_restored(sandbox):
     sandbox["a"].slow(0.05, "eth0")
-    assert rate(sandbox["b"], sandbox["a"]) == pytest.approx(0.05, rel=0.4)
+    assert has_rate(sandbox["b"], sandbox["a"], 0.05, within=0.4)
     sandbox["a"].restore()
-    assert rate(sandbox["b"], sandbox["a"]) == pytest.approx(0.4, rel=0.25)
+    assert has_rate(sandbox["b"], sandbox["a"], 0.4)
     with pytest.raises(UserError, match=r"25 Gbit/s can't be emulated"):
         sandbox["a"].slow(25)
     with pytest.raises(UserError, match="no interface 'eth7': use one of eth0, eth1"):
@@ -160,7 +170,7 @@ def test_a_cut_interface_loses_its_carrier_and_the_other_stays(sandbox):
     assert carriers() == ["0", "0"]
     sandbox["a"].plug()
     assert carriers() == ["1", "1"]
-    assert rate(sandbox["b"], sandbox["a"]) > 0.2
+    assert eventually(lambda: rate(sandbox["b"], sandbox["a"]) > 0.2)
 
 
 def heard(stream, seconds):
