@@ -92,7 +92,7 @@ def sandbox():
 
 
 def has_rate(receiver, sender, gbit, nic=0, within=0.25):
-    """Whether a TCP connection has the rate: asked again, as a busy machine makes it lower for a while, never higher."""
+    """Whether a TCP connection has the rate: asked again, as a busy machine may make it lower."""
     for _ in range(10):
         found = rate(receiver, sender, nic=nic)
         assert found < (1 + within) * gbit
