@@ -59,15 +59,16 @@ def test_slow_bytes_are_flow_and_not_lateness():
         time.sleep(0.05)
         # half of a frame by hand, the rest later: bytes are on their way all the time between
         two.links_to(0)[0].sock.setblocking(True)
-        message = _frame(header)
+        message, began = _frame(header), time.monotonic_ns()
         two.links_to(0)[0].sock.sendall(message[:-4])
-        time.sleep(0.2)
+        time.sleep(1)
         two.links_to(0)[0].sock.sendall(message[-4:])
-        wait.result(5)
-        counts = one.records.counts(time.monotonic_ns())
+        wait.result(150)
+        ended = time.monotonic_ns()
+        counts = one.records.counts(ended)
     assert torch.equal(got, header)
-    assert 0.15e9 < counts.flow[1] < 0.3e9
-    assert 0.04e9 < counts.late[1] < 0.15e9
+    # a busy machine sees the first bytes later than they come, by less than the second until the last
+    assert 0 < counts.late[1] < counts.flow[1] <= ended - began
     assert counts.waited[1] == pytest.approx(counts.late[1] + counts.flow[1], rel=0.2)
 
 
