@@ -31,7 +31,7 @@ from heteromesh.parallel.model.draws import token_places
 from heteromesh.parallel.model.randomness import PassRandomness
 from heteromesh.parallel.model.rotary import follow_lengths
 from heteromesh.parallel.model.trace import Trace, Tracer
-from heteromesh.parallel.model.undisturbed import undisturbed
+from heteromesh.parallel.model.undisturbed import modes_kept, undisturbed
 from heteromesh.planner.plan import Pass
 
 SIZE = 13
@@ -102,20 +102,18 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
     whole = _sequence(tokens[: min(2 * size, longest)], 0)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        trained = [module for module in model.modules() if module.training]
         for hook in follow_lengths(model):
             stack.callback(hook.remove)
-        model.eval()
         stack.enter_context(_exactly(model))
         tracer = Tracer(model)
         stack.enter_context(tracer.attached())
         trial = _Trial(model, tracer, device, own_loss)
-        trial.compare_packed(pair, far)
-        if split and whole.tokens.numel() > 1:
-            trial.compare_split(whole)
-        for module in trained:
-            module.training = True
-        if trained:
+        with modes_kept(model):
+            model.eval()
+            trial.compare_packed(pair, far)
+            if split and whole.tokens.numel() > 1:
+                trial.compare_split(whole)
+        if any(module.training for module in model.modules()):
             trial.compare_training(pair)
 
 
