@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import highspy
@@ -19,19 +20,11 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
 
     Infinity where the solver can't tell.
     """
-    program = highspy.HighsLp()
-    program.num_row_, program.num_col_ = matrix.shape
-    program.col_cost_ = np.concatenate(([-1.0], np.zeros(matrix.shape[1] - 1)))
-    program.col_lower_, program.col_upper_ = np.zeros(matrix.shape[1]), columns
-    program.row_lower_, program.row_upper_ = lower, upper
-    rows, cols = np.nonzero(matrix)
-    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    program.a_matrix_.start_ = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
-    program.a_matrix_.index_, program.a_matrix_.value_ = cols, matrix[rows, cols]
+    first = np.concatenate(([-1.0], np.zeros(matrix.shape[1] - 1)))
     solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
     solver.setOptionValue("output_flag", False)
     solver.setOptionValue("threads", 1)
-    solver.passModel(program)
+    solver.passModel(_program(first, matrix, lower, upper, columns))
     solver.run()
     status = solver.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -39,6 +32,47 @@ def maximise_first(matrix: Floats, lower: Floats, upper: Floats, columns: Floats
     if status != highspy.HighsModelStatus.kOptimal:
         return math.inf  # numbers too far apart for the solver: nothing is proved
     return -float(solver.getInfo().objective_function_value)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSolution:
+    """The optimum of a linear program."""
+
+    value: float
+    columns: Floats
+    duals: Floats
+    """Per row, what the optimum gains per unit of its bound."""
+
+
+def minimise_linear(
+    costs: Floats, matrix: Floats, lower: Floats, upper: Floats, columns: Floats
+) -> LinearSolution | None:
+    """Minimises costs @ x subject to lower <= matrix @ x <= upper, 0 <= x <= columns; None where nothing fulfils that
+    or numbers are too far apart for the solver.
+    """
+    solver: Any = highspy.Highs()  # type: ignore[no-untyped-call]
+    solver.setOptionValue("output_flag", False)
+    solver.setOptionValue("threads", 1)
+    solver.passModel(_program(costs, matrix, lower, upper, columns))
+    solver.run()
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    solution = solver.getSolution()
+    value = float(solver.getInfo().objective_function_value)
+    return LinearSolution(value, np.array(solution.col_value), np.array(solution.row_dual))
+
+
+def _program(costs: Floats, matrix: Floats, lower: Floats, upper: Floats, columns: Floats) -> Any:
+    program = highspy.HighsLp()
+    program.num_row_, program.num_col_ = matrix.shape
+    program.col_cost_ = costs
+    program.col_lower_, program.col_upper_ = np.zeros(matrix.shape[1]), columns
+    program.row_lower_, program.row_upper_ = lower, upper
+    rows, cols = np.nonzero(matrix)
+    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    program.a_matrix_.start_ = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(matrix)))))
+    program.a_matrix_.index_, program.a_matrix_.value_ = cols, matrix[rows, cols]
+    return program
 
 
 WALL_SECONDS = 20.0

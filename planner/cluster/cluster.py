@@ -42,6 +42,8 @@ class Host:
     fabric: str = ""
     """Hosts on one fabric can use RDMA with each other; empty: on none."""
     nics: tuple[Nic, ...] = ()
+    memory_gb: float | None = None
+    """The host's own memory, that training may use; None: not known, then nothing is planned to wait there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +158,10 @@ class Cluster:
     @cached_property
     def fingerprint(self) -> str:
         """Short hash of hosts and devices; the name and measured values don't count."""
+        # what was not said before a file could say it doesn't count
+        told = [{k: v for k, v in asdict(host).items() if k != "memory_gb" or v is not None} for host in self.hosts]
         content = {
-            "hosts": [asdict(host) for host in self.hosts],
+            "hosts": told,
             "devices": {name: asdict(self.devices[name]) for name in sorted(self.devices)},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -198,6 +202,7 @@ class _Group:
     count: int
     fabric: str = ""
     nics: tuple[Nic, ...] = ()
+    memory_gb: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +216,7 @@ class _File:
 def _expand(group: _Group, where: str) -> list[Host]:
     if not group.names or "" in group.names:
         raise UserError(f"{where}: names is {list(group.names)}: give at least one name, none of them empty")
-    rest = {"device": group.device, "count": group.count, "fabric": group.fabric, "nics": group.nics}
+    rest = {name: getattr(group, name) for name in ("device", "count", "fabric", "nics", "memory_gb")}
     return [Host(name=name, **rest) for name in group.names]  # type: ignore[arg-type]
 
 

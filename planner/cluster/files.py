@@ -32,6 +32,8 @@ def _group(hosts: Sequence[Host]) -> dict[str, Any]:
     entry: dict[str, Any] = {"names": [h.name for h in hosts], "device": host.device, "count": host.count}
     if host.fabric:
         entry["fabric"] = host.fabric
+    if host.memory_gb is not None:
+        entry["memory_gb"] = host.memory_gb
     if host.nics:
         entry["nics"] = [asdict(nic) for nic in host.nics]
     return entry

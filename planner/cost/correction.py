@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from heteromesh.planner.cost.overlap import StepTraffic
 from heteromesh.planner.cost.passes import Costs, load_of
 from heteromesh.planner.plan import Step
 
@@ -55,7 +56,8 @@ class Correction:
 
     def applied(self, costs: Costs) -> Costs:
         """Returns the corrected cost model."""
-        costs = replace(costs, seconds_per_step=self.seconds_per_step)
+        # what was measured beyond passes has the exposed transfers in it
+        costs = replace(costs, seconds_per_step=self.seconds_per_step, traffic=StepTraffic())
         if not self.slowness:
             return costs
         speeds = [v / slow for v, slow in zip(costs.speeds, self.slowness, strict=True)]

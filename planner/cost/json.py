@@ -8,6 +8,7 @@ from typing import Any
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import Links
+from heteromesh.planner.cost.overlap import StepTraffic
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.model.attention import AttentionShape, ModelAttention
 from heteromesh.planner.model.mask import Mask
@@ -52,6 +53,8 @@ def costs_to_json(costs: Costs) -> dict[str, Any]:
         data["attention"] = asdict(costs.attention)
     if costs.offload_seconds:
         data["offload"] = {"seconds": list(costs.offload_seconds), "share": costs.offload_share}
+    if costs.traffic != StepTraffic():
+        data["traffic"] = asdict(costs.traffic)
     if isinstance(costs.rate, RateByDegree):
         constants["bytes_per_second"] = {str(d): rate for d, rate in sorted(costs.rate.table.items())}
     elif isinstance(costs.rate, Links):
@@ -78,6 +81,7 @@ def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
             attention=_attention(data.get("attention")),
             offload_seconds=tuple(float(s) for s in data.get("offload", {}).get("seconds", ())),
             offload_share=float(data.get("offload", {}).get("share", 0.0)),
+            traffic=StepTraffic(**data.get("traffic", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a cost model ({error!r}): write it again with this version") from None

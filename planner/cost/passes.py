@@ -24,14 +24,14 @@ from dataclasses import dataclass, field, replace
 from operator import mul
 from typing import NamedTuple, Protocol
 
+from heteromesh.planner.cost.overlap import FORWARD as FORWARD
+from heteromesh.planner.cost.overlap import StepTraffic
 from heteromesh.planner.model.attention import ModelAttention
 from heteromesh.planner.model.method import Method as Method
 from heteromesh.planner.model.method import Scaling as Scaling
 from heteromesh.planner.model.method import split_heads as split_heads
 
 LOCAL = "local"
-FORWARD = 1 / 3
-"""Of a pass's compute."""
 
 
 class LinkModel(Protocol):
@@ -111,7 +111,9 @@ class Costs:
     seconds_per_tile: float = 0.0
     """The time of a further kernel call, where a method cuts attention into tiles."""
     seconds_per_step: float = 0.0
-    """Fixed cost of a step: what of the gradient sum is exposed, and the optimizer."""
+    """Fixed cost of a step: the optimizer, and what is exposed of transfers that `traffic` doesn't have."""
+    traffic: StepTraffic = field(default_factory=StepTraffic)
+    """Gathers of weights and sums of gradients, of which passes hide a part."""
     speeds: tuple[float, ...]
     """Per rank, relative to the reference device that the seconds above are for."""
     capacity: tuple[int, ...]

@@ -59,10 +59,18 @@ class ModelSpec:
 
     def parameters(self) -> int:
         """Counts all parameters: embeddings, layers, norms and output head."""
-        norms = (2 * self.layers + 1) * self.hidden
-        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        return self.layers * self.layer_parameters + self.outer_parameters
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer: projections, MLP or experts with their router, two norms."""
         mlps = self.experts * self._mlp + self.hidden * self.experts if self.experts else self._mlp
-        return self.layers * (self._projections + mlps) + norms + embeddings
+        return self._projections + mlps + 2 * self.hidden
+
+    @property
+    def outer_parameters(self) -> int:
+        """Parameters outside layers: embeddings, output head and the last norm."""
+        return self.vocab * self.hidden * (1 if self.tied_embeddings else 2) + self.hidden
 
     def flops_per_token(self) -> int:
         """Returns the forward operations of matrices per token: 2 per weight that a token meets."""
@@ -84,16 +92,28 @@ class ModelSpec:
     def activation_bytes_per_token(self, *, checkpointing: bool = False) -> int:
         """Returns the bytes kept for backward per token, bf16, with attention that keeps no scores (flash).
 
-        Without checkpointing: the inputs of every matrix, norm and activation. With it: the input of each layer,
-        and one layer in full. Both keep the logits (bf16) and their fp32 softmax.
+        Without checkpointing: the inputs of every matrix, norm and activation, and the loss on top. With it: the input
+        of each layer, and one layer in full or the loss, whichever is more.
         """
-        logits = 6 * self.vocab
         if checkpointing:
-            return self.layers * 2 * self.hidden + self._layer_bytes + logits
-        return self.layers * self._layer_bytes + logits
+            return self.layers * self.layer_input_bytes + max(self.layer_activation_bytes, self.loss_bytes)
+        return self.layers * self.layer_activation_bytes + self.loss_bytes
 
     @property
-    def _layer_bytes(self) -> int:
+    def layer_input_bytes(self) -> int:
+        """Bytes of a layer's input per token, bf16."""
+        return 2 * self.hidden
+
+    @property
+    def loss_bytes(self) -> int:
+        """Bytes per token while the loss is formed, when all activations are there: logits in bf16 and in fp32, their
+        log-softmax and its gradient in fp32.
+        """
+        return 14 * self.vocab
+
+    @property
+    def layer_activation_bytes(self) -> int:
+        """Bytes that one layer keeps for backward per token, bf16."""
         attention = 2 * self.heads * self.head_dim + 2 * self.kv_heads * self.head_dim
         mlp = (4 if self.gated_mlp else 2) * self.intermediate * self.active_experts
         routed = 2 * self.hidden * self.active_experts if self.experts else 0

@@ -37,7 +37,7 @@ def check_step(step: Step, costs: Costs) -> None:
             raise UserError(f"{where}: sent_bytes {list(p.sent_bytes)} are not what this cost model says: {REMAKE}")
         end = max(free[r] for r in p.ranks) + p.seconds
         free.update((r, end) for r in p.ranks)
-    seconds = max(free.values()) + costs.seconds_per_step
+    seconds = costs.traffic.step_seconds(step.passes, list(free.values())) + costs.seconds_per_step
     _check_number(step.seconds, seconds, "step: seconds")
     if not 0 <= step.bound_seconds <= step.seconds * (1 + TOLERANCE):
         raise UserError(

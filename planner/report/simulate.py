@@ -88,7 +88,8 @@ def simulate_step(
     # blocked passes take no time here, and nothing that runs comes after one of them
     ran = [replace(p, seconds=0.0) if i in blocked else p for i, p in enumerate(passes)]
     begun, ends = starts(ran, costs.ranks)
-    last, fixed = max(ends), costs.seconds_per_step
+    last = max(ends)
+    fixed = costs.traffic.step_seconds(ran, ends) - last + costs.seconds_per_step
     events, busy, free = [], [0.0] * costs.ranks, [0.0] * costs.ranks
     for position, (start, p) in enumerate(zip(begun, ran, strict=True)):
         for rank in p.ranks if position not in blocked else ():

@@ -22,7 +22,7 @@ def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> f
     left = [slowed_seconds(p, step.batch, costs, slow) for p in step.passes]
     demands = [_demands(p, step, costs, seconds) for p, seconds in zip(step.passes, left, strict=True)]
     queues = [[i for i, p in enumerate(step.passes) if rank in p.ranks] for rank in range(costs.ranks)]
-    now = 0.0
+    now, ends = 0.0, [0.0] * costs.ranks
     while any(queues):
         # a pass runs when it is the next of each of its ranks
         heads = [queue[0] for queue in queues if queue]
@@ -35,7 +35,9 @@ def shared_nic_seconds(step: Step, costs: Costs, slow: Mapping[int, float]) -> f
             if left[i] <= _NOTHING * max(1.0, now):
                 for rank in step.passes[i].ranks:
                     queues[rank].pop(0)
-    return now + costs.seconds_per_step
+                    ends[rank] = now
+    exposed = costs.traffic.step_seconds(step.passes, ends) - max(ends)
+    return now + exposed + costs.seconds_per_step
 
 
 def _demands(p: Pass, step: Step, costs: Costs, seconds: float) -> dict[int, float]:

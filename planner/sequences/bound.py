@@ -41,14 +41,26 @@ FIRST_STEP = 0.002
 
 
 def bound_seconds(lengths: Sequence[int], costs: Costs) -> float:
-    """Returns seconds that no pass list over these lengths (tokens) goes below, fixed cost of the step included.
+    """Returns seconds that no pass list over these lengths (tokens) goes below, transfers and fixed cost of the step
+    included.
+    """
+    return with_step(passes_bound(lengths, costs), costs)
+
+
+def with_step(passes: float, costs: Costs) -> float:
+    """Returns what a step takes, at least, whose passes take so long at least."""
+    return costs.traffic.at_least(passes) + costs.seconds_per_step
+
+
+def passes_bound(lengths: Sequence[int], costs: Costs, *, rough: bool = False) -> float:
+    """Returns seconds before which the passes of no pass list over these lengths end; rough: without linear programs.
 
     `costs.rate` must be as planner/cost/envelope.py says.
     """
     instance = _Instance(lengths, costs)
-    low = _search(instance, instance.simple())
+    low = instance.simple()
     # Sums in another order differ in their last bits; the bound must stay below.
-    return (low + costs.seconds_per_step) * (1 - 1e-9)
+    return (low if rough else _search(instance, low)) * (1 - 1e-9)
 
 
 def _search(instance: _Instance, low: float) -> float:

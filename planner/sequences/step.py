@@ -11,7 +11,7 @@ from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.planner.sequences.batch import largest, validate_lengths
-from heteromesh.planner.sequences.bound import bound_seconds
+from heteromesh.planner.sequences.bound import passes_bound, with_step
 from heteromesh.planner.sequences.greedy import greedy
 from heteromesh.planner.sequences.ilp import refine
 from heteromesh.planner.sequences.partial import PartialStep, StepProblem
@@ -43,18 +43,22 @@ def plan_step(lengths: Sequence[int], costs: Costs, *, time_limit: float = 0.2) 
     found: list[Sequence[Pass]] = []
     bound = math.inf
     if wide is None or max(batch) <= largest(costs)[0]:
-        bound = bound_seconds(batch, costs)
+        bound = passes_bound(batch, costs)
         found += _planned(batch, costs, bound, time_limit)
     if wide is not None:
-        bound = min(bound, bound_seconds(batch, wide))
+        bound = min(bound, passes_bound(batch, wide))
         found += _planned(batch, wide, bound, deadline - time.thread_time())
-    return timed_step(min(found, key=lambda passes: step_seconds(passes, costs)), batch, costs, bound, began)
+    best = min(found, key=lambda passes: step_seconds(passes, costs))
+    return timed_step(best, batch, costs, with_step(bound, costs), began)
 
 
-def _planned(batch: tuple[int, ...], costs: Costs, bound: float, time_limit: float) -> list[Sequence[Pass]]:
-    """Returns the best step found, and the best static even layout where there is one: a plan is never behind it."""
+def _planned(batch: tuple[int, ...], costs: Costs, least: float, time_limit: float) -> list[Sequence[Pass]]:
+    """Returns the best step found, and the best static even layout where there is one: a plan is never behind it.
+
+    least: no passes end before.
+    """
     began = time.thread_time()
-    problem, least = StepProblem(batch, costs), bound - costs.seconds_per_step
+    problem = StepProblem(batch, costs)
     partial = greedy(problem, least, began + GREEDY_SHARE * time_limit)
     left = time_limit - (time.thread_time() - began)
     if left > PROGRAM_SECONDS and partial.seconds > least * (1 + PROGRAM_GAP):

@@ -24,8 +24,8 @@ def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]
 
 
 def step_seconds(passes: Sequence[Pass], costs: Costs) -> float:
-    """Returns seconds of a step: the end of its last rank, plus the fixed cost of a step."""
-    return max(starts(passes, costs.ranks)[1]) + costs.seconds_per_step
+    """Returns seconds of a step: until its last gradient is summed, plus the fixed cost of a step."""
+    return costs.traffic.step_seconds(passes, starts(passes, costs.ranks)[1]) + costs.seconds_per_step
 
 
 def timed_step(

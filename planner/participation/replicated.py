@@ -1,0 +1,94 @@
+"""Layouts in which every working rank holds all weights and gradients: what the Trainer executes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from heteromesh.errors import UserError
+from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.cost.overlap import FORWARD, RECOMPUTED_FORWARD, StepTraffic
+from heteromesh.planner.ownership.memory import FP32, MemoryByKind, replicated_memory, replicated_tokens
+from heteromesh.planner.ownership.weights import ADAM_BYTES
+from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZER, Layout, Setting
+from heteromesh.planner.reduction.memory import largest_fractions
+from heteromesh.planner.reduction.reduction import Reduction, reduction_for
+
+
+def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> Layout:
+    """Returns the layout whose gradients are all-reduced and whose optimizer state is whole on every rank."""
+    cluster, model = setting.cluster.subset(ranks), setting.model
+    reduction = reduction_for(cluster)
+    size = FP32.gradients * model.parameters()
+    per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
+    slowest = min(cluster.device_of(r).memory_gbps for r in range(cluster.ranks)) * 1e9
+    return Layout(
+        kind=REPLICATED,
+        ranks=tuple(ranks),
+        fractions=dict.fromkeys(ranks, 1.0),
+        memory={r: _memory(setting, r, 1.0) for r in ranks},
+        tokens=replicated_tokens(model, checkpointing=checkpointing),
+        traffic=_traffic(setting, 0.0, size * per_byte, checkpointing),
+        update_seconds=ADAM_BYTES * model.parameters() / slowest,
+        checkpointing=checkpointing,
+    )
+
+
+def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> Layout | None:
+    """Returns the layout whose gradients are scattered to owners that update and gather weights; None where the ranks
+    together can't hold the optimizer's state.
+    """
+    cluster, model = setting.cluster.subset(ranks), setting.model
+    limits = largest_fractions(
+        cluster,
+        parameter_bytes=FP32.weights * model.parameters(),
+        state_bytes=FP32.state * model.parameters(),
+    )
+    try:
+        reduction = reduction_for(cluster, max_fraction=limits)
+    except UserError:
+        return None
+    size = FP32.gradients * model.parameters()
+    one_way = size * scatter_seconds(setting, ranks, reduction)
+    updates = [f / (cluster.device_of(r).memory_gbps * 1e9) for r, f in enumerate(reduction.fractions)]
+    fractions = dict(zip(ranks, reduction.fractions, strict=True))
+    return Layout(
+        kind=SHARDED_OPTIMIZER,
+        ranks=tuple(ranks),
+        fractions=fractions,
+        memory={r: _memory(setting, r, f) for r, f in fractions.items()},
+        tokens=replicated_tokens(model, checkpointing=checkpointing),
+        traffic=_traffic(setting, one_way, one_way, checkpointing),
+        update_seconds=ADAM_BYTES * model.parameters() * max(updates),
+        checkpointing=checkpointing,
+    )
+
+
+def scatter_seconds(setting: Setting, ranks: Sequence[int], reduction: Reduction) -> float:
+    """Returns seconds per byte of a reduce-scatter to these owners; a gather from them takes as long."""
+    cluster = setting.cluster.subset(ranks)
+    links = cluster_links(cluster)
+    hosts = range(len(cluster.hosts))
+    seconds = 0.0
+    pairs = zip(reduction.hosts, reduction.fractions, strict=True)
+    for host, members in groupby(pairs, key=lambda pair: pair[0]):
+        fractions = [f for _, f in members]
+        owned = sum(fractions)
+        if len(hosts) > 1:
+            seconds = max(seconds, max(1 - owned, owned * (len(hosts) - 1)) / links.uplink(host, hosts))
+        if len(fractions) > 1:
+            seconds = max(seconds, (1 - min(fractions)) / links.link[host])
+    return seconds
+
+
+def _traffic(setting: Setting, gather: float, reduce: float, checkpointing: bool) -> StepTraffic:
+    return StepTraffic(
+        gather_seconds=gather,
+        reduce_seconds=reduce,
+        chunks=setting.model.layers,
+        forward_share=RECOMPUTED_FORWARD if checkpointing else FORWARD,
+    )
+
+
+def _memory(setting: Setting, rank: int, optimizer: float) -> MemoryByKind:
+    return replicated_memory(setting.model, device_bytes=setting.device_bytes(rank), optimizer=optimizer)

@@ -1,0 +1,315 @@
+"""Chooses who takes part and how weights are held, by what a whole step takes; best first, with a bound.
+
+Hosts that are alike form a class; a candidate is a number of working hosts per class, with a layout. Its seconds are
+passes (plan_step on the working ranks), exposed gathers and gradient sums, and the optimizer. Candidates wait in a heap
+by what they take at least, and are looked at more closely when they come to its top:
+
+    0  all work over the sum of speeds                             1  plus the layout's traffic, and rough bounds
+    2  the bound of passes of planner/sequences/bound.py           3  planned
+
+Everything is proved when the least in the heap is no better than the best plan (PROVED); a time limit in processor
+seconds may end it before, and the gap says what is left. The best plan's neighbours with one device less on a host join
+the heap: parts of hosts are tried where whole hosts are best.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from heteromesh.errors import UserError
+from heteromesh.planner.cost.analytic import analytic_costs
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.ownership.memory import sharded_memory, sharded_tokens
+from heteromesh.planner.participation.layout import (
+    GROUPED,
+    REPLICATED,
+    SHARDED,
+    SHARDED_OPTIMIZER,
+    Layout,
+    Setting,
+)
+from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
+from heteromesh.planner.participation.sharded import Part, groupings, sharded, sharded_least
+from heteromesh.planner.plan import Step
+from heteromesh.planner.sequences.bound import passes_bound
+from heteromesh.planner.sequences.step import plan_step
+
+PROVED = 0.002
+"""A candidate must promise this much (relative) to be looked at after a plan was found."""
+SUBSETS = 20_000
+"""Numbers of hosts per class that are listed at most; beyond, those next to all hosts and to single classes."""
+ROUNDS = 4
+"""Of planning with room for the layer inputs that the plan before gave each rank."""
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A layout with a step that it can run."""
+
+    layout: Layout
+    costs: Costs
+    """Of the working ranks, numbered from 0."""
+    step: Step
+    """Of the same."""
+
+    @property
+    def seconds(self) -> float:
+        return self.step.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was chosen, and what is proved about it."""
+
+    best: Planned
+    bound: float
+    """No candidate takes less."""
+    proved: bool
+    """Whether the bound is the search's end, not its time limit's."""
+    tried: int
+    """Candidates that were planned."""
+    infeasible: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float:
+        return self.best.seconds / self.bound - 1 if self.bound else 0.0
+
+
+@dataclass(slots=True)
+class _Candidate:
+    ranks: tuple[int, ...]
+    kind: str = ""
+    """Empty: all layouts of these ranks."""
+    level: int = 0
+    checkpointing: bool = False
+    part: Part | None = None
+    layout: Layout | None = None
+
+
+@dataclass(slots=True)
+class Search:
+    """Candidates by what they take at least."""
+
+    setting: Setting
+    plan_seconds: float
+    seconds: float
+    """Processor time; the first plan is made whatever it takes."""
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    heap: list[tuple[float, int, _Candidate]] = field(default_factory=list)
+    tickets: Iterator[int] = field(default_factory=itertools.count)
+    bounds: dict[tuple[tuple[int, ...], bool, bool], float] = field(default_factory=dict)
+    tried: int = 0
+    best: Planned | None = None
+
+    def run(self, subsets: Iterable[Sequence[int]]) -> Decision | None:
+        """Returns the best of these sets of working ranks; None where none can hold the model."""
+        began = time.thread_time()
+        for ranks in subsets:
+            self._add(tuple(ranks))
+        bound, proved = math.inf, True
+        while self.heap:
+            bound, _, candidate = heapq.heappop(self.heap)
+            if self.best is not None:
+                if bound >= self.best.seconds * (1 - PROVED):
+                    break
+                if time.thread_time() - began > self.seconds:
+                    proved = False
+                    break
+            for less, closer in self._closer(candidate):
+                heapq.heappush(self.heap, (max(less, bound), next(self.tickets), closer))
+        if self.best is None:
+            return None
+        least = min(bound, self.best.seconds) if self.heap or not proved else self.best.seconds
+        return Decision(best=self.best, bound=least, proved=proved, tried=self.tried)
+
+    def _add(self, ranks: tuple[int, ...]) -> None:
+        if ranks and ranks not in self.seen:
+            self.seen.add(ranks)
+            heapq.heappush(self.heap, (self._ideal(ranks), next(self.tickets), _Candidate(ranks)))
+
+    def _ideal(self, ranks: tuple[int, ...]) -> float:
+        """Returns the seconds of all work at the sum of speeds."""
+        costs = self._pass_costs(tuple(range(self.setting.cluster.ranks)), False, False)
+        squares = sum(n * n for n in self.setting.batch)
+        work = costs.seconds_per_token2 * squares + costs.seconds_per_token * self.setting.tokens
+        heads = min((m.work for m in costs.methods), default=1.0)
+        return min(1.0, heads) * work / sum(costs.speeds[r] for r in ranks)
+
+    def _closer(self, candidate: _Candidate) -> list[tuple[float, _Candidate]]:
+        """Returns the candidate with a better bound, or its layouts; nothing where it fits nowhere or was planned."""
+        if not candidate.kind:
+            return self._layouts(candidate.ranks)
+        if candidate.level == 1:
+            seconds = self._bound(candidate, rough=False)
+            return [] if seconds is None else [(seconds, replace(candidate, level=2))]
+        self._plan(candidate)
+        return []
+
+    def _layouts(self, ranks: tuple[int, ...]) -> list[tuple[float, _Candidate]]:
+        found = []
+        checkpointing = self.setting.checkpointing
+        for again in (False, True) if checkpointing is None else (checkpointing,):
+            for kind in (REPLICATED, SHARDED_OPTIMIZER):
+                make = replicated if kind == REPLICATED else sharded_optimizer
+                layout = make(self.setting, ranks, checkpointing=again)
+                if layout is not None and min(layout.capacity(self.setting, dict.fromkeys(ranks, 0.0)).values()) > 0:
+                    found.append(_Candidate(ranks, kind, 1, again, None, layout))
+        parts = [(SHARDED, Part(ranks))]
+        others = self._idle_hosts(ranks)
+        if others:
+            parts.append((SHARDED, Part(ranks, others)))
+        parts += [(GROUPED, Part(ranks, (), grouping)) for grouping in groupings(self.setting, ranks)]
+        found += [_Candidate(ranks, kind, 1, True, part) for kind, part in parts]
+        bounded = [(self._bound(candidate, rough=True), candidate) for candidate in found]
+        return [(seconds, candidate) for seconds, candidate in bounded if seconds is not None]
+
+    def _idle_hosts(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the ranks of hosts of which none works."""
+        working = {self.setting.cluster.rank_hosts[r] for r in ranks}
+        return tuple(r for h, own in enumerate(self.setting.host_ranks) if h not in working for r in own)
+
+    def _bound(self, candidate: _Candidate, *, rough: bool) -> float | None:
+        """Returns what the candidate takes at least; None where memory does not hold it."""
+        passes = self._passes(candidate.ranks, candidate.checkpointing, candidate.part is not None, rough=rough)
+        if passes is None:
+            return None
+        if candidate.part is not None:
+            return sharded_least(self.setting, candidate.part, passes)
+        assert candidate.layout is not None
+        return candidate.layout.traffic.at_least(passes) + candidate.layout.update_seconds
+
+    def _passes(self, ranks: tuple[int, ...], checkpointing: bool, layer_major: bool, *, rough: bool) -> float | None:
+        """Returns when passes end at the earliest; with as much memory as any layout leaves."""
+        key = ranks, checkpointing, layer_major
+        if key not in self.bounds or not rough:
+            costs = self._pass_costs(ranks, checkpointing, layer_major)
+            if max(self.setting.batch) > sum(costs.capacity):
+                return None
+            wide = costs.offloading() or costs
+            self.bounds[key] = passes_bound(self.setting.batch, wide, rough=rough)
+        return self.bounds[key]
+
+    def _pass_costs(self, ranks: tuple[int, ...], checkpointing: bool, layer_major: bool) -> Costs:
+        model, tokens = self.setting.model, sharded_tokens(self.setting.model)
+        per_token = tokens.per_pass if layer_major else model.activation_bytes_per_token(checkpointing=checkpointing)
+        capacity = []
+        for rank in ranks:
+            size = self.setting.device_bytes(rank)
+            fixed = sharded_memory(model, device_bytes=size, fraction=0.0).context
+            capacity.append(max(1, int((size - fixed) // per_token)))
+        cluster = self.setting.cluster.subset(ranks)
+        costs = analytic_costs(cluster, model, checkpointing=checkpointing, capacity=capacity)
+        if layer_major:
+            costs = replace(costs, offload_seconds=(), offload_share=0.0)
+        return self.setting.adjust(costs)
+
+    def _plan(self, candidate: _Candidate) -> None:
+        layout = candidate.layout
+        if candidate.part is not None:
+            passes = self._passes(candidate.ranks, True, True, rough=True)
+            assert passes is not None
+            layout = sharded(self.setting, candidate.part, passes)
+        if layout is None:
+            return
+        self.tried += 1
+        planned = plan_layout(self.setting, layout, self.setting.batch, self.plan_seconds)
+        if planned is None or (self.best is not None and planned.seconds >= self.best.seconds):
+            return
+        self.best = planned
+        for ranks in self._smaller(layout.ranks):
+            self._add(ranks)
+
+    def _smaller(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Yields the ranks without one device of a host that has several of them."""
+        seen = set()
+        for own in self.setting.host_ranks:
+            here = [r for r in own if r in ranks]
+            host = self.setting.cluster.host_of(own[0])
+            key = (host.device, host.nics, host.fabric, len(here))
+            if len(here) > 1 and key not in seen:
+                seen.add(key)
+                yield tuple(r for r in ranks if r != here[-1])
+
+
+def plan_layout(setting: Setting, layout: Layout, batch: Sequence[int], seconds: float) -> Planned | None:
+    """Returns the layout's step for a batch; None where passes or layer inputs don't fit.
+
+    What a step's tokens add to memory is known after planning: it is planned again with the room that they need.
+    """
+    tokens = {r: 0.0 if not layout.tokens.per_step else n for r, n in setting.expected_tokens(layout.ranks).items()}
+    for _ in range(ROUNDS):
+        capacity = layout.capacity(setting, tokens)
+        if min(capacity.values()) < 1:
+            return None
+        costs = layout.costs(setting, [capacity[r] for r in layout.ranks])
+        try:
+            step = plan_step(batch, costs, time_limit=seconds)
+        except UserError:
+            return None
+        dealt = step_tokens(step, layout.ranks)
+        if not layout.tokens.per_step or holds(setting, layout, step):
+            return Planned(layout=layout, costs=costs, step=step)
+        tokens = {r: max(tokens[r], 1.02 * dealt[r]) for r in layout.ranks}
+    return None
+
+
+def step_tokens(step: Step, ranks: Sequence[int]) -> dict[int, int]:
+    """Returns by world rank the tokens of a step of working ranks numbered from 0."""
+    dealt = dict.fromkeys(ranks, 0)
+    for p in step.passes:
+        for member, number in enumerate(p.ranks):
+            dealt[ranks[number]] += p.tokens(member)
+    return dealt
+
+
+def holds(setting: Setting, layout: Layout, step: Step) -> bool:
+    """Returns whether every rank's memory holds a layer-major step: its largest pass and all of its layer inputs."""
+    dealt, largest = step_tokens(step, layout.ranks), dict.fromkeys(layout.ranks, 0)
+    for p in step.passes:
+        for member, number in enumerate(p.ranks):
+            rank = layout.ranks[number]
+            largest[rank] = max(largest[rank], p.tokens(member))
+    return all(
+        layout.tokens.added(layout.memory[r], of_pass=largest[r], of_step=dealt[r]).total <= setting.device_bytes(r)
+        for r in layout.ranks
+    )
+
+
+def all_subsets(setting: Setting) -> Iterator[tuple[int, ...]]:
+    """Yields sets of working ranks: every number of hosts of every class, the first hosts of each."""
+    classes = setting.classes
+    if math.prod(len(hosts) + 1 for hosts in classes) <= SUBSETS:
+        counts: Iterable[Counts] = itertools.product(*(range(len(hosts), -1, -1) for hosts in classes))
+    else:
+        counts = _few(classes)
+    for numbers in counts:
+        chosen = [h for hosts, n in zip(classes, numbers, strict=True) for h in hosts[:n]]
+        if chosen:
+            yield tuple(sorted(r for h in chosen for r in setting.host_ranks[h]))
+
+
+def _few(classes: Sequence[Sequence[int]]) -> Iterator[Counts]:
+    """Yields all or none of every class, and of one class any number beside all of the others."""
+    sizes = [len(hosts) for hosts in classes]
+    if len(classes) <= 12:
+        yield from itertools.product(*((n, 0) for n in sizes))
+    for i, size in enumerate(sizes):
+        for n in range(1, size):
+            yield tuple(n if j == i else m for j, m in enumerate(sizes))
+
+
+def decide(setting: Setting, *, seconds: float, plan_seconds: float) -> Decision | None:
+    """Returns the best participation and layout; None where no layout holds the model on any set of ranks.
+
+    Args:
+        setting: what is planned.
+        seconds: of processor time for the search; a first plan takes what it takes.
+        plan_seconds: for a plan of a candidate.
+    """
+    return Search(setting, plan_seconds, seconds).run(all_subsets(setting))
