@@ -91,6 +91,8 @@ class Plan:
     steps: tuple[Step, ...] = ()
     memory_bytes: tuple[int, ...] = ()
     """Predicted peak per rank."""
+    memory: tuple[dict[str, int], ...] = ()
+    """The same by kind, with what of the device can't be used; empty where it isn't known."""
     rejected: tuple[Rejected, ...] = ()
 
 
@@ -120,11 +122,11 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
         raise UserError(
             f"plan schema {data.get('schema')!r} is not {SCHEMA}: make the plan again with `heteromesh plan`"
         )
-    raw = _strict(Plan, data, "plan")
+    raw = _strict(Plan, {"memory": ()} | dict(data), "plan")
     raw["cluster"] = PlannedCluster(**_strict(PlannedCluster, raw["cluster"], "plan.cluster"))
     raw["steps"] = tuple(step_from_json(s, f"plan.steps[{i}]") for i, s in enumerate(raw["steps"]))
     raw["rejected"] = tuple(Rejected(**_strict(Rejected, r, "plan.rejected")) for r in raw["rejected"])
-    raw["memory_bytes"] = tuple(raw["memory_bytes"])
+    raw["memory_bytes"], raw["memory"] = tuple(raw["memory_bytes"]), tuple(raw["memory"])
     return Plan(**raw)
 
 

@@ -217,7 +217,7 @@ def _expand(group: _Group, where: str) -> list[Host]:
     if not group.names or "" in group.names:
         raise UserError(f"{where}: names is {list(group.names)}: give at least one name, none of them empty")
     rest = {name: getattr(group, name) for name in ("device", "count", "fabric", "nics", "memory_gb")}
-    return [Host(name=name, **rest) for name in group.names]  # type: ignore[arg-type]
+    return [Host(name=name, **rest) for name in group.names]
 
 
 def _device(name: str, own: Mapping[str, Device], where: str) -> Device:

@@ -65,7 +65,7 @@ class MemoryByKind:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(asdict(self).values()))
 
     @property
     def states(self) -> float:

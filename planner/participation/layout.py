@@ -75,7 +75,7 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class WeightLayout:
     """Who holds what in a job."""
 
     kind: str

@@ -10,19 +10,19 @@ from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.overlap import FORWARD, RECOMPUTED_FORWARD, StepTraffic
 from heteromesh.planner.ownership.memory import FP32, MemoryByKind, replicated_memory, replicated_tokens
 from heteromesh.planner.ownership.weights import ADAM_BYTES
-from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZER, Layout, Setting
+from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZER, Setting, WeightLayout
 from heteromesh.planner.reduction.memory import largest_fractions
 from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 
 
-def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> Layout:
+def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> WeightLayout:
     """Returns the layout whose gradients are all-reduced and whose optimizer state is whole on every rank."""
     cluster, model = setting.cluster.subset(ranks), setting.model
     reduction = reduction_for(cluster)
     size = FP32.gradients * model.parameters()
     per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
     slowest = min(cluster.device_of(r).memory_gbps for r in range(cluster.ranks)) * 1e9
-    return Layout(
+    return WeightLayout(
         kind=REPLICATED,
         ranks=tuple(ranks),
         fractions=dict.fromkeys(ranks, 1.0),
@@ -34,7 +34,7 @@ def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = 
     )
 
 
-def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> Layout | None:
+def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> WeightLayout | None:
     """Returns the layout whose gradients are scattered to owners that update and gather weights; None where the ranks
     together can't hold the optimizer's state.
     """
@@ -52,7 +52,7 @@ def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: 
     one_way = size * scatter_seconds(setting, ranks, reduction)
     updates = [f / (cluster.device_of(r).memory_gbps * 1e9) for r, f in enumerate(reduction.fractions)]
     fractions = dict(zip(ranks, reduction.fractions, strict=True))
-    return Layout(
+    return WeightLayout(
         kind=SHARDED_OPTIMIZER,
         ranks=tuple(ranks),
         fractions=fractions,

@@ -30,8 +30,8 @@ from heteromesh.planner.participation.layout import (
     REPLICATED,
     SHARDED,
     SHARDED_OPTIMIZER,
-    Layout,
     Setting,
+    WeightLayout,
 )
 from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
 from heteromesh.planner.participation.sharded import Part, groupings, sharded, sharded_least
@@ -49,10 +49,10 @@ Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class PlannedLayout:
     """A layout with a step that it can run."""
 
-    layout: Layout
+    layout: WeightLayout
     costs: Costs
     """Of the working ranks, numbered from 0."""
     step: Step
@@ -64,10 +64,10 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Participation:
     """What was chosen, and what is proved about it."""
 
-    best: Planned
+    best: PlannedLayout
     bound: float
     """No candidate takes less."""
     proved: bool
@@ -89,11 +89,11 @@ class _Candidate:
     level: int = 0
     checkpointing: bool = False
     part: Part | None = None
-    layout: Layout | None = None
+    layout: WeightLayout | None = None
 
 
 @dataclass(slots=True)
-class Search:
+class ParticipationSearch:
     """Candidates by what they take at least."""
 
     setting: Setting
@@ -105,9 +105,9 @@ class Search:
     tickets: Iterator[int] = field(default_factory=itertools.count)
     bounds: dict[tuple[tuple[int, ...], bool, bool], float] = field(default_factory=dict)
     tried: int = 0
-    best: Planned | None = None
+    best: PlannedLayout | None = None
 
-    def run(self, subsets: Iterable[Sequence[int]]) -> Decision | None:
+    def run(self, subsets: Iterable[Sequence[int]]) -> Participation | None:
         """Returns the best of these sets of working ranks; None where none can hold the model."""
         began = time.thread_time()
         for ranks in subsets:
@@ -126,7 +126,7 @@ class Search:
         if self.best is None:
             return None
         least = min(bound, self.best.seconds) if self.heap or not proved else self.best.seconds
-        return Decision(best=self.best, bound=least, proved=proved, tried=self.tried)
+        return Participation(best=self.best, bound=least, proved=proved, tried=self.tried)
 
     def _add(self, ranks: tuple[int, ...]) -> None:
         if ranks and ranks not in self.seen:
@@ -237,7 +237,7 @@ class Search:
                 yield tuple(r for r in ranks if r != here[-1])
 
 
-def plan_layout(setting: Setting, layout: Layout, batch: Sequence[int], seconds: float) -> Planned | None:
+def plan_layout(setting: Setting, layout: WeightLayout, batch: Sequence[int], seconds: float) -> PlannedLayout | None:
     """Returns the layout's step for a batch; None where passes or layer inputs don't fit.
 
     What a step's tokens add to memory is known after planning: it is planned again with the room that they need.
@@ -254,7 +254,7 @@ def plan_layout(setting: Setting, layout: Layout, batch: Sequence[int], seconds:
             return None
         dealt = step_tokens(step, layout.ranks)
         if not layout.tokens.per_step or holds(setting, layout, step):
-            return Planned(layout=layout, costs=costs, step=step)
+            return PlannedLayout(layout=layout, costs=costs, step=step)
         tokens = {r: max(tokens[r], 1.02 * dealt[r]) for r in layout.ranks}
     return None
 
@@ -268,7 +268,7 @@ def step_tokens(step: Step, ranks: Sequence[int]) -> dict[int, int]:
     return dealt
 
 
-def holds(setting: Setting, layout: Layout, step: Step) -> bool:
+def holds(setting: Setting, layout: WeightLayout, step: Step) -> bool:
     """Returns whether every rank's memory holds a layer-major step: its largest pass and all of its layer inputs."""
     dealt, largest = step_tokens(step, layout.ranks), dict.fromkeys(layout.ranks, 0)
     for p in step.passes:
@@ -304,7 +304,7 @@ def _few(classes: Sequence[Sequence[int]]) -> Iterator[Counts]:
             yield tuple(n if j == i else m for j, m in enumerate(sizes))
 
 
-def decide(setting: Setting, *, seconds: float, plan_seconds: float) -> Decision | None:
+def decide(setting: Setting, *, seconds: float, plan_seconds: float) -> Participation | None:
     """Returns the best participation and layout; None where no layout holds the model on any set of ranks.
 
     Args:
@@ -312,4 +312,4 @@ def decide(setting: Setting, *, seconds: float, plan_seconds: float) -> Decision
         seconds: of processor time for the search; a first plan takes what it takes.
         plan_seconds: for a plan of a candidate.
     """
-    return Search(setting, plan_seconds, seconds).run(all_subsets(setting))
+    return ParticipationSearch(setting, plan_seconds, seconds).run(all_subsets(setting))

@@ -19,7 +19,7 @@ from heteromesh.planner.ownership.weights import (
     missing_bytes,
     own_weights,
 )
-from heteromesh.planner.participation.layout import GROUPED, SHARDED, Layout, Setting
+from heteromesh.planner.participation.layout import GROUPED, SHARDED, Setting, WeightLayout
 
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0)
 """Of the longest sequence: tokens of a pass that a rank is left room for, the first at which the weights fit; the last:
@@ -58,7 +58,7 @@ def sharded_least(setting: Setting, part: Part, seconds: float) -> float | None:
     return least_seconds(_model(setting, seconds), hosts, _numbered_groups(setting, part))
 
 
-def sharded(setting: Setting, part: Part, seconds: float) -> Layout | None:
+def sharded(setting: Setting, part: Part, seconds: float) -> WeightLayout | None:
     """Returns the layout with the best ownership for passes that take so many seconds; None where nothing fits."""
     for on_host in (False, True) if _can_move(setting, part) else (False,):
         for level in LEVELS:
@@ -185,7 +185,7 @@ def _rates(links: Links, host: int, group: Sequence[int], hosts: Sequence[int]) 
     }
 
 
-def _layout(setting: Setting, part: Part, found: WeightOwnership, on_host: bool) -> Layout:
+def _layout(setting: Setting, part: Part, found: WeightOwnership, on_host: bool) -> WeightLayout:
     model, cluster = setting.model, setting.cluster
     numbers = {h: i for i, h in enumerate(_host_numbers(setting, part))}
     everyone = sorted(part.ranks + part.holders)
@@ -197,7 +197,7 @@ def _layout(setting: Setting, part: Part, found: WeightOwnership, on_host: bool)
     holders = tuple(r for r in sorted(part.holders) if fractions[r])
     held = sorted((*part.ranks, *holders))
     groups = _groups(setting, list(numbers), part.grouping) if part.grouping else []
-    return Layout(
+    return WeightLayout(
         kind=GROUPED if part.grouping else SHARDED,
         ranks=part.ranks,
         holders=holders,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
-from heteromesh.planner.cost.analytic import analytic_costs, state_bytes
 from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.cost.measured import bind, measured_costs
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import Constants
 from heteromesh.planner.model.spec import ModelSpec
+from heteromesh.planner.participation.effects import host_effects
+from heteromesh.planner.participation.layout import REPLICATED, Setting, WeightLayout
+from heteromesh.planner.participation.search import decide, plan_layout
+from heteromesh.planner.participation.shortage import does_not_fit, replicated_short
+from heteromesh.planner.participation.told import ownership_json, rank_memory, world_costs, world_step
 from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
 from heteromesh.planner.report.check import check_step
 from heteromesh.planner.report.fixes import Fixes
+from heteromesh.planner.sequences.batch import validate_batch
 from heteromesh.planner.sequences.static import static_best_degree, static_data_parallel, static_sequence_parallel
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.stages.hosts import cluster_resources
@@ -25,7 +31,13 @@ from heteromesh.planner.stages.workload import workloads
 
 PLACEMENT_SECONDS = 5.0
 """To place stages, once a plan, where the network is uneven."""
+DECISION_SECONDS = 2.0
+"""Of processor time, to decide who takes part, once a plan."""
+EFFECT_SECONDS = 2.0
+"""To say what each class of hosts adds or costs."""
+EFFECT_PLAN_SECONDS = 0.05
 COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"
+ON_ALL_HOSTS = "replicated weights on all hosts"
 Layout = Callable[[Sequence[int], Costs], Step]
 
 
@@ -45,20 +57,21 @@ class Problem:
 
     cluster: Cluster
     model: ModelSpec
-    costs: Costs
+    costs: Costs | None
+    """None: analytic ones, which depend on who takes part and are found with the first batch."""
     source: str
     """Where the costs come from: COST_FILE, MEASURED or ANALYTIC."""
     fixes: Fixes
 
-    @property
-    def activation_bytes(self) -> int:
-        """Per token."""
-        return self.model.activation_bytes_per_token(checkpointing=bool(self.fixes.checkpointing))
-
-    @property
-    def state_bytes(self) -> int:
-        """Per rank; 0 where the costs are not ours, because then how the states are sharded is not known."""
-        return state_bytes(self.model, self.cluster.ranks) if self.source == ANALYTIC else 0
+    def setting(self, batch: Sequence[int]) -> Setting:
+        """Returns what the analytic planner decides about, for a batch."""
+        return Setting(
+            cluster=self.cluster,
+            model=self.model,
+            batch=tuple(batch),
+            checkpointing=self.fixes.checkpointing,
+            adjust=self.fixes.apply,
+        )
 
 
 def build_problem(cluster: Cluster, model: ModelSpec, constants: Constants | None, fixes: Fixes) -> Problem:
@@ -67,8 +80,8 @@ def build_problem(cluster: Cluster, model: ModelSpec, constants: Constants | Non
     if constants:
         costs, source = bind(constants, cluster), COST_FILE
     if costs is None:
-        costs, source = analytic_costs(cluster, model, checkpointing=bool(fixes.checkpointing)), ANALYTIC
-    elif fixes.checkpointing is not None:
+        return Problem(cluster=cluster, model=model, costs=None, source=ANALYTIC, fixes=fixes)
+    if fixes.checkpointing is not None:
         raise UserError(
             f"--fix checkpointing can't be used with {source} costs, which have tokens_per_device from a run: "
             "leave it out or leave the constants out"
@@ -85,24 +98,93 @@ def make_plan(
 ) -> Plan:
     """Plans every batch (lengths in tokens) and compares the whole with the static even layouts.
 
-    Every step is checked independently of the solver. Raises UserError where a sequence fits no set of ranks.
+    With analytic costs the first batch decides which ranks take part and how they hold weights and state. Every step is
+    checked independently of the solver. Raises UserError where a sequence fits no set of ranks, DoesNotFit where
+    nothing holds the model.
     """
-    steps = []
+    planned = _with_costs if problem.costs is not None else _with_participation
+    return planned(problem, iter(batches), time_limit, on_step)
+
+
+def _with_costs(
+    problem: Problem, batches: Iterator[Sequence[int]], time_limit: float, on_step: Callable[[Step], None]
+) -> Plan:
+    costs, steps = problem.costs, []
+    assert costs is not None
     for batch in batches:
-        step = plan_step(batch, problem.costs, time_limit=time_limit)
-        check_step(step, problem.costs)
+        step = plan_step(batch, costs, time_limit=time_limit)
+        check_step(step, costs)
         steps.append(step)
         on_step(step)
-    peaks = peak_activations(steps, problem.costs)
-    compared = compare(steps, problem.costs)
-    placement, lost = _placement(problem, steps[0]) if unlike_hosts(problem.cluster) else ({}, ())
+    per_token = problem.model.activation_bytes_per_token()
+    return _assembled(
+        problem,
+        costs,
+        steps,
+        compared=compare(steps, costs),
+        memory=tuple({"activations": round(tokens * per_token)} for tokens in peak_activations(steps, costs)),
+        layout={"parameters": _parameters(per_token)},
+    )
+
+
+def _with_participation(
+    problem: Problem, batches: Iterator[Sequence[int]], time_limit: float, on_step: Callable[[Step], None]
+) -> Plan:
+    setting = problem.setting(validate_batch(next(batches)))
+    decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=time_limit)
+    if decision is None:
+        raise does_not_fit(setting, plan_seconds=time_limit)
+    best = decision.best
+    own, steps = [], []
+    for number, batch in enumerate(itertools.chain([setting.batch], batches)):
+        planned = best if number == 0 else plan_layout(setting, best.layout, batch, time_limit)
+        if planned is None:
+            raise UserError(
+                f"step {number}, of {sum(batch)} tokens and sequences of up to {max(batch)}, does not fit the layout "
+                f"that step 0 was given ({best.layout.kind}): lower --batch-tokens or --fix max_length"
+            )
+        step = world_step(planned.step, best.layout.ranks)
+        check_step(step, world_costs(setting, planned))
+        own.append(planned.step)
+        steps.append(step)
+        on_step(step)
+    costs, layout = world_costs(setting, best), best.layout
+    effects = host_effects(setting, decision, seconds=EFFECT_SECONDS, plan_seconds=min(time_limit, EFFECT_PLAN_SECONDS))
+    memory = rank_memory(setting, layout, peak_activations(steps, costs), steps)
+    return _assembled(
+        problem,
+        costs,
+        steps,
+        compared=compare(own, best.costs),
+        memory=tuple({kind: round(size) for kind, size in asdict(m).items()} for m in memory),
+        layout={
+            "parameters": _parameters(round(layout.tokens.per_pass), layout),
+            "ownership": ownership_json(setting, decision, effects),
+        },
+        lost=[Rejected(what=ON_ALL_HOSTS, why=f"short by {s.words}") for s in replicated_short(setting)],
+    )
+
+
+def _assembled(
+    problem: Problem,
+    costs: Costs,
+    steps: Sequence[Step],
+    *,
+    compared: Sequence[LayoutComparison],
+    memory: tuple[dict[str, int], ...],
+    layout: dict[str, object],
+    lost: Sequence[Rejected] = (),
+) -> Plan:
+    placement, others = _placement(problem, costs, steps[0]) if unlike_hosts(problem.cluster) else ({}, ())
+    peaks = tuple(sum(size for kind, size in own.items() if kind != "context") for own in memory)
     return Plan(
         cluster=PlannedCluster(fingerprint=problem.cluster.fingerprint, ranks=problem.cluster.ranks),
         model=problem.model.name,
-        layout=_layout(problem, compared) | placement,
+        layout={**layout, **_basis(problem, costs, compared), **placement},
         steps=tuple(steps),
-        memory_bytes=tuple(problem.state_bytes + round(tokens * problem.activation_bytes) for tokens in peaks),
-        rejected=(*(Rejected(what=c.what, why=c.why) for c in compared), *lost),
+        memory_bytes=peaks,
+        memory=memory if problem.source == ANALYTIC else (),
+        rejected=(*(Rejected(what=c.what, why=c.why) for c in compared), *lost, *others),
     )
 
 
@@ -111,13 +193,13 @@ def unlike_hosts(cluster: Cluster) -> bool:
     return len({(host.fabric, host.nics, host.device) for host in cluster.hosts}) > 1
 
 
-def _placement(problem: Problem, step: Step) -> tuple[dict[str, object], tuple[Rejected, ...]]:
+def _placement(problem: Problem, costs: Costs, step: Step) -> tuple[dict[str, object], tuple[Rejected, ...]]:
     """Places stages for a step's batch; returns the layout's entries and what they were compared with.
 
     Nothing that runs splits tensors: degree 1 only.
     """
     resources, checkpointing = cluster_resources(problem.cluster), bool(problem.fixes.checkpointing)
-    works = workloads(problem.model, problem.costs, step.batch, checkpointing=checkpointing)
+    works = workloads(problem.model, costs, step.batch, checkpointing=checkpointing)
     try:
         decision = place(resources, works, time_limit=PLACEMENT_SECONDS, tensor_parallel=(1,))
     except UserError as error:
@@ -182,18 +264,28 @@ def _compare(what: str, layout: Layout, steps: Sequence[Step], costs: Costs) -> 
     return LayoutComparison(what=what, seconds=other, why=why)
 
 
-def _layout(problem: Problem, compared: Sequence[LayoutComparison]) -> dict[str, object]:
-    states = problem.state_bytes
+def _parameters(per_token: int, layout: WeightLayout | None = None) -> dict[str, object]:
+    """Returns how parameters are kept. layout: None where costs are not ours: how states are kept is not known then."""
+    states, kept = 0.0, "replicated on every rank, gradients summed once a step"
+    optimizer = "as in the run that was measured"
+    if layout is not None:
+        ranks = f"{len(layout.fractions)} ranks"
+        states = max(m.states - m.context for m in layout.memory.values())
+        kept = f"sharded over {ranks}, gathered layer by layer where not resident" if layout.sharded else kept
+        optimizer = "whole on every rank" if layout.kind == REPLICATED else f"sharded over {ranks}"
     return {
-        "parameters": {
-            "kept": "replicated on every rank, gradients summed once a step",
-            "optimizer": f"sharded over {problem.cluster.ranks} ranks" if states else "as in the run that was measured",
-            "state_bytes_per_rank": states or None,
-            "activation_bytes_per_token": problem.activation_bytes,
-            "checkpointing": bool(problem.fixes.checkpointing) if problem.source == ANALYTIC else None,
-        },
+        "kept": kept,
+        "optimizer": optimizer,
+        "state_bytes_per_rank": round(states) or None,
+        "activation_bytes_per_token": per_token,
+        "checkpointing": layout.checkpointing if layout else None,
+    }
+
+
+def _basis(problem: Problem, costs: Costs, compared: Sequence[LayoutComparison]) -> dict[str, object]:
+    return {
         "static_seconds_per_step": {c.what: c.seconds for c in compared},
         "fixed": {key: value for key, value in asdict(problem.fixes).items() if value is not None},
         "cost_source": problem.source,
-        "costs": costs_to_json(problem.costs),
+        "costs": costs_to_json(costs),
     }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
+from heteromesh.planner.cost.json import costs_of_plan
+from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Plan, Step
 from heteromesh.planner.report.assemble import ANALYTIC, Problem, peak_activations
+from heteromesh.planner.report.ownership_text import ownership_sections
+from heteromesh.planner.report.tables import rank_list, table
 from heteromesh.planner.sequences.timeline import starts
 from heteromesh.planner.stages.json import STAGES
 
@@ -17,12 +20,14 @@ PASSES_SHOWN = 16
 
 def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
     """Returns what `heteromesh plan` prints; `lengths` says where the lengths come from."""
+    costs = costs_of_plan(plan, "plan")
     sections = [
-        _header(problem, lengths),
+        _header(problem, costs, lengths),
+        *ownership_sections(plan),
         step_table(plan.steps, plan.cluster.ranks),
         first_passes(plan.steps[0], plan.cluster.ranks),
         *placement_section(plan),
-        "\n".join([_memory(plan, problem), *(f"Against  {r.what}: {r.why}" for r in plan.rejected)]),
+        "\n".join([_memory(plan, problem, costs), *(f"Against  {r.what}: {r.why}" for r in plan.rejected)]),
         summary(plan),
     ]
     return "\n\n".join(sections)
@@ -96,29 +101,6 @@ def busy_seconds(step: Step, ranks: int) -> list[float]:
     return busy
 
 
-def rank_list(ranks: Iterable[int]) -> str:
-    """Returns ranks with runs shortened: 0-7,16."""
-    words = []
-    for _, run in groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0]):
-        members = [rank for _, rank in run]
-        words.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return ",".join(words)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart; a head that begins with `<` is set left, others right."""
-    left = [head.startswith("<") for head in heads]
-    lines = [[head.removeprefix("<") for head in heads], *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(line, widths, left, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
 _STEP_COLUMNS = ("step", "seqs", "tokens", "longest", "seconds", "bound", "gap", "imbalance", "solve ms", "<passes")
 
 
@@ -163,12 +145,13 @@ def first_passes(step: Step, ranks: int, name: str = "Step 0") -> str:
     return "\n".join([title, table(heads, rows), *([f"... and {rest} more (all in -o or --json)"] if rest else [])])
 
 
-def _header(problem: Problem, lengths: str) -> str:
-    cluster, model, costs = problem.cluster, problem.model, problem.costs
+def _header(problem: Problem, costs: Costs, lengths: str) -> str:
+    cluster, model = problem.cluster, problem.model
     devices = Counter(cluster.device_name(rank) for rank in range(cluster.ranks))
     kinds = ", ".join(f"{count} x {name}" for name, count in devices.items())
     hosts = f"{len(cluster.hosts)} host{'s' if len(cluster.hosts) > 1 else ''}"
-    low, high = min(costs.capacity), max(costs.capacity)
+    fits = [n for n in costs.capacity if n]
+    low, high = min(fits), max(fits)
     methods = ", ".join(m.name for m in costs.methods) or "none, every sequence stays on one rank"
     return "\n".join(
         (
@@ -182,14 +165,14 @@ def _header(problem: Problem, lengths: str) -> str:
     )
 
 
-def _memory(plan: Plan, problem: Problem) -> str:
-    peaks = peak_activations(plan.steps, problem.costs)
-    shares = [tokens / capacity for tokens, capacity in zip(peaks, problem.costs.capacity, strict=True)]
+def _memory(plan: Plan, problem: Problem, costs: Costs) -> str:
+    peaks = peak_activations(plan.steps, costs)
+    shares = [tokens / capacity if capacity else 0.0 for tokens, capacity in zip(peaks, costs.capacity, strict=True)]
     fullest = max(range(len(shares)), key=lambda r: shares[r])
     what = "weights, gradients, optimizer and activations" if problem.source == ANALYTIC else "activations alone"
     return (
         f"Memory   rank {fullest} is fullest: activations of {peaks[fullest]:.0f} tokens where "
-        f"{problem.costs.capacity[fullest]} fit "
+        f"{costs.capacity[fullest]} fit "
         f"({shares[fullest]:.0%}); at most {max(plan.memory_bytes) / 1e9:.1f} GB a rank ({what})"
     )
 

@@ -11,12 +11,7 @@ from heteromesh.planner.cost.passes import Costs
 
 def validate_lengths(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
     """Returns the batch as plain ints; raises UserError naming the index and value of what can't be planned."""
-    if not len(lengths):
-        raise UserError("the batch is empty: give at least one sequence length")
-    for k, length in enumerate(lengths):
-        if not isinstance(length, Integral) or isinstance(length, bool) or int(length) <= 0:
-            raise UserError(f"sequence {k} has length {length!r}: a length is a whole number of tokens, at least 1")
-    batch = tuple(int(n) for n in lengths)
+    batch = validate_batch(lengths)
     most, ranks = largest(costs)
     k = max(range(len(batch)), key=lambda i: batch[i])
     if batch[k] > most:
@@ -26,6 +21,16 @@ def validate_lengths(lengths: Sequence[int], costs: Costs) -> tuple[int, ...]:
             "raise device memory (tokens_per_device) or the number of devices, or lower max_length"
         )
     return batch
+
+
+def validate_batch(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Returns the batch as plain ints, whoever is to hold it; raises UserError as `validate_lengths`."""
+    if not len(lengths):
+        raise UserError("the batch is empty: give at least one sequence length")
+    for k, length in enumerate(lengths):
+        if not isinstance(length, Integral) or isinstance(length, bool) or int(length) <= 0:
+            raise UserError(f"sequence {k} has length {length!r}: a length is a whole number of tokens, at least 1")
+    return tuple(int(n) for n in lengths)
 
 
 def largest(costs: Costs) -> tuple[int, int]:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
-from heteromesh.planner.cost.analytic import ADAM_BYTES, REPLICATED_BYTES, SHARDED_BYTES
+from heteromesh.planner.ownership.weights import ADAM_BYTES
 from heteromesh.planner.stages.hosts import HostResources, sum_seconds_per_byte
 from heteromesh.planner.stages.workload import Workload
+
+REPLICATED_BYTES, SHARDED_BYTES = 4, 12
+"""Per parameter of a stage: 16-bit weights and gradients on every rank; fp32 weights and moments over its replicas."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cluster.links import cluster_links, one_fabric
-from heteromesh.planner.cost.analytic import USABLE_MEMORY
+from heteromesh.planner.ownership.memory import USABLE
 from heteromesh.planner.reduction.reduction import plan_reduction
 
 LATENCY_SECONDS = 50e-6
@@ -72,7 +72,7 @@ def cluster_resources(cluster: Cluster) -> ClusterResources:
             HostResources(
                 ranks=tuple(ranks),
                 speeds=tuple(speeds[r] for r in ranks),
-                memory=device.memory_gb * 1e9 * USABLE_MEMORY,
+                memory=device.memory_gb * 1e9 * USABLE,
                 memory_rate=device.memory_gbps * 1e9,
                 link=links.link[index],
                 fabric=host.fabric,

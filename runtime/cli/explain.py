@@ -12,7 +12,9 @@ from heteromesh.planner.cost.json import costs_of_plan
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.check import check_step
 from heteromesh.planner.report.methods import PassKind, pass_kinds
-from heteromesh.planner.report.text import imbalance, rank_list, shape, table
+from heteromesh.planner.report.ownership_text import ownership_sections
+from heteromesh.planner.report.tables import rank_list, table
+from heteromesh.planner.report.text import imbalance, shape
 from heteromesh.planner.report.why import PassReason, StepReason, explain_step
 from heteromesh.runtime.cli.arguments import Parser
 from heteromesh.runtime.cli.terminal import say
@@ -39,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
         rejected = [asdict(r) for r in plan.rejected]
         methods = [asdict(kind) for kind in kinds]
         steps = [asdict(r) for r in reasons]
-        print(json.dumps({"model": plan.model, "steps": steps, "methods": methods, "rejected": rejected}))
+        told = {"ownership": plan.layout["ownership"]} if "ownership" in plan.layout else {}
+        document = {"model": plan.model, "steps": steps, "methods": methods, "rejected": rejected}
+        print(json.dumps(document | told | ({"memory": plan.memory} if plan.memory else {})))
     else:
         say(plan_reasons_text(plan, reasons, kinds))
     return 0
@@ -74,6 +78,7 @@ def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason], kinds: Sequence
     sections = [
         f"Plan     {plan.model} on {plan.cluster.ranks} ranks, {len(plan.steps)} steps; seconds of a step are its "
         "critical rank's (the last to end)",
+        *ownership_sections(plan),
         table((*heads, "<passes"), rows),
         f"Step 0: the {len(costly)} costliest of {len(first.passes)} passes, and what other degrees would cost",
         "\n\n".join(_pass_text(p) for p in costly),

@@ -16,6 +16,7 @@ from heteromesh.planner.cost.measured import model_measured_instead
 from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.model.lengths import LengthSource, open_lengths
 from heteromesh.planner.model.spec import MODELS, load_model
+from heteromesh.planner.participation.shortage import DoesNotFit
 from heteromesh.planner.plan import Step
 from heteromesh.planner.report.assemble import ANALYTIC, build_problem, make_plan
 from heteromesh.planner.report.fixes import parse_fixes
@@ -40,7 +41,12 @@ def main(argv: Sequence[str]) -> int:
     sequences = 0 if tokens else args.batch_sequences or DEFAULT_SEQUENCES
     with _progress(args.steps) as on_step:
         batches = source.batches(args.steps, sequences=sequences, tokens=tokens)
-        plan = make_plan(problem, batches, time_limit=args.time_limit, on_step=on_step)
+        try:
+            plan = make_plan(problem, batches, time_limit=args.time_limit, on_step=on_step)
+        except DoesNotFit as error:
+            if args.json:
+                print(json.dumps(error.document()))
+            raise
     _say(source, len(plan.steps), args.steps)
     if problem.source == ANALYTIC and (other := model_measured_instead(cluster, model)):
         print(_OTHER_MODEL.format(cluster=args.cluster, other=other, model=args.model), file=sys.stderr)

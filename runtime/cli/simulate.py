@@ -19,7 +19,7 @@ from heteromesh.planner.report.check import check_feasible
 from heteromesh.planner.report.simulate import Disturbance, SimulatedEvent, StepRun, simulate_plan
 from heteromesh.planner.report.simulate_nics import shared_nic_seconds
 from heteromesh.planner.report.simulate_placement import PlacementRun, simulate_placement
-from heteromesh.planner.report.text import rank_list, table
+from heteromesh.planner.report.tables import rank_list, table
 from heteromesh.planner.stages.json import Basis, basis_from_json
 from heteromesh.runtime.cli.arguments import Parser
 from heteromesh.runtime.cli.output import check_writable, writing

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from heteromesh.planner.cluster.cluster import Cluster
-from heteromesh.planner.report.text import table
+from heteromesh.planner.report.tables import table
 from heteromesh.runtime.probe.findings import Findings
 from heteromesh.runtime.probe.model.costs import ModelCosts
 

@@ -16,7 +16,8 @@ from heteromesh.planner.cost.json import costs_from_json
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.plan import Step, step_from_json
 from heteromesh.planner.report.methods import PassKind, pass_kinds
-from heteromesh.planner.report.text import busy_seconds, shape, table
+from heteromesh.planner.report.tables import table
+from heteromesh.planner.report.text import busy_seconds, shape
 from heteromesh.planner.report.why import explain_step
 
 SLOW = 1.1

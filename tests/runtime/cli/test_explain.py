@@ -10,7 +10,8 @@ from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.cost.passes import Costs, Method, RateByDegree
 from heteromesh.planner.cost.shards import make_pass
 from heteromesh.planner.plan import Plan, PlannedCluster, Rejected, Step
-from heteromesh.planner.report.text import imbalance, rank_list, shape, table
+from heteromesh.planner.report.tables import rank_list, table
+from heteromesh.planner.report.text import imbalance, shape
 from heteromesh.planner.report.why import explain_step
 from heteromesh.planner.sequences.step import plan_step
 from heteromesh.planner.sequences.timeline import in_order, starts
