@@ -357,12 +357,11 @@ class _Search:
 
     def _update(self, rows: _Rows, h: int) -> None:
         host, everything, p = self.hosts[h], self.model.all, self.model.precision
-        last = rows.x + 2
-        rows.add({rows.f(h): ADAM_BYTES * everything / host.devices / host.device_rate, last: -1.0}, most=0.0)
-        if host.host_memory:
-            rows.add({rows.o(h): everything / HOST_PARAMETERS_PER_SECOND, last: -1.0}, most=0.0)
-            moved = max(p.gradients, p.weights) * everything / host.devices / host.host_link
-            rows.add({rows.o(h): moved, last: -1.0}, most=0.0)
+        on_device = ADAM_BYTES * everything / host.devices / host.device_rate
+        on_host = everything / HOST_PARAMETERS_PER_SECOND
+        moved = max(p.gradients, p.weights) * everything / host.devices / host.host_link
+        # as if one after the other: schedules that interleave them are faster
+        rows.add({rows.f(h): on_device, rows.o(h): max(on_host, moved), rows.x + 2: -1.0}, most=0.0)
 
     def _round(self, solution: LinearSolution) -> None:
         """Tries the relaxed residency in whole layers, and less of it where that does not fit."""

@@ -112,6 +112,12 @@ class WeightLayout:
     def sharded(self) -> bool:
         return self.kind in (SHARDED, GROUPED)
 
+    def expected(self, setting: Setting) -> dict[int, float]:
+        """Returns by working rank the tokens of a step that its memory is to hold inputs of."""
+        if not self.tokens.per_step:
+            return dict.fromkeys(self.ranks, 0.0)
+        return setting.expected_tokens(self.ranks)
+
     def capacity(self, setting: Setting, step_tokens: dict[int, float]) -> dict[int, int]:
         """Returns by working rank the tokens that a pass may have; below 1: it is short.
 

@@ -5,7 +5,7 @@ passes (plan_step on the working ranks), exposed gathers and gradient sums, and 
 by what they take at least, and are looked at more closely when they come to its top:
 
     0  all work over the sum of speeds                             1  plus the layout's traffic, and rough bounds
-    2  the bound of passes of planner/sequences/bound.py           3  planned
+    2  the layout itself, and the bound of passes in its memory    3  planned
 
 Everything is proved when the least in the heap is no better than the best plan (PROVED); a time limit in processor
 seconds may end it before, and the gap says what is left. The best plan's neighbours with one device less on a host join
@@ -36,13 +36,15 @@ from heteromesh.planner.participation.layout import (
 from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
 from heteromesh.planner.participation.sharded import Part, groupings, sharded, sharded_least
 from heteromesh.planner.plan import Step
-from heteromesh.planner.sequences.bound import passes_bound
+from heteromesh.planner.sequences.bound import passes_bound, with_step
 from heteromesh.planner.sequences.step import plan_step
 
 PROVED = 0.002
 """A candidate must promise this much (relative) to be looked at after a plan was found."""
 SUBSETS = 20_000
 """Numbers of hosts per class that are listed at most; beyond, those next to all hosts and to single classes."""
+LEAST_TRIED = 2
+"""Candidates that are planned whatever time that takes."""
 ROUNDS = 4
 """Of planning with room for the layer inputs that the plan before gave each rank."""
 Counts = tuple[int, ...]
@@ -99,7 +101,7 @@ class ParticipationSearch:
     setting: Setting
     plan_seconds: float
     seconds: float
-    """Processor time; the first plan is made whatever it takes."""
+    """Processor time; LEAST_TRIED plans are made whatever they take."""
     seen: set[tuple[int, ...]] = field(default_factory=set)
     heap: list[tuple[float, int, _Candidate]] = field(default_factory=list)
     tickets: Iterator[int] = field(default_factory=itertools.count)
@@ -118,7 +120,7 @@ class ParticipationSearch:
             if self.best is not None:
                 if bound >= self.best.seconds * (1 - PROVED):
                     break
-                if time.thread_time() - began > self.seconds:
+                if time.thread_time() - began > self.seconds and self.tried >= LEAST_TRIED:
                     proved = False
                     break
             for less, closer in self._closer(candidate):
@@ -145,11 +147,28 @@ class ParticipationSearch:
         """Returns the candidate with a better bound, or its layouts; nothing where it fits nowhere or was planned."""
         if not candidate.kind:
             return self._layouts(candidate.ranks)
-        if candidate.level == 1:
-            seconds = self._bound(candidate, rough=False)
-            return [] if seconds is None else [(seconds, replace(candidate, level=2))]
-        self._plan(candidate)
-        return []
+        if candidate.level == 2:
+            self._plan(candidate)
+            return []
+        closer = self._made(candidate)
+        return [] if closer is None else [closer]
+
+    def _made(self, candidate: _Candidate) -> tuple[float, _Candidate] | None:
+        """Returns the candidate with its layout, and what that takes at least; None where it does not fit."""
+        layout, setting = candidate.layout, self.setting
+        if candidate.part is not None:
+            seconds = self._passes(candidate.ranks, True, True, rough=False)
+            layout = None if seconds is None else sharded(setting, candidate.part, seconds)
+        if layout is None:
+            return None
+        capacity = layout.capacity(setting, layout.expected(setting))
+        if min(capacity.values()) < 1:
+            return None
+        costs = layout.costs(setting, [capacity[r] for r in layout.ranks])
+        costs = costs.offloading() or costs
+        if max(setting.batch) > sum(costs.capacity):
+            return None
+        return with_step(passes_bound(setting.batch, costs), costs), replace(candidate, level=2, layout=layout)
 
     def _layouts(self, ranks: tuple[int, ...]) -> list[tuple[float, _Candidate]]:
         found = []
@@ -211,12 +230,7 @@ class ParticipationSearch:
 
     def _plan(self, candidate: _Candidate) -> None:
         layout = candidate.layout
-        if candidate.part is not None:
-            passes = self._passes(candidate.ranks, True, True, rough=True)
-            assert passes is not None
-            layout = sharded(self.setting, candidate.part, passes)
-        if layout is None:
-            return
+        assert layout is not None
         self.tried += 1
         planned = plan_layout(self.setting, layout, self.setting.batch, self.plan_seconds)
         if planned is None or (self.best is not None and planned.seconds >= self.best.seconds):
@@ -242,7 +256,7 @@ def plan_layout(setting: Setting, layout: WeightLayout, batch: Sequence[int], se
 
     What a step's tokens add to memory is known after planning: it is planned again with the room that they need.
     """
-    tokens = {r: 0.0 if not layout.tokens.per_step else n for r, n in setting.expected_tokens(layout.ranks).items()}
+    tokens = layout.expected(setting)
     for _ in range(ROUNDS):
         capacity = layout.capacity(setting, tokens)
         if min(capacity.values()) < 1:
