@@ -3,9 +3,9 @@
     python benchmarks/participation.py [--clusters 40] [--seed 0] [--json]
 
 Clusters of 2 to 6 hosts with 1 to 4 devices each, NICs of 1 to 400 Gbit/s, some on a common fabric; a model of 0.4, 1.1
-or 8 B parameters; 16 to 48 sequences a step. Brute force plans every non-empty set of hosts in every layout (replicated
+or 8 B parameters; 16 to 128 sequences a step. Brute force plans every non-empty set of hosts in every layout (replicated
 weights, with a sharded optimizer, each with and without recomputation; sharded weights, with and without the idle hosts
-as holders of state, inside fabrics, inside hosts), and where there are at most 300 of them every number of devices of
+as holders of state, inside fabrics, inside hosts), and where there are at most 100 of them every number of devices of
 every host. Columns: clusters; the worst and the mean of the plan's seconds over the best; how often every host taking
 part would have been worse by more than 2 %, and by how much at most; processor seconds of the decision.
 """
@@ -39,7 +39,7 @@ SMALL = ModelSpec(
 TINY = replace(SMALL, name="0.4b", layers=24, hidden=1024, heads=16, kv_heads=16, intermediate=2816)
 PLAN_SECONDS = 0.02
 """Processor time that a step's search may take, in both."""
-DEVICE_SUBSETS = 300
+DEVICE_SUBSETS = 100
 
 
 def random_setting(rng: random.Random) -> Setting:
@@ -54,7 +54,7 @@ def random_setting(rng: random.Random) -> Setting:
         hosts.append(Host(name=f"h{number}", device=device, count=count, fabric=fabric, nics=tuple(nics)))
     cluster = Cluster(name="random", hosts=tuple(hosts), devices={h.device: CATALOG[h.device] for h in hosts})
     model = rng.choice((TINY, SMALL, SMALL, MODELS["llama-3-8b"]))
-    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((16, 32, 48))))
+    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((16, 48, 128))))
     return Setting(cluster=cluster, model=model, batch=tuple(lengths))
 
 

@@ -197,8 +197,8 @@ def least_seconds(model: OwnedModel, hosts: Sequence[OwnerHost], groups: Sequenc
 
 
 def missing_bytes(model: OwnedModel, hosts: Sequence[OwnerHost], groups: Sequence[Sequence[int]] = ()) -> list[float]:
-    """Returns by host the bytes that each of its devices lacks, where nothing is resident and the least in all is
-    added.
+    """Returns by host the bytes that each of its devices lacks, where nothing is resident and no device need lack more
+    than it must.
     """
     search = _Search(model, hosts, groups or [range(len(hosts))])
     return search.missing()
@@ -256,8 +256,10 @@ class _Search:
     def missing(self) -> list[float]:
         rows = self._rows((0,) * len(self.hosts), 0.0, short=True)
         costs = np.zeros(rows.width)
+        costs[rows.x] = 1.0
         for h, host in enumerate(self.hosts):
-            costs[rows.w(h)] = host.devices
+            costs[rows.w(h)] = TIE * host.devices
+            rows.add({rows.w(h): 1.0, rows.x: -1.0}, most=0.0)
         limits = np.full(len(costs), math.inf)
         limits[2 * len(self.hosts) : 3 * len(self.hosts)] = 0.0
         solution = minimise_linear(costs, np.array(rows.rows), np.array(rows.lower), np.array(rows.upper), limits)

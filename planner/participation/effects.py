@@ -104,7 +104,7 @@ def _faster(nics: Sequence[Nic]) -> tuple[str, tuple[Nic, ...]]:
 def _effect(
     what: str, setting: Setting, subsets: Iterable[tuple[int, ...]], decision: Participation, plan_seconds: float
 ) -> Effect:
-    found = ParticipationSearch(setting, plan_seconds, SEARCH_SECONDS).run(subsets)
+    found = ParticipationSearch(setting, plan_seconds, SEARCH_SECONDS, least_tried=1).run(subsets)
     best: PlannedLayout | None = None if found is None else found.best
     return Effect(what=what, seconds=best.seconds if best else None, chosen_seconds=decision.best.seconds)
 

@@ -1,15 +1,15 @@
 """Chooses who takes part and how weights are held, by what a whole step takes; best first, with a bound.
 
 Hosts that are alike form a class; a candidate is a number of working hosts per class, with a layout. Its seconds are
-passes (plan_step on the working ranks), exposed gathers and gradient sums, and the optimizer. Candidates wait in a heap
-by what they take at least, and are looked at more closely when they come to its top:
+passes (plan_step on the working ranks), exposed gathers and gradient sums, and the optimizer. Candidates wait by what
+they take at least and are looked at more closely when nothing else promises as much:
 
-    0  all work over the sum of speeds                             1  plus the layout's traffic, and rough bounds
-    2  the layout itself, and the bound of passes in its memory    3  planned
+    all work over the sum of speeds; plus the layout's traffic, with rough bounds of passes; the layout itself, with the
+    bound of passes in the memory that it leaves; planned, those first that need to split the least
 
-Everything is proved when the least in the heap is no better than the best plan (PROVED); a time limit in processor
+Everything is proved when the least of what is left is no better than the best plan (PROVED); a time limit in processor
 seconds may end it before, and the gap says what is left. The best plan's neighbours with one device less on a host join
-the heap: parts of hosts are tried where whole hosts are best.
+the candidates: parts of hosts are tried where whole hosts are best.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ PROVED = 0.002
 """A candidate must promise this much (relative) to be looked at after a plan was found."""
 SUBSETS = 20_000
 """Numbers of hosts per class that are listed at most; beyond, those next to all hosts and to single classes."""
-LEAST_TRIED = 2
-"""Candidates that are planned whatever time that takes."""
+PREFERENCE = 0.005
+"""A layout that the Trainer executes is taken where it is no more than this (relative) slower."""
+SPLITTING = 0.5
+"""Of what candidates take at least: what they may take beyond it, were all sequences too long for most ranks."""
 ROUNDS = 4
 """Of planning with room for the layer inputs that the plan before gave each rank."""
 Counts = tuple[int, ...]
@@ -76,7 +78,6 @@ class Participation:
     """Whether the bound is the search's end, not its time limit's."""
     tried: int
     """Candidates that were planned."""
-    infeasible: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -88,10 +89,11 @@ class _Candidate:
     ranks: tuple[int, ...]
     kind: str = ""
     """Empty: all layouts of these ranks."""
-    level: int = 0
     checkpointing: bool = False
     part: Part | None = None
     layout: WeightLayout | None = None
+    bound: float = 0.0
+    """Once the layout is made."""
 
 
 @dataclass(slots=True)
@@ -101,9 +103,14 @@ class ParticipationSearch:
     setting: Setting
     plan_seconds: float
     seconds: float
-    """Processor time; LEAST_TRIED plans are made whatever they take."""
+    """Processor time."""
+    least_tried: int = 2
+    """Candidates that are planned whatever time that takes."""
     seen: set[tuple[int, ...]] = field(default_factory=set)
     heap: list[tuple[float, int, _Candidate]] = field(default_factory=list)
+    """By what they take at least: those without a layout."""
+    ready: list[tuple[float, int, _Candidate]] = field(default_factory=list)
+    """By what they promise: those with a layout, to be planned."""
     tickets: Iterator[int] = field(default_factory=itertools.count)
     bounds: dict[tuple[tuple[int, ...], bool, bool], float] = field(default_factory=dict)
     tried: int = 0
@@ -114,21 +121,50 @@ class ParticipationSearch:
         began = time.thread_time()
         for ranks in subsets:
             self._add(tuple(ranks))
-        bound, proved = math.inf, True
-        while self.heap:
-            bound, _, candidate = heapq.heappop(self.heap)
-            if self.best is not None:
-                if bound >= self.best.seconds * (1 - PROVED):
-                    break
-                if time.thread_time() - began > self.seconds and self.tried >= LEAST_TRIED:
-                    proved = False
-                    break
-            for less, closer in self._closer(candidate):
-                heapq.heappush(self.heap, (max(less, bound), next(self.tickets), closer))
+        proved = True
+        while self.heap or self.ready:
+            if self.best is not None and self._least() >= self.best.seconds * (1 - PROVED):
+                break
+            if time.thread_time() - began > self.seconds and self.tried >= self.least_tried:
+                proved = False
+                break
+            if self.heap and self.heap[0][0] < self._promise():
+                bound, _, candidate = heapq.heappop(self.heap)
+                self._look_closer(bound, candidate)
+            else:
+                self._plan(heapq.heappop(self.ready)[-1])
         if self.best is None:
             return None
-        least = min(bound, self.best.seconds) if self.heap or not proved else self.best.seconds
+        least = min(self._least(), self.best.seconds)
         return Participation(best=self.best, bound=least, proved=proved, tried=self.tried)
+
+    def _least(self) -> float:
+        """Returns what no candidate left goes below."""
+        return min(self.heap[0][0] if self.heap else math.inf, min((c.bound for *_, c in self.ready), default=math.inf))
+
+    def _promise(self) -> float:
+        """Returns the seconds of the best plan, or those that the most promising candidate may come to."""
+        best = self.best.seconds if self.best is not None else math.inf
+        return min(best, self.ready[0][0] if self.ready else math.inf)
+
+    def _look_closer(self, bound: float, candidate: _Candidate) -> None:
+        if candidate.kind:
+            made = self._made(candidate)
+            if made is not None:
+                made.bound = max(made.bound, bound)
+                estimate = made.bound * (1 + SPLITTING * self._split_share(made))
+                heapq.heappush(self.ready, (estimate, next(self.tickets), made))
+            return
+        for less, closer in self._layouts(candidate.ranks):
+            heapq.heappush(self.heap, (max(less, bound), next(self.tickets), closer))
+
+    def _split_share(self, candidate: _Candidate) -> float:
+        """Returns the share of the work in sequences that don't fit most of the working ranks whole."""
+        layout = candidate.layout
+        assert layout is not None
+        capacity = sorted(layout.capacity(self.setting, layout.expected(self.setting)).values())
+        middle = capacity[len(capacity) // 2]
+        return sum(n for n in self.setting.batch if n > middle) / self.setting.tokens
 
     def _add(self, ranks: tuple[int, ...]) -> None:
         if ranks and ranks not in self.seen:
@@ -143,17 +179,7 @@ class ParticipationSearch:
         heads = min((m.work for m in costs.methods), default=1.0)
         return min(1.0, heads) * work / sum(costs.speeds[r] for r in ranks)
 
-    def _closer(self, candidate: _Candidate) -> list[tuple[float, _Candidate]]:
-        """Returns the candidate with a better bound, or its layouts; nothing where it fits nowhere or was planned."""
-        if not candidate.kind:
-            return self._layouts(candidate.ranks)
-        if candidate.level == 2:
-            self._plan(candidate)
-            return []
-        closer = self._made(candidate)
-        return [] if closer is None else [closer]
-
-    def _made(self, candidate: _Candidate) -> tuple[float, _Candidate] | None:
+    def _made(self, candidate: _Candidate) -> _Candidate | None:
         """Returns the candidate with its layout, and what that takes at least; None where it does not fit."""
         layout, setting = candidate.layout, self.setting
         if candidate.part is not None:
@@ -168,7 +194,8 @@ class ParticipationSearch:
         costs = costs.offloading() or costs
         if max(setting.batch) > sum(costs.capacity):
             return None
-        return with_step(passes_bound(setting.batch, costs), costs), replace(candidate, level=2, layout=layout)
+        bound = with_step(passes_bound(setting.batch, costs), costs)
+        return replace(candidate, layout=layout, bound=bound)
 
     def _layouts(self, ranks: tuple[int, ...]) -> list[tuple[float, _Candidate]]:
         found = []
@@ -178,13 +205,13 @@ class ParticipationSearch:
                 make = replicated if kind == REPLICATED else sharded_optimizer
                 layout = make(self.setting, ranks, checkpointing=again)
                 if layout is not None and min(layout.capacity(self.setting, dict.fromkeys(ranks, 0.0)).values()) > 0:
-                    found.append(_Candidate(ranks, kind, 1, again, None, layout))
+                    found.append(_Candidate(ranks, kind, again, None, layout))
         parts = [(SHARDED, Part(ranks))]
         others = self._idle_hosts(ranks)
         if others:
             parts.append((SHARDED, Part(ranks, others)))
         parts += [(GROUPED, Part(ranks, (), grouping)) for grouping in groupings(self.setting, ranks)]
-        found += [_Candidate(ranks, kind, 1, True, part) for kind, part in parts]
+        found += [_Candidate(ranks, kind, True, part) for kind, part in parts]
         bounded = [(self._bound(candidate, rough=True), candidate) for candidate in found]
         return [(seconds, candidate) for seconds, candidate in bounded if seconds is not None]
 
@@ -233,7 +260,7 @@ class ParticipationSearch:
         assert layout is not None
         self.tried += 1
         planned = plan_layout(self.setting, layout, self.setting.batch, self.plan_seconds)
-        if planned is None or (self.best is not None and planned.seconds >= self.best.seconds):
+        if planned is None or (self.best is not None and _preferred(planned) >= _preferred(self.best)):
             return
         self.best = planned
         for ranks in self._smaller(layout.ranks):
@@ -249,6 +276,11 @@ class ParticipationSearch:
             if len(here) > 1 and key not in seen:
                 seen.add(key)
                 yield tuple(r for r in ranks if r != here[-1])
+
+
+def _preferred(planned: PlannedLayout) -> float:
+    """Returns the seconds, and a little more for what the Trainer does not execute yet."""
+    return planned.seconds * (1 + PREFERENCE * planned.layout.sharded)
 
 
 def plan_layout(setting: Setting, layout: WeightLayout, batch: Sequence[int], seconds: float) -> PlannedLayout | None:

@@ -33,7 +33,7 @@ PLACEMENT_SECONDS = 5.0
 """To place stages, once a plan, where the network is uneven."""
 DECISION_SECONDS = 2.0
 """Of processor time, to decide who takes part, once a plan."""
-EFFECT_SECONDS = 2.0
+EFFECT_SECONDS = 3.0
 """To say what each class of hosts adds or costs."""
 EFFECT_PLAN_SECONDS = 0.05
 COST_FILE, MEASURED, ANALYTIC = "cost file", "measured", "analytic"

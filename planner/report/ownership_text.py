@@ -11,6 +11,7 @@ from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.tables import rank_list, table
 
 EFFECTS_SHOWN = 12
+_OF_TOKENS = ("activations", "layer_inputs")
 _HEADS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -93,13 +94,21 @@ def _effects(told: Mapping[str, Any]) -> str:
 
 
 def memory_table(plan: Plan) -> str:
-    """Returns a table of memory by kind, in GB; ranks that hold as much are one row."""
-    found: dict[tuple[str, ...], list[int]] = {}
+    """Returns a table of memory by kind, in GB; ranks that differ in their tokens alone are one row."""
+    found: dict[tuple[float, ...], list[int]] = {}
     for rank, own in enumerate(plan.memory):
         if any(own.values()):
-            cells = [f"{own[kind] / 1e9:.2f}" for kind in KINDS]
-            found.setdefault((*cells, f"{sum(own.values()) / 1e9:.1f}"), []).append(rank)
-    shown = [k for k in range(len(KINDS)) if any(float(row[k]) for row in found)]
-    heads = ("<ranks", *(_HEADS[KINDS[k]] for k in shown), "GB in all")
-    rows = [(rank_list(ranks), *(cells[k] for k in shown), cells[-1]) for cells, ranks in found.items()]
-    return "\n".join(["Memory by kind, GB a rank", table(heads, rows)]) if rows else ""
+            states = (round(own[kind] / 1e8) for kind in KINDS if kind not in _OF_TOKENS)
+            found.setdefault(tuple(states), []).append(rank)
+    most = [(ranks, {k: max(plan.memory[r][k] for r in ranks) for k in KINDS}) for ranks in found.values()]
+    shown = [kind for kind in KINDS if any(sizes[kind] for _, sizes in most)]
+    rows = [
+        (
+            rank_list(ranks),
+            *(f"{sizes[kind] / 1e9:.2f}" for kind in shown),
+            f"{max(sum(plan.memory[r].values()) for r in ranks) / 1e9:.1f}",
+        )
+        for ranks, sizes in most
+    ]
+    heads = ("<ranks", *(_HEADS[kind] for kind in shown), "in all")
+    return "\n".join(["Memory by kind, GB on each rank at most", table(heads, rows)]) if rows else ""

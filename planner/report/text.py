@@ -24,7 +24,7 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
     sections = [
         _header(problem, costs, lengths),
         *ownership_sections(plan),
-        step_table(plan.steps, plan.cluster.ranks),
+        step_table(plan.steps, plan.cluster.ranks, working_ranks(plan)),
         first_passes(plan.steps[0], plan.cluster.ranks),
         *placement_section(plan),
         "\n".join([_memory(plan, problem, costs), *(f"Against  {r.what}: {r.why}" for r in plan.rejected)]),
@@ -33,9 +33,9 @@ def plan_text(plan: Plan, problem: Problem, lengths: str) -> str:
     return "\n\n".join(sections)
 
 
-def step_table(steps: Sequence[Step], ranks: int) -> str:
-    """Returns a table with one row a step."""
-    return table(_STEP_COLUMNS, [_step_row(i, step, ranks) for i, step in enumerate(steps)])
+def step_table(steps: Sequence[Step], ranks: int, working: int = 0) -> str:
+    """Returns a table with one row a step. working: of the ranks; 0: all."""
+    return table(_STEP_COLUMNS, [_step_row(i, step, ranks, working) for i, step in enumerate(steps)])
 
 
 def placement_section(plan: Plan) -> list[str]:
@@ -86,10 +86,15 @@ def shape(step: Step) -> str:
     return "<" + ",".join(f"{d}x{n}" if n > 1 else str(d) for d, n in sorted(degrees.items(), reverse=True)) + ">"
 
 
-def imbalance(step: Step, ranks: int) -> float:
-    """End of the last rank over the mean seconds that ranks are busy; 1 is perfect."""
+def imbalance(step: Step, ranks: int, working: int = 0) -> float:
+    """End of the last rank over the mean seconds that ranks are busy; 1 is perfect. working: of the ranks; 0: all."""
     busy = busy_seconds(step, ranks)
-    return max(starts(step.passes, ranks)[1]) * ranks / sum(busy)
+    return max(starts(step.passes, ranks)[1]) * (working or ranks) / sum(busy)
+
+
+def working_ranks(plan: Plan) -> int:
+    """Returns how many ranks a plan gives work to."""
+    return len(plan.layout["ownership"]["working"]) if "ownership" in plan.layout else plan.cluster.ranks
 
 
 def busy_seconds(step: Step, ranks: int) -> list[float]:
@@ -104,7 +109,7 @@ def busy_seconds(step: Step, ranks: int) -> list[float]:
 _STEP_COLUMNS = ("step", "seqs", "tokens", "longest", "seconds", "bound", "gap", "imbalance", "solve ms", "<passes")
 
 
-def _step_row(index: int, step: Step, ranks: int) -> tuple[str, ...]:
+def _step_row(index: int, step: Step, ranks: int, working: int) -> tuple[str, ...]:
     return (
         str(index),
         str(len(step.batch)),
@@ -113,7 +118,7 @@ def _step_row(index: int, step: Step, ranks: int) -> tuple[str, ...]:
         f"{step.seconds:.4g}",
         f"{step.bound_seconds:.4g}",
         f"{step.gap:.1%}",
-        f"{imbalance(step, ranks):.3f}",
+        f"{imbalance(step, ranks, working):.3f}",
         f"{step.solve_seconds * 1e3:.1f}",
         shape(step),
     )

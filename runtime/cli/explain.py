@@ -14,7 +14,7 @@ from heteromesh.planner.report.check import check_step
 from heteromesh.planner.report.methods import PassKind, pass_kinds
 from heteromesh.planner.report.ownership_text import ownership_sections
 from heteromesh.planner.report.tables import rank_list, table
-from heteromesh.planner.report.text import imbalance, shape
+from heteromesh.planner.report.text import imbalance, shape, working_ranks
 from heteromesh.planner.report.why import PassReason, StepReason, explain_step
 from heteromesh.runtime.cli.arguments import Parser
 from heteromesh.runtime.cli.terminal import say
@@ -68,7 +68,7 @@ def plan_reasons_text(plan: Plan, reasons: Sequence[StepReason], kinds: Sequence
                 *(f"{s:.4g}" for s in parts),
                 str(why.critical_rank),
                 f"{step.gap:.1%}",
-                f"{imbalance(step, plan.cluster.ranks):.3f}",
+                f"{imbalance(step, plan.cluster.ranks, working_ranks(plan)):.3f}",
                 shape(step),
             )
         )
