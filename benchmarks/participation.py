@@ -3,9 +3,9 @@
     python benchmarks/participation.py [--clusters 40] [--seed 0] [--json]
 
 Clusters of 2 to 6 hosts with 1 to 4 devices each, NICs of 1 to 400 Gbit/s, some on a common fabric; a model of 0.4, 1.1
-or 8 B parameters; 16 to 128 sequences a step. Brute force plans every non-empty set of hosts in every layout (replicated
+or 8 B parameters; 12 to 48 sequences a step. Brute force plans every set of hosts in every layout (replicated
 weights, with a sharded optimizer, each with and without recomputation; sharded weights, with and without the idle hosts
-as holders of state, inside fabrics, inside hosts), and where there are at most 100 of them every number of devices of
+as holders of state, inside fabrics, inside hosts), and where there are at most 64 of them every number of devices of
 every host. Columns: clusters; the worst and the mean of the plan's seconds over the best; how often every host taking
 part would have been worse by more than 2 %, and by how much at most; processor seconds of the decision.
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
+from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.model.spec import MODELS, ModelSpec
 from heteromesh.planner.participation.layout import Setting
 from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
@@ -39,7 +40,7 @@ SMALL = ModelSpec(
 TINY = replace(SMALL, name="0.4b", layers=24, hidden=1024, heads=16, kv_heads=16, intermediate=2816)
 PLAN_SECONDS = 0.02
 """Processor time that a step's search may take, in both."""
-DEVICE_SUBSETS = 100
+DEVICE_SUBSETS = 64
 
 
 def random_setting(rng: random.Random) -> Setting:
@@ -54,7 +55,7 @@ def random_setting(rng: random.Random) -> Setting:
         hosts.append(Host(name=f"h{number}", device=device, count=count, fabric=fabric, nics=tuple(nics)))
     cluster = Cluster(name="random", hosts=tuple(hosts), devices={h.device: CATALOG[h.device] for h in hosts})
     model = rng.choice((TINY, SMALL, SMALL, MODELS["llama-3-8b"]))
-    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((16, 48, 128))))
+    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((12, 24, 48))))
     return Setting(cluster=cluster, model=model, batch=tuple(lengths))
 
 
@@ -76,23 +77,28 @@ def device_subsets(setting: Setting) -> Iterator[tuple[int, ...]]:
             yield tuple(r for own, n in zip(ranks, counts, strict=True) for r in own[:n])
 
 
-def best_seconds(setting: Setting, ranks: Sequence[int]) -> float:
-    """Returns the seconds of the best layout of these working ranks; infinite where none holds the model."""
+def best_seconds(setting: Setting, ranks: Sequence[int], limit: float = math.inf) -> float:
+    """Returns the seconds of the best layout of these working ranks; infinite where none holds the model.
+
+    limit: layouts whose transfers and update alone take longer are not planned.
+    """
     chosen = tuple(ranks)
     layouts = [replicated(setting, chosen, checkpointing=again) for again in (False, True)]
     layouts += [f for again in (False, True) if (f := sharded_optimizer(setting, chosen, checkpointing=again))]
     working = {setting.cluster.rank_hosts[r] for r in chosen}
     idle = tuple(r for h, own in enumerate(setting.host_ranks) if h not in working for r in own)
     parts = [Part(chosen), Part(chosen, idle), *(Part(chosen, (), g) for g in groupings(setting, chosen))]
-    for part in parts:
-        # ownership depends on what compute hides: once for the seconds that a first one leads to
-        layout = sharded(setting, part, 0.0)
-        if layout is not None:
-            first = plan_layout(setting, layout, setting.batch, PLAN_SECONDS)
-            passes = passes_bound(setting.batch, first.costs) if first else 0.0
-            layouts += [layout, *filter(None, [sharded(setting, part, passes)])]
-    planned = (plan_layout(setting, layout, setting.batch, PLAN_SECONDS) for layout in layouts)
-    return min((p.seconds for p in planned if p), default=math.inf)
+    costs = analytic_costs(
+        setting.cluster.subset(chosen), setting.model, checkpointing=True, capacity=(setting.tokens,) * len(chosen)
+    )
+    passes = passes_bound(setting.batch, costs, rough=True)
+    layouts += filter(None, (sharded(setting, part, passes) for part in parts))
+    best = limit
+    for layout in sorted(layouts, key=lambda layout: layout.traffic.at_least(0.0)):
+        if layout.traffic.at_least(0.0) + layout.update_seconds < best:
+            planned = plan_layout(setting, layout, setting.batch, PLAN_SECONDS)
+            best = min(best, planned.seconds if planned else math.inf)
+    return best if best < limit else math.inf
 
 
 def measure(setting: Setting) -> dict[str, Any] | None:
@@ -100,17 +106,18 @@ def measure(setting: Setting) -> dict[str, Any] | None:
     began = time.process_time()
     decision = decide(setting, seconds=1.5, plan_seconds=PLAN_SECONDS)
     spent = time.process_time() - began
-    seconds = {ranks: best_seconds(setting, ranks) for ranks in {*host_subsets(setting), *device_subsets(setting)}}
-    best = min(seconds.values())
+    limit = decision.best.seconds if decision is not None else math.inf
+    subsets = {*host_subsets(setting), *device_subsets(setting)}
+    best = min(limit, *(best_seconds(setting, ranks, limit) for ranks in subsets))
     if decision is None:
         assert math.isinf(best), "brute force holds what the search does not"
         return None
-    everyone = seconds[tuple(range(setting.cluster.ranks))]
+    everyone = best_seconds(setting, tuple(range(setting.cluster.ranks)))
     return {
         "hosts": len(setting.cluster.hosts),
         "ranks": setting.cluster.ranks,
         "model": setting.model.name,
-        "subsets": len(seconds),
+        "subsets": len(subsets),
         "working": len(decision.best.layout.ranks),
         "holders": len(decision.best.layout.holders),
         "layout": decision.best.layout.kind,

@@ -7,7 +7,8 @@ they take at least and are looked at more closely when nothing else promises as 
     all work over the sum of speeds; plus the layout's traffic, with rough bounds of passes; the layout itself, with the
     bound of passes in the memory that it leaves; planned, those first that need to split the least
 
-Everything is proved when the least of what is left is no better than the best plan (PROVED); a time limit in processor
+The search ends when the least of what is left is no better than the best plan (PROVED): every candidate was planned or
+takes at least as long, with the ownership that planner/ownership/weights.py gives it; a time limit in processor
 seconds may end it before, and the gap says what is left. The best plan's neighbours with one device less on a host join
 the candidates: parts of hosts are tried where whole hosts are best.
 """
@@ -73,9 +74,9 @@ class Participation:
 
     best: PlannedLayout
     bound: float
-    """No candidate takes less."""
+    """Every candidate that was not planned takes at least this; no more than the best's seconds."""
     proved: bool
-    """Whether the bound is the search's end, not its time limit's."""
+    """Whether the search came to its end."""
     tried: int
     """Candidates that were planned."""
 

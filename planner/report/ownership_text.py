@@ -50,7 +50,7 @@ def _who(plan: Plan, told: Mapping[str, Any]) -> str:
 
 def _proof(told: Mapping[str, Any]) -> str:
     if told["proved"]:
-        return f"no other choice of hosts and layout takes less than {told['bound_seconds']:.4g} s"
+        return f"every other choice of hosts and layout was planned or takes at least {told['bound_seconds']:.4g} s"
     return (
         f"gap {told['gap']:.1%} to every other choice of hosts and layout ({told['planned_candidates']} planned in the "
         "time limit)"
