@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.ownership.memory import FP32, MIXED, MemoryByKind
+from heteromesh.planner.files import unknown_key
+from heteromesh.planner.ownership.memory import FP32, KINDS, MIXED, MemoryByKind
 from heteromesh.planner.participation.effects import Effect
 from heteromesh.planner.participation.layout import Setting, WeightLayout
 from heteromesh.planner.participation.search import Participation, PlannedLayout, step_tokens
-from heteromesh.planner.plan import Pass, Step
+from heteromesh.planner.plan import Pass, Plan, Step
+
+OWNERSHIP_KEYS = (
+    "kind",
+    "working",
+    "holders",
+    "idle",
+    "owners",
+    "groups",
+    "bytes_per_parameter",
+    "recompute",
+    "layer_inputs",
+    "gather_seconds",
+    "reduce_seconds",
+    "update_seconds",
+    "ownership_seconds",
+    "ownership_bound_seconds",
+    "seconds",
+    "bound_seconds",
+    "gap",
+    "proved",
+    "planned_candidates",
+    "seconds_per_gb",
+    "seconds_per_gbit",
+    "effects",
+    "not_executed",
+)
+OWNER_KEYS = ("rank", "works", "fraction", "fraction_in_host_memory", "resident_layers")
+
+
+def read_ownership(plan: Plan) -> Mapping[str, Any] | None:
+    """Returns `layout.ownership`, None where there is none; raises UserError on missing or unknown keys."""
+    told = plan.layout.get("ownership")
+    if told is None:
+        return None
+    _check_keys(told, OWNERSHIP_KEYS, "plan.layout.ownership")
+    for i, owner in enumerate(told["owners"]):
+        _check_keys(owner, OWNER_KEYS, f"plan.layout.ownership.owners[{i}]")
+    for rank, kinds in enumerate(plan.memory):
+        _check_keys(kinds, KINDS, f"plan.memory[{rank}]")
+    return dict(told)
+
+
+def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise unknown_key(key, known, where)
+    missing = [key for key in known if key not in table]
+    if missing:
+        raise UserError(f"{where} lacks the key {missing[0]!r}: make the plan again with `heteromesh plan`")
 
 
 def ownership_json(setting: Setting, decision: Participation, effects: Sequence[Effect]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from heteromesh.planner.ownership.memory import KINDS
 from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZER
+from heteromesh.planner.participation.told import read_ownership
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.tables import rank_list, table
 
@@ -27,7 +28,7 @@ _HEADS = {
 
 def ownership_sections(plan: Plan) -> list[str]:
     """Returns what a plan with participation has to say; nothing for plans without."""
-    told = plan.layout.get("ownership")
+    told = read_ownership(plan)
     if told is None:
         return []
     return [section for section in (_who(plan, told), _effects(told), memory_table(plan)) if section]

@@ -182,6 +182,14 @@ def test_a_plan_file_has_all_that_explain_and_simulate_need(tmp_path):
     assert "not executed by the Trainer yet: idle ranks" in text
     assert "shard_optimizer=True" in text
     assert "with t0 working" in text or "all hosts working" in text
+    for where, table in (
+        ("ownership", again.layout["ownership"]),
+        (r"owners\[0\]", again.layout["ownership"]["owners"][0]),
+    ):
+        table["colour"] = 1
+        with pytest.raises(UserError, match=rf"{where} has the unknown key 'colour'"):
+            ownership_sections(again)
+        del table["colour"]
     # a file from before: without memory by kind and without ownership
     old = json.loads((tmp_path / "plan.json").read_text())
     del old["memory"], old["layout"]["ownership"]
