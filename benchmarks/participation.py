@@ -28,7 +28,7 @@ from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.model.spec import MODELS, ModelSpec
 from heteromesh.planner.participation.layout import Setting
-from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
+from heteromesh.planner.participation.replicated import recomputed, replicated, sharded_optimizer
 from heteromesh.planner.participation.search import decide, plan_layout
 from heteromesh.planner.participation.sharded import Part, groupings, sharded
 from heteromesh.planner.sequences.bound import passes_bound
@@ -83,15 +83,15 @@ def best_seconds(setting: Setting, ranks: Sequence[int], limit: float = math.inf
     limit: layouts whose transfers and update alone take longer are not planned.
     """
     chosen = tuple(ranks)
-    layouts = [replicated(setting, chosen, checkpointing=again) for again in (False, True)]
-    layouts += [f for again in (False, True) if (f := sharded_optimizer(setting, chosen, checkpointing=again))]
+    layouts = list(filter(None, (replicated(setting, chosen), sharded_optimizer(setting, chosen))))
+    layouts += [recomputed(setting, layout) for layout in layouts]
     working = {setting.cluster.rank_hosts[r] for r in chosen}
     idle = tuple(r for h, own in enumerate(setting.host_ranks) if h not in working for r in own)
     parts = [Part(chosen), Part(chosen, idle), *(Part(chosen, (), g) for g in groupings(setting, chosen))]
     costs = analytic_costs(
         setting.cluster.subset(chosen), setting.model, checkpointing=True, capacity=(setting.tokens,) * len(chosen)
     )
-    passes = passes_bound(setting.batch, costs, rough=True)
+    passes = passes_bound(setting.batch, costs)
     layouts += filter(None, (sharded(setting, part, passes) for part in parts))
     best = limit
     for layout in sorted(layouts, key=lambda layout: layout.traffic.at_least(0.0)):

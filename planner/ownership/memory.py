@@ -9,7 +9,7 @@ rank's tokens of the step; of activations one layer's of one pass, or the loss's
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from heteromesh.planner.model.spec import ModelSpec
 
@@ -65,7 +65,7 @@ class MemoryByKind:
 
     @property
     def total(self) -> float:
-        return float(sum(asdict(self).values()))
+        return float(sum(getattr(self, kind) for kind in KINDS))
 
     @property
     def states(self) -> float:

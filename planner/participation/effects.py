@@ -43,12 +43,25 @@ def host_effects(setting: Setting, decision: Participation, *, seconds: float, p
     seconds: of processor time; what it does not suffice for is left out.
     """
     began, found = time.thread_time(), []
-    for make in (_everyone, _without_and_with, _faster_nics):
+    for make in (_executed, _everyone, _without_and_with, _faster_nics):
         for effect in make(setting, decision, plan_seconds):
             found.append(effect)
             if time.thread_time() - began > seconds:
                 return found
     return found
+
+
+def _executed(setting: Setting, decision: Participation, plan_seconds: float) -> Iterator[Effect]:
+    if not decision.best.layout.sharded:
+        return
+    found = ParticipationSearch(setting, plan_seconds, SEARCH_SECONDS, least_tried=1, executed=True).run(
+        all_subsets(setting)
+    )
+    what, best = "replicated weights, as the Trainer executes them", found.best if found else None
+    if best is not None:
+        hosts = sorted({setting.cluster.rank_hosts[r] for r in best.layout.ranks})
+        what += f", on {host_names(setting, hosts)}"
+    yield Effect(what=what, seconds=best.seconds if best else None, chosen_seconds=decision.best.seconds)
 
 
 def _everyone(setting: Setting, decision: Participation, plan_seconds: float) -> Iterator[Effect]:

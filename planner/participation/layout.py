@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.cluster.links import Links, cluster_links
 from heteromesh.planner.cost.analytic import CPU, analytic_costs
 from heteromesh.planner.cost.overlap import StepTraffic
 from heteromesh.planner.cost.passes import Costs
@@ -46,7 +47,7 @@ class Setting:
     def classes(self) -> tuple[tuple[int, ...], ...]:
         """Hosts that are alike: equal device, number, NICs, fabric, memory, and measured rates."""
         found: dict[object, list[int]] = {}
-        speeds, measured = self.cluster.speeds(), self.cluster.measured
+        speeds, measured = self.speeds, self.cluster.measured
         for number, host in enumerate(self.cluster.hosts):
             rates = tuple(table[number] for table in (measured.nic_gbit, measured.link_gbps) if table)
             own = tuple(speeds[r] for r in self.host_ranks[number])
@@ -54,9 +55,19 @@ class Setting:
             found.setdefault(key, []).append(number)
         return tuple(map(tuple, found.values()))
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return sum(self.batch)
+
+    @cached_property
+    def speeds(self) -> tuple[float, ...]:
+        """Per rank, relative to the fastest device."""
+        return self.cluster.speeds()
+
+    @cached_property
+    def links(self) -> Links:
+        """Of the whole cluster."""
+        return cluster_links(self.cluster)
 
     def device_bytes(self, rank: int) -> float:
         """Returns a device's memory."""
@@ -69,9 +80,8 @@ class Setting:
 
     def expected_tokens(self, ranks: Sequence[int]) -> dict[int, float]:
         """Returns by rank the tokens of a step that its speed would give it, and a tenth more."""
-        speeds = self.cluster.speeds()
-        power = sum(speeds[r] for r in ranks)
-        return {r: 1.1 * self.tokens * speeds[r] / power for r in ranks}
+        power = sum(self.speeds[r] for r in ranks)
+        return {r: 1.1 * self.tokens * self.speeds[r] / power for r in ranks}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

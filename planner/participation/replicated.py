@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.links import cluster_links
-from heteromesh.planner.cost.overlap import FORWARD, RECOMPUTED_FORWARD, StepTraffic
+from heteromesh.planner.cost.overlap import RECOMPUTED_FORWARD, StepTraffic
 from heteromesh.planner.ownership.memory import FP32, MemoryByKind, replicated_memory, replicated_tokens
 from heteromesh.planner.ownership.weights import ADAM_BYTES
 from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZER, Setting, WeightLayout
@@ -15,7 +16,7 @@ from heteromesh.planner.reduction.memory import largest_fractions
 from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 
 
-def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> WeightLayout:
+def replicated(setting: Setting, ranks: Sequence[int]) -> WeightLayout:
     """Returns the layout whose gradients are all-reduced and whose optimizer state is whole on every rank."""
     cluster, model = setting.cluster.subset(ranks), setting.model
     reduction = reduction_for(cluster)
@@ -27,14 +28,13 @@ def replicated(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = 
         ranks=tuple(ranks),
         fractions=dict.fromkeys(ranks, 1.0),
         memory={r: _memory(setting, r, 1.0) for r in ranks},
-        tokens=replicated_tokens(model, checkpointing=checkpointing),
-        traffic=_traffic(setting, 0.0, size * per_byte, checkpointing),
+        tokens=replicated_tokens(model),
+        traffic=StepTraffic(reduce_seconds=size * per_byte, chunks=model.layers),
         update_seconds=ADAM_BYTES * model.parameters() / slowest,
-        checkpointing=checkpointing,
     )
 
 
-def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: bool = False) -> WeightLayout | None:
+def sharded_optimizer(setting: Setting, ranks: Sequence[int]) -> WeightLayout | None:
     """Returns the layout whose gradients are scattered to owners that update and gather weights; None where the ranks
     together can't hold the optimizer's state.
     """
@@ -57,10 +57,19 @@ def sharded_optimizer(setting: Setting, ranks: Sequence[int], *, checkpointing: 
         ranks=tuple(ranks),
         fractions=fractions,
         memory={r: _memory(setting, r, f) for r, f in fractions.items()},
-        tokens=replicated_tokens(model, checkpointing=checkpointing),
-        traffic=_traffic(setting, one_way, one_way, checkpointing),
+        tokens=replicated_tokens(model),
+        traffic=StepTraffic(gather_seconds=one_way, reduce_seconds=one_way, chunks=model.layers),
         update_seconds=ADAM_BYTES * model.parameters() * max(updates),
-        checkpointing=checkpointing,
+    )
+
+
+def recomputed(setting: Setting, layout: WeightLayout) -> WeightLayout:
+    """Returns the layout with a backward that repeats the forward."""
+    return replace(
+        layout,
+        tokens=replicated_tokens(setting.model, checkpointing=True),
+        traffic=replace(layout.traffic, forward_share=RECOMPUTED_FORWARD),
+        checkpointing=True,
     )
 
 
@@ -79,15 +88,6 @@ def scatter_seconds(setting: Setting, ranks: Sequence[int], reduction: Reduction
         if len(fractions) > 1:
             seconds = max(seconds, (1 - min(fractions)) / links.link[host])
     return seconds
-
-
-def _traffic(setting: Setting, gather: float, reduce: float, checkpointing: bool) -> StepTraffic:
-    return StepTraffic(
-        gather_seconds=gather,
-        reduce_seconds=reduce,
-        chunks=setting.model.layers,
-        forward_share=RECOMPUTED_FORWARD if checkpointing else FORWARD,
-    )
 
 
 def _memory(setting: Setting, rank: int, optimizer: float) -> MemoryByKind:

@@ -4,13 +4,13 @@ Hosts that are alike form a class; a candidate is a number of working hosts per 
 passes (plan_step on the working ranks), exposed gathers and gradient sums, and the optimizer. Candidates wait by what
 they take at least and are looked at more closely when nothing else promises as much:
 
-    all work over the sum of speeds; plus the layout's traffic, with rough bounds of passes; the layout itself, with the
-    bound of passes in the memory that it leaves; planned, those first that need to split the least
+    all work over the sum of speeds; plus the layout's traffic; the layout itself, with the bound of passes in the
+    memory that it leaves; planned, those first that need to split the least
 
 The search ends when the least of what is left is no better than the best plan (PROVED): every candidate was planned or
 takes at least as long, with the ownership that planner/ownership/weights.py gives it; a time limit in processor
-seconds may end it before, and the gap says what is left. The best plan's neighbours with one device less on a host join
-the candidates: parts of hosts are tried where whole hosts are best.
+seconds may end it before, and the gap says what is left. Parts of hosts are all listed on small clusters; on others the
+neighbours of the best plan, with a device more or less on a host, join the candidates.
 """
 
 from __future__ import annotations
@@ -25,16 +25,13 @@ from dataclasses import dataclass, field, replace
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.ownership.memory import sharded_memory, sharded_tokens
 from heteromesh.planner.participation.layout import (
     GROUPED,
-    REPLICATED,
     SHARDED,
-    SHARDED_OPTIMIZER,
     Setting,
     WeightLayout,
 )
-from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
+from heteromesh.planner.participation.replicated import recomputed, replicated, sharded_optimizer
 from heteromesh.planner.participation.sharded import Part, groupings, sharded, sharded_least
 from heteromesh.planner.plan import Step
 from heteromesh.planner.sequences.bound import passes_bound, with_step
@@ -42,8 +39,12 @@ from heteromesh.planner.sequences.step import plan_step
 
 PROVED = 0.002
 """A candidate must promise this much (relative) to be looked at after a plan was found."""
+PARTS = 100
+"""Numbers of devices per host that are listed at most."""
 SUBSETS = 20_000
 """Numbers of hosts per class that are listed at most; beyond, those next to all hosts and to single classes."""
+LOOKING = 0.5
+"""Of the time limit: from then on what is ready and promises much is planned before others are looked at."""
 PREFERENCE = 0.005
 """A layout that the Trainer executes is taken where it is no more than this (relative) slower."""
 SPLITTING = 0.5
@@ -51,6 +52,7 @@ SPLITTING = 0.5
 ROUNDS = 4
 """Of planning with room for the layer inputs that the plan before gave each rank."""
 Counts = tuple[int, ...]
+"""Devices of each host of a class."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +109,16 @@ class ParticipationSearch:
     """Processor time."""
     least_tried: int = 2
     """Candidates that are planned whatever time that takes."""
+    executed: bool = False
+    """Whether only layouts count that the Trainer executes."""
     seen: set[tuple[int, ...]] = field(default_factory=set)
     heap: list[tuple[float, int, _Candidate]] = field(default_factory=list)
     """By what they take at least: those without a layout."""
     ready: list[tuple[float, int, _Candidate]] = field(default_factory=list)
     """By what they promise: those with a layout, to be planned."""
     tickets: Iterator[int] = field(default_factory=itertools.count)
-    bounds: dict[tuple[tuple[int, ...], bool, bool], float] = field(default_factory=dict)
+    work: dict[bool, float] = field(default_factory=dict)
+    """Seconds of all work at the reference speed, without and with recomputation."""
     tried: int = 0
     best: PlannedLayout | None = None
 
@@ -129,7 +134,7 @@ class ParticipationSearch:
             if time.thread_time() - began > self.seconds and self.tried >= self.least_tried:
                 proved = False
                 break
-            if self.heap and self.heap[0][0] < self._promise():
+            if self.heap and self.heap[0][0] < self._promise() and not self._late(time.thread_time() - began):
                 bound, _, candidate = heapq.heappop(self.heap)
                 self._look_closer(bound, candidate)
             else:
@@ -138,6 +143,13 @@ class ParticipationSearch:
             return None
         least = min(self._least(), self.best.seconds)
         return Participation(best=self.best, bound=least, proved=proved, tried=self.tried)
+
+    def _late(self, spent: float) -> bool:
+        """Returns whether to plan what is ready before others are looked at: sooner where it promises much."""
+        if not self.ready:
+            return False
+        promises = self.ready[0][0] <= self.heap[0][0] * (1 + SPLITTING / 2)
+        return spent > (LOOKING if promises else 2.0) * self.seconds
 
     def _least(self) -> float:
         """Returns what no candidate left goes below."""
@@ -170,22 +182,27 @@ class ParticipationSearch:
     def _add(self, ranks: tuple[int, ...]) -> None:
         if ranks and ranks not in self.seen:
             self.seen.add(ranks)
-            heapq.heappush(self.heap, (self._ideal(ranks), next(self.tickets), _Candidate(ranks)))
+            heapq.heappush(
+                self.heap, (self._ideal(ranks, bool(self.setting.checkpointing)), next(self.tickets), _Candidate(ranks))
+            )
 
-    def _ideal(self, ranks: tuple[int, ...]) -> float:
-        """Returns the seconds of all work at the sum of speeds."""
-        costs = self._pass_costs(tuple(range(self.setting.cluster.ranks)), False, False)
-        squares = sum(n * n for n in self.setting.batch)
-        work = costs.seconds_per_token2 * squares + costs.seconds_per_token * self.setting.tokens
-        heads = min((m.work for m in costs.methods), default=1.0)
-        return min(1.0, heads) * work / sum(costs.speeds[r] for r in ranks)
+    def _ideal(self, ranks: tuple[int, ...], checkpointing: bool) -> float:
+        """Returns the seconds of all work at the sum of speeds: no passes end before."""
+        if checkpointing not in self.work:
+            cluster, batch = self.setting.cluster, self.setting.batch
+            capacity = (self.setting.tokens,) * cluster.ranks
+            costs = self.setting.adjust(
+                analytic_costs(cluster, self.setting.model, checkpointing=checkpointing, capacity=capacity)
+            )
+            work = costs.seconds_per_token2 * sum(n * n for n in batch) + costs.seconds_per_token * sum(batch)
+            self.work[checkpointing] = work * min([1.0, *(m.work for m in costs.methods)])
+        return self.work[checkpointing] / sum(self.setting.speeds[r] for r in ranks)
 
     def _made(self, candidate: _Candidate) -> _Candidate | None:
         """Returns the candidate with its layout, and what that takes at least; None where it does not fit."""
         layout, setting = candidate.layout, self.setting
         if candidate.part is not None:
-            seconds = self._passes(candidate.ranks, True, True, rough=False)
-            layout = None if seconds is None else sharded(setting, candidate.part, seconds)
+            layout = sharded(setting, candidate.part, self._ideal(candidate.ranks, True))
         if layout is None:
             return None
         capacity = layout.capacity(setting, layout.expected(setting))
@@ -201,60 +218,36 @@ class ParticipationSearch:
     def _layouts(self, ranks: tuple[int, ...]) -> list[tuple[float, _Candidate]]:
         found = []
         checkpointing = self.setting.checkpointing
-        for again in (False, True) if checkpointing is None else (checkpointing,):
-            for kind in (REPLICATED, SHARDED_OPTIMIZER):
-                make = replicated if kind == REPLICATED else sharded_optimizer
-                layout = make(self.setting, ranks, checkpointing=again)
-                if layout is not None and min(layout.capacity(self.setting, dict.fromkeys(ranks, 0.0)).values()) > 0:
-                    found.append(_Candidate(ranks, kind, again, None, layout))
+        for layout in filter(None, (replicated(self.setting, ranks), sharded_optimizer(self.setting, ranks))):
+            for again in (False, True) if checkpointing is None else (checkpointing,):
+                own = recomputed(self.setting, layout) if again else layout
+                if min(own.capacity(self.setting, own.expected(self.setting)).values()) > 0:
+                    found.append(_Candidate(ranks, own.kind, again, None, own))
+        if not self.executed:
+            found += [_Candidate(ranks, kind, True, part) for kind, part in self._parts(ranks)]
+        bounded = [(self._bound(candidate), candidate) for candidate in found]
+        return [(seconds, candidate) for seconds, candidate in bounded if seconds is not None]
+
+    def _parts(self, ranks: tuple[int, ...]) -> list[tuple[str, Part]]:
+        """Returns the ways to shard weights with these working ranks."""
         parts = [(SHARDED, Part(ranks))]
         others = self._idle_hosts(ranks)
         if others:
             parts.append((SHARDED, Part(ranks, others)))
-        parts += [(GROUPED, Part(ranks, (), grouping)) for grouping in groupings(self.setting, ranks)]
-        found += [_Candidate(ranks, kind, True, part) for kind, part in parts]
-        bounded = [(self._bound(candidate, rough=True), candidate) for candidate in found]
-        return [(seconds, candidate) for seconds, candidate in bounded if seconds is not None]
+        return parts + [(GROUPED, Part(ranks, (), grouping)) for grouping in groupings(self.setting, ranks)]
 
     def _idle_hosts(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the ranks of hosts of which none works."""
         working = {self.setting.cluster.rank_hosts[r] for r in ranks}
         return tuple(r for h, own in enumerate(self.setting.host_ranks) if h not in working for r in own)
 
-    def _bound(self, candidate: _Candidate, *, rough: bool) -> float | None:
+    def _bound(self, candidate: _Candidate) -> float | None:
         """Returns what the candidate takes at least; None where memory does not hold it."""
-        passes = self._passes(candidate.ranks, candidate.checkpointing, candidate.part is not None, rough=rough)
-        if passes is None:
-            return None
+        passes = self._ideal(candidate.ranks, candidate.checkpointing)
         if candidate.part is not None:
             return sharded_least(self.setting, candidate.part, passes)
         assert candidate.layout is not None
         return candidate.layout.traffic.at_least(passes) + candidate.layout.update_seconds
-
-    def _passes(self, ranks: tuple[int, ...], checkpointing: bool, layer_major: bool, *, rough: bool) -> float | None:
-        """Returns when passes end at the earliest; with as much memory as any layout leaves."""
-        key = ranks, checkpointing, layer_major
-        if key not in self.bounds or not rough:
-            costs = self._pass_costs(ranks, checkpointing, layer_major)
-            if max(self.setting.batch) > sum(costs.capacity):
-                return None
-            wide = costs.offloading() or costs
-            self.bounds[key] = passes_bound(self.setting.batch, wide, rough=rough)
-        return self.bounds[key]
-
-    def _pass_costs(self, ranks: tuple[int, ...], checkpointing: bool, layer_major: bool) -> Costs:
-        model, tokens = self.setting.model, sharded_tokens(self.setting.model)
-        per_token = tokens.per_pass if layer_major else model.activation_bytes_per_token(checkpointing=checkpointing)
-        capacity = []
-        for rank in ranks:
-            size = self.setting.device_bytes(rank)
-            fixed = sharded_memory(model, device_bytes=size, fraction=0.0).context
-            capacity.append(max(1, int((size - fixed) // per_token)))
-        cluster = self.setting.cluster.subset(ranks)
-        costs = analytic_costs(cluster, model, checkpointing=checkpointing, capacity=capacity)
-        if layer_major:
-            costs = replace(costs, offload_seconds=(), offload_share=0.0)
-        return self.setting.adjust(costs)
 
     def _plan(self, candidate: _Candidate) -> None:
         layout = candidate.layout
@@ -264,19 +257,18 @@ class ParticipationSearch:
         if planned is None or (self.best is not None and _preferred(planned) >= _preferred(self.best)):
             return
         self.best = planned
-        for ranks in self._smaller(layout.ranks):
+        for ranks in self._neighbours(set(layout.ranks)):
             self._add(ranks)
 
-    def _smaller(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yields the ranks without one device of a host that has several of them."""
-        seen = set()
-        for own in self.setting.host_ranks:
-            here = [r for r in own if r in ranks]
-            host = self.setting.cluster.host_of(own[0])
-            key = (host.device, host.nics, host.fabric, len(here))
-            if len(here) > 1 and key not in seen:
-                seen.add(key)
-                yield tuple(r for r in ranks if r != here[-1])
+    def _neighbours(self, ranks: set[int]) -> Iterator[tuple[int, ...]]:
+        """Yields these ranks with one more and one less of each class of hosts, by how many of a host's work."""
+        for hosts in self.setting.classes:
+            counts = {len(ranks.intersection(self.setting.host_ranks[h])): self.setting.host_ranks[h] for h in hosts}
+            for count, own in counts.items():
+                if count < len(own):
+                    yield tuple(sorted(ranks | {next(r for r in own if r not in ranks)}))
+                if count:
+                    yield tuple(sorted(ranks - {max(r for r in own if r in ranks)}))
 
 
 def _preferred(planned: PlannedLayout) -> float:
@@ -329,26 +321,42 @@ def holds(setting: Setting, layout: WeightLayout, step: Step) -> bool:
 
 
 def all_subsets(setting: Setting) -> Iterator[tuple[int, ...]]:
-    """Yields sets of working ranks: every number of hosts of every class, the first hosts of each."""
+    """Yields sets of working ranks: every number of hosts of every class, the first hosts of each; on small clusters
+    also every number of devices of each host.
+    """
     classes = setting.classes
-    if math.prod(len(hosts) + 1 for hosts in classes) <= SUBSETS:
-        counts: Iterable[Counts] = itertools.product(*(range(len(hosts), -1, -1) for hosts in classes))
+    sizes = [(len(hosts), len(setting.host_ranks[hosts[0]])) for hosts in classes]
+    parts = math.prod(math.comb(hosts + devices, devices) for hosts, devices in sizes) <= PARTS
+    if not parts and math.prod(hosts + 1 for hosts, _ in sizes) > SUBSETS:
+        counts: Iterable[tuple[Counts, ...]] = _few(classes, [devices for _, devices in sizes])
     else:
-        counts = _few(classes)
+        counts = itertools.product(*(_counts(hosts, devices, parts) for hosts, devices in sizes))
     for numbers in counts:
-        chosen = [h for hosts, n in zip(classes, numbers, strict=True) for h in hosts[:n]]
+        chosen = [
+            r
+            for hosts, own in zip(classes, numbers, strict=True)
+            for h, n in zip(hosts, own, strict=True)
+            for r in setting.host_ranks[h][:n]
+        ]
         if chosen:
-            yield tuple(sorted(r for h in chosen for r in setting.host_ranks[h]))
+            yield tuple(sorted(chosen))
 
 
-def _few(classes: Sequence[Sequence[int]]) -> Iterator[Counts]:
+def _counts(hosts: int, devices: int, parts: bool) -> list[Counts]:
+    """Returns the devices of each host of a class, descending: all or none, or in parts too."""
+    if parts:
+        return list(itertools.combinations_with_replacement(range(devices, -1, -1), hosts))
+    return [(devices,) * n + (0,) * (hosts - n) for n in range(hosts, -1, -1)]
+
+
+def _few(classes: Sequence[Sequence[int]], devices: Sequence[int]) -> Iterator[tuple[Counts, ...]]:
     """Yields all or none of every class, and of one class any number beside all of the others."""
-    sizes = [len(hosts) for hosts in classes]
+    ways = [_counts(len(hosts), count, False) for hosts, count in zip(classes, devices, strict=True)]
     if len(classes) <= 12:
-        yield from itertools.product(*((n, 0) for n in sizes))
-    for i, size in enumerate(sizes):
-        for n in range(1, size):
-            yield tuple(n if j == i else m for j, m in enumerate(sizes))
+        yield from itertools.product(*((own[0], own[-1]) for own in ways))
+    for i, own in enumerate(ways):
+        for numbers in own[1:-1]:
+            yield tuple(numbers if j == i else other[0] for j, other in enumerate(ways))
 
 
 def decide(setting: Setting, *, seconds: float, plan_seconds: float) -> Participation | None:

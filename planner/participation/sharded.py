@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
-from heteromesh.planner.cluster.links import Links, cluster_links, one_fabric
+from heteromesh.planner.cluster.links import Links, one_fabric
 from heteromesh.planner.cost.analytic import HOST_BYTES_PER_SECOND
 from heteromesh.planner.cost.overlap import RECOMPUTED_FORWARD, StepTraffic
 from heteromesh.planner.ownership.memory import TokenBytes, sharded_memory, sharded_tokens
@@ -73,11 +73,14 @@ def sharded(setting: Setting, part: Part, seconds: float) -> WeightLayout | None
 
 def sharded_shortage(setting: Setting, part: Part) -> dict[int, float]:
     """Returns by rank the bytes that it lacks, with the shortest passes and nothing resident."""
-    free = {r: _free(setting, part, r, LEVELS[-1], on_host=_can_move(setting, part)) for r in part.ranks + part.holders}
+    on_host, expected = _can_move(setting, part), setting.expected_tokens(part.ranks)
+    free = {
+        r: _free(setting, part, r, LEVELS[-1], expected.get(r, 0.0), on_host=on_host) for r in part.ranks + part.holders
+    }
     short = {r: -n for r, n in free.items() if n < 0}
     if short:
         return short
-    hosts = _hosts(setting, part, LEVELS[-1], on_host=_can_move(setting, part))
+    hosts = _hosts(setting, part, LEVELS[-1], on_host=on_host)
     assert hosts is not None
     missing = missing_bytes(_model(setting, 0.0), hosts, _numbered_groups(setting, part))
     numbers = {h: i for i, h in enumerate(_host_numbers(setting, part))}
@@ -121,14 +124,14 @@ def _model(setting: Setting, seconds: float) -> OwnedModel:
     )
 
 
-def _free(setting: Setting, part: Part, rank: int, level: float, *, on_host: bool) -> float:
+def _free(setting: Setting, part: Part, rank: int, level: float, expected: float, *, on_host: bool) -> float:
     """Returns the bytes of a device for layers, gradients and state; negative: it can't even work."""
     size, works = setting.device_bytes(rank), rank in part.ranks
     fixed = sharded_memory(setting.model, device_bytes=size, fraction=0.0, works=works).total
     if not works:
         return size - fixed
     tokens: TokenBytes = sharded_tokens(setting.model, inputs_on_host=on_host)
-    free = size - fixed - tokens.per_step * setting.expected_tokens(part.ranks)[rank]
+    free = size - fixed - tokens.per_step * expected
     longest = max(setting.batch)
     wanted = max(level * longest, 1.0) * tokens.per_pass
     # whatever the level, the ranks together must hold the longest sequence
@@ -141,15 +144,15 @@ def _free(setting: Setting, part: Part, rank: int, level: float, *, on_host: boo
 def _hosts(setting: Setting, part: Part, level: float, *, on_host: bool) -> list[OwnerHost] | None:
     """Returns the hosts as the ownership program sees them; None where a device that works has no memory for that."""
     cluster = setting.cluster
-    links, numbers = cluster_links(cluster), _host_numbers(setting, part)
+    links, numbers = setting.links, _host_numbers(setting, part)
     counts = Counter(cluster.rank_hosts[r] for r in part.ranks + part.holders)
     first = {cluster.rank_hosts[r]: r for r in reversed(part.ranks + part.holders)}
     group_of = {h: group for group in _groups(setting, numbers, part.grouping) for h in group}
     expected = setting.expected_tokens(part.ranks)
     hosts = []
     for h in numbers:
-        rank, works = first[h], first[h] in part.ranks
-        memory = _free(setting, part, rank, level, on_host=on_host)
+        rank, works = first[h], first[h] in expected
+        memory = _free(setting, part, rank, level, expected.get(rank, 0.0), on_host=on_host)
         if memory < 0 and works:
             return None
         inputs = setting.model.layer_input_bytes * setting.model.layers

@@ -8,8 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from heteromesh.errors import UserError
+from heteromesh.planner.ownership.memory import replicated_memory, replicated_tokens
 from heteromesh.planner.participation.layout import SHARDED, SHARDED_OPTIMIZER, Setting
-from heteromesh.planner.participation.replicated import replicated, sharded_optimizer
 from heteromesh.planner.participation.search import decide
 from heteromesh.planner.participation.sharded import Part, sharded_shortage
 
@@ -62,13 +62,13 @@ class DoesNotFit(UserError):
 
 
 def replicated_short(setting: Setting) -> list[Short]:
-    """Returns who lacks memory for replicated weights, with recomputation and, where it can be, a sharded optimizer."""
+    """Returns who lacks memory for replicated weights, with recomputation and an evenly sharded optimizer."""
     ranks = tuple(range(setting.cluster.ranks))
-    again = setting.checkpointing is not False
-    layout = sharded_optimizer(setting, ranks, checkpointing=again) or replicated(setting, ranks, checkpointing=again)
-    missing = {
-        r: memory.total + layout.tokens.per_pass - setting.device_bytes(r) for r, memory in layout.memory.items()
-    }
+    token = replicated_tokens(setting.model, checkpointing=setting.checkpointing is not False).per_pass
+    missing = {}
+    for r in ranks:
+        size = setting.device_bytes(r)
+        missing[r] = replicated_memory(setting.model, device_bytes=size, optimizer=1 / len(ranks)).total + token - size
     return _grouped(setting, SHARDED_OPTIMIZER, {r: m for r, m in missing.items() if m > 0})
 
 

@@ -13,7 +13,7 @@ from heteromesh.planner.cost.measured import bind, measured_costs
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import Constants
 from heteromesh.planner.model.spec import ModelSpec
-from heteromesh.planner.participation.effects import host_effects
+from heteromesh.planner.participation.effects import Effect, host_effects
 from heteromesh.planner.participation.layout import REPLICATED, Setting, WeightLayout
 from heteromesh.planner.participation.search import decide, plan_layout
 from heteromesh.planner.participation.shortage import does_not_fit, replicated_short
@@ -149,7 +149,10 @@ def _with_participation(
         steps.append(step)
         on_step(step)
     costs, layout = world_costs(setting, best), best.layout
-    effects = host_effects(setting, decision, seconds=EFFECT_SECONDS, plan_seconds=min(time_limit, EFFECT_PLAN_SECONDS))
+    effects: list[Effect] = []
+    if best.step.solve_seconds < EFFECT_SECONDS:  # else each would take as long
+        limit = min(time_limit, EFFECT_PLAN_SECONDS)
+        effects = host_effects(setting, decision, seconds=EFFECT_SECONDS, plan_seconds=limit)
     memory = rank_memory(setting, layout, peak_activations(steps, costs), steps)
     return _assembled(
         problem,

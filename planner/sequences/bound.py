@@ -52,15 +52,14 @@ def with_step(passes: float, costs: Costs) -> float:
     return costs.traffic.at_least(passes) + costs.seconds_per_step
 
 
-def passes_bound(lengths: Sequence[int], costs: Costs, *, rough: bool = False) -> float:
-    """Returns seconds before which the passes of no pass list over these lengths end; rough: without linear programs.
+def passes_bound(lengths: Sequence[int], costs: Costs) -> float:
+    """Returns seconds before which the passes of no pass list over these lengths end.
 
     `costs.rate` must be as planner/cost/envelope.py says.
     """
     instance = _Instance(lengths, costs)
-    low = instance.simple()
     # Sums in another order differ in their last bits; the bound must stay below.
-    return (low if rough else _search(instance, low)) * (1 - 1e-9)
+    return _search(instance, instance.simple()) * (1 - 1e-9)
 
 
 def _search(instance: _Instance, low: float) -> float:
