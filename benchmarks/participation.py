@@ -3,7 +3,7 @@
     python benchmarks/participation.py [--clusters 40] [--seed 0] [--json]
 
 Clusters of 2 to 6 hosts with 1 to 4 devices each, NICs of 1 to 400 Gbit/s, some on a common fabric; a model of 0.4, 1.1
-or 8 B parameters; 12 to 48 sequences a step. Brute force plans every set of hosts in every layout (replicated
+or 8 B parameters; 12 to 96 sequences a step. Brute force plans every set of hosts in every layout (replicated
 weights, with a sharded optimizer, each with and without recomputation; sharded weights, with and without the idle hosts
 as holders of state, inside fabrics, inside hosts), and where there are at most 64 of them every number of devices of
 every host. Columns: clusters; the worst and the mean of the plan's seconds over the best; how often every host taking
@@ -55,7 +55,7 @@ def random_setting(rng: random.Random) -> Setting:
         hosts.append(Host(name=f"h{number}", device=device, count=count, fabric=fabric, nics=tuple(nics)))
     cluster = Cluster(name="random", hosts=tuple(hosts), devices={h.device: CATALOG[h.device] for h in hosts})
     model = rng.choice((TINY, SMALL, SMALL, MODELS["llama-3-8b"]))
-    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((12, 24, 48))))
+    lengths = (min(8192, int(rng.lognormvariate(7, 1.2)) + 1) for _ in range(rng.choice((12, 32, 96))))
     return Setting(cluster=cluster, model=model, batch=tuple(lengths))
 
 

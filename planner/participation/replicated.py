@@ -19,7 +19,7 @@ from heteromesh.planner.reduction.reduction import Reduction, reduction_for
 def replicated(setting: Setting, ranks: Sequence[int]) -> WeightLayout:
     """Returns the layout whose gradients are all-reduced and whose optimizer state is whole on every rank."""
     cluster, model = setting.cluster.subset(ranks), setting.model
-    reduction = reduction_for(cluster)
+    reduction = reduction_for(cluster, in_waves=False)
     size = FP32.gradients * model.parameters()
     per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
     slowest = min(cluster.device_of(r).memory_gbps for r in range(cluster.ranks)) * 1e9
@@ -45,7 +45,7 @@ def sharded_optimizer(setting: Setting, ranks: Sequence[int]) -> WeightLayout | 
         state_bytes=FP32.state * model.parameters(),
     )
     try:
-        reduction = reduction_for(cluster, max_fraction=limits)
+        reduction = reduction_for(cluster, max_fraction=limits, in_waves=False)
     except UserError:
         return None
     size = FP32.gradients * model.parameters()

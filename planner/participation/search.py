@@ -44,7 +44,7 @@ PARTS = 100
 SUBSETS = 20_000
 """Numbers of hosts per class that are listed at most; beyond, those next to all hosts and to single classes."""
 LOOKING = 0.5
-"""Of the time limit: from then on what is ready and promises much is planned before others are looked at."""
+"""Of the time limit, for looking at further sets of ranks; then those that were looked at are planned."""
 PREFERENCE = 0.005
 """A layout that the Trainer executes is taken where it is no more than this (relative) slower."""
 SPLITTING = 0.5
@@ -134,22 +134,33 @@ class ParticipationSearch:
             if time.thread_time() - began > self.seconds and self.tried >= self.least_tried:
                 proved = False
                 break
-            if self.heap and self.heap[0][0] < self._promise() and not self._late(time.thread_time() - began):
-                bound, _, candidate = heapq.heappop(self.heap)
-                self._look_closer(bound, candidate)
-            else:
+            waiting = self._waiting((time.thread_time() - began) / self.seconds if self.seconds else math.inf)
+            if waiting is None:
                 self._plan(heapq.heappop(self.ready)[-1])
+            else:
+                self._look_closer(*waiting)
         if self.best is None:
             return None
         least = min(self._least(), self.best.seconds)
         return Participation(best=self.best, bound=least, proved=proved, tried=self.tried)
 
-    def _late(self, spent: float) -> bool:
-        """Returns whether to plan what is ready before others are looked at: sooner where it promises much."""
-        if not self.ready:
-            return False
-        promises = self.ready[0][0] <= self.heap[0][0] * (1 + SPLITTING / 2)
-        return spent > (LOOKING if promises else 2.0) * self.seconds
+    def _waiting(self, spent: float) -> tuple[float, _Candidate] | None:
+        """Returns the candidate to look at next, with its bound; None: plan what promises most.
+
+        spent: of the time limit. After LOOKING of it no further sets of ranks are looked at, after twice of it none.
+        """
+        if not self.heap or (self.ready and (self.heap[0][0] >= self._promise() or spent > 2)):
+            return None
+        if spent <= LOOKING or not self.ready:
+            bound, _, candidate = heapq.heappop(self.heap)
+            return bound, candidate
+        known = [entry for entry in self.heap if entry[-1].kind and entry[0] < self._promise()]
+        if not known:
+            return None
+        self.heap.remove(min(known))
+        heapq.heapify(self.heap)
+        bound, _, candidate = min(known)
+        return bound, candidate
 
     def _least(self) -> float:
         """Returns what no candidate left goes below."""

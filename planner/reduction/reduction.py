@@ -63,6 +63,7 @@ def plan_reduction(
     local: Sequence[float],
     *,
     max_fraction: Sequence[float] | None = None,
+    in_waves: bool = True,
 ) -> Reduction:
     """Returns the fractions that make the busiest link's time least and, among those, are the most even.
 
@@ -71,6 +72,7 @@ def plan_reduction(
         uplinks: per host, bytes per second each way between it and the other hosts (unused where there is one host).
         local: per host, bytes per second each way between a device and the others of its host.
         max_fraction: per rank, the largest fraction it has memory for; None: no limits.
+        in_waves: whether to find out when each part has its turn; the seconds don't depend on it.
 
     Raises UserError for rates that are not positive and for limits that leave part of the tensor without an owner.
     """
@@ -89,16 +91,16 @@ def plan_reduction(
         seconds_per_byte=seconds,
         bound_seconds_per_byte=1 / slowest if len(hosts) > 1 else 0.0,
         ring_seconds_per_byte=max(_ring(hosts, h, *rate) for h, rate in rates.items()),
-        waves=_waves(members, fractions, rates, seconds),
+        waves=_waves(members, fractions, rates, seconds) if in_waves else (),
     )
 
 
-def reduction_for(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
+def reduction_for(cluster: Cluster, *, max_fraction: Sequence[float] | None = None, in_waves: bool = True) -> Reduction:
     """Returns the reduction over all ranks of a cluster, at the rates of its links."""
     links = cluster_links(cluster)
     hosts = range(len(cluster.hosts))
     uplinks = [links.uplink(host, hosts) for host in hosts]
-    return plan_reduction(links.hosts, uplinks, links.link, max_fraction=max_fraction)
+    return plan_reduction(links.hosts, uplinks, links.link, max_fraction=max_fraction, in_waves=in_waves)
 
 
 def _check(hosts: Sequence[int], uplinks: Sequence[float], local: Sequence[float], limits: Sequence[float]) -> None:
