@@ -10,6 +10,7 @@ from heteromesh.planner.participation.layout import REPLICATED, SHARDED_OPTIMIZE
 from heteromesh.planner.participation.told import read_ownership
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.report.tables import rank_list, table
+from heteromesh.planner.stages.json import STAGES
 
 EFFECTS_SHOWN = 12
 _OF_TOKENS = ("activations", "layer_inputs")
@@ -45,7 +46,8 @@ def _who(plan: Plan, told: Mapping[str, Any]) -> str:
     ]
     if told["kind"] not in (REPLICATED, SHARDED_OPTIMIZER):
         lines.append(_owners(told))
-    lines.append(_executed(told))
+    staged = plan.layout.get("trains") == STAGES
+    lines.append("This is for the steps; the plan trains in the stages below" if staged else _executed(told))
     return "\n".join(lines)
 
 
