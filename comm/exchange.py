@@ -184,8 +184,8 @@ class Exchange:
             with _agreeing():
                 works: list[Work] = [network.recv(rank, t, Tag.PASS) for rank, t in incoming]
                 return works + [network.send(rank, t, Tag.PASS) for rank, t in outgoing]
-        operations = [dist.P2POp(dist.irecv, t, rank, network) for rank, t in incoming]
-        operations += [dist.P2POp(dist.isend, t, rank, network) for rank, t in outgoing]
+        operations = [dist.P2POp(dist.irecv, t, group=network, group_peer=rank) for rank, t in incoming]
+        operations += [dist.P2POp(dist.isend, t, group=network, group_peer=rank) for rank, t in outgoing]
         return list(dist.batch_isend_irecv(operations)) if operations else []
 
     def _check(self, member: int, tensor: torch.Tensor, name: str) -> None:

@@ -27,6 +27,8 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.stages.fabric import network_of
 
 T = TypeVar("T")
+PATIENT = timedelta(days=365)
+"""A plan, a checkpoint or the end of a job may be long in coming: only passes and gradients have the short limit."""
 _LAUNCH = "start the script with `heteromesh run` or torchrun, which set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
 
 
@@ -303,8 +305,6 @@ def _check_networks(world: World) -> None:
 
 
 def _world(device: torch.device, timeout: timedelta, cluster: Cluster | None) -> World:
-    # a plan or a checkpoint may be long in coming: only the passes and gradients have the short limit
-    patient = timedelta(days=1)
     everyone = range(dist.get_world_size())
     gradients = dist.new_group(timeout=timeout, pg_options=device_options(cluster, everyone, device, timeout))
     return World(
@@ -314,8 +314,8 @@ def _world(device: torch.device, timeout: timedelta, cluster: Cluster | None) ->
         exchange=dist.group.WORLD,
         gradients=gradients,
         collectives=TorchCollectives(gradients),
-        control=dist.new_group(backend="gloo", timeout=patient),
-        checkpoint=dist.new_group(backend="gloo", timeout=patient),
+        control=dist.new_group(backend="gloo", timeout=PATIENT),
+        checkpoint=dist.new_group(backend="gloo", timeout=PATIENT),
         statistics=dist.new_group(backend="gloo", timeout=timeout),
         cluster=cluster,
     )

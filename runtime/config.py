@@ -49,6 +49,8 @@ class TrainerConfig:
     """Older ones are removed."""
     cluster: str | Path | None = None
     """cluster.toml; without it, equal devices. `heteromesh run --cluster` sets it."""
+    idle_hosts: bool = True
+    """Hosts of the cluster file whose work would make steps clearly longer wait for the end (docs/participation.md)."""
     plan: str | Path | None = None
     """plan.json to follow as long as it has steps. `heteromesh run --plan` sets it."""
     cost: str | Path | None = None

@@ -44,7 +44,7 @@ class RunRecords(Hook):
         """`resolved`: what config.json is to have, for a job of these members. `together`: the world of ranks that
         stay, which write one trace. `job`: see runtime/records/run_lock.py."""
         self.path, self._recorder, self._resolved = path, recorder, resolved
-        self._resume, self._together, self._job = resume, together, job
+        self._resume, self.together, self._job = resume, together, job
         self.restarted = int(os.environ.get(RESTARTS, "0")) > 0
         """Whether this process replaces one that may have begun the run."""
         self._recent: deque[StepCommitted] = deque(maxlen=_REMEMBERED)
@@ -88,8 +88,8 @@ class RunRecords(Hook):
             self._directory.evaluation(step, values)
 
     def end(self, report: TrainingReport) -> None:
-        if self._together is not None:
-            everyone = self._together.gather((self._recorder.spans, self._recorder.dropped))
+        if self.together is not None:
+            everyone = self.together.gather((self._recorder.spans, self._recorder.dropped))
             spans, dropped = {r: spans for r, (spans, _) in enumerate(everyone)}, sum(d for _, d in everyone)
         else:
             spans, dropped = {0: self._recorder.spans}, self._recorder.dropped

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from heteromesh.comm.session import Fixed
+from heteromesh.comm.subset import join_subset
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.model.pass_buffers import unexpand
 from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.participation.working import WorkingRanks, working_costs
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.stages.json import stages_of
 from heteromesh.runtime.hooks.api import TrainingReport
@@ -20,7 +25,7 @@ from heteromesh.runtime.hooks.records import RunRecords
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.process.peers import SILENCE_SECONDS, PeerWatch
 from heteromesh.runtime.records.writer import CheckpointWriter
-from heteromesh.runtime.training.build import build_cluster, build_plan, plan_path
+from heteromesh.runtime.training.build import build_cluster, build_plan, cluster_path, plan_path
 from heteromesh.runtime.training.consistency import check_equal, job_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
@@ -28,13 +33,14 @@ from heteromesh.runtime.training.modes import Mode, Stages, WholeModel
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import End, Evaluate, Save
+from heteromesh.runtime.work.participation import told, working_ranks
 
 
 class FixedJob:
     """One call of `Trainer.fit` in a world that stays. Everything it opens is closed by `stack`."""
 
     def __init__(self, job: Job, world: World, stack: ExitStack) -> None:
-        self.job, self.world, self._stack = job, world, stack
+        self.job, self.everyone, self.world, self._stack = job, world, world, stack
         config = job.config
         self.progress = TrainingProgress(last=config.max_steps, begun=True)
         self.interrupt = stack.enter_context(Interrupt())
@@ -43,10 +49,48 @@ class FixedJob:
         check_equal(world, lambda: job_facts(job, world.size))
         self.cluster: Cluster = build_cluster(config, world.size)
         self.plan: Plan | None = world.once(lambda: build_plan(config, self.cluster))
-        self.records = self._records()
-        self.mode: Mode = self._mode()
-        self.writer = self._writer()
         self.console = Console(config.max_steps, config.print_plans, str(config.run_dir))
+        self.records = self._records()
+        self._open_mode()
+        if self.works:
+            self._begin()
+
+    def _open_mode(self) -> None:
+        """Makes the parts of a step: of all ranks, then of those alone that get work."""
+        self.chosen: WorkingRanks | None = None
+        self.works, modes = True, self._stack.enter_context(ExitStack())
+        self.mode: Mode = self._mode(modes)
+        costs = self.mode.measure() if self._may_leave_hosts_out() else None
+        if costs is None:
+            return
+        job, cluster, buckets = self.job, self.cluster, self.mode.exchange.buckets
+        chosen = self.everyone.once(
+            lambda: working_ranks(job.sampler, cluster, costs, buckets, job.config.plan_seconds)
+        )
+        if len(chosen.ranks) == self.everyone.size:
+            return
+        self.chosen = chosen
+        if self.everyone.rank == 0:
+            self.console.say(told(chosen, self.cluster))
+        modes.close()
+        timeout = timedelta(seconds=self.job.config.timeout_seconds)
+        part = self._stack.enter_context(join_subset(self.everyone, chosen.ranks, timeout))
+        self.works = part is not None
+        if part is not None:
+            self.world = self.records.together = part
+            self.cluster = self.cluster.subset(chosen.ranks)
+            self.mode = self._mode(self._stack, working_costs(costs, chosen.ranks))
+
+    def _may_leave_hosts_out(self) -> bool:
+        """Returns whether a cluster file describes several hosts, and neither a plan nor the user says who works."""
+        config = self.job.config
+        described = cluster_path(config) is not None and len(self.cluster.hosts) > 1
+        return config.idle_hosts and described and self.plan is None
+
+    def _begin(self) -> None:
+        """Continues an earlier run, where that is wanted, and gets ready for the next step."""
+        config, world = self.job.config, self.world
+        self.writer = self._writer()
         wanted = config.resume == "auto" or self.records.restarted
         if config.resume is True or (wanted and self.writer.holds_any()):
             self._resume()
@@ -54,11 +98,25 @@ class FixedJob:
         world.recorder.spans.clear()
         if world.rank == 0:
             self.records.open(world.members, self.progress.done)
-            if warning := job.reader.facts.warning():
+            if warning := self.job.reader.facts.warning():
                 self.console.say(warning)
 
     def run(self) -> TrainingReport:
-        """Trains, saves, compares."""
+        """Trains, saves, compares; on a rank without work it waits, and takes the trained weights."""
+        report = self._train() if self.works else None
+        if self.world.size == self.everyone.size and self.works:
+            assert report is not None
+            return report
+        if self.works:
+            self.mode.state.weights_ready()
+        shared: TrainingReport = self.everyone.broadcast(report)
+        model = self.job.model
+        if not self.works:
+            unexpand(model)
+        self.everyone.broadcast_tensors((*model.parameters(), *model.buffers()))
+        return shared
+
+    def _train(self) -> TrainingReport:
         world, progress = self.world, self.progress
         session = Fixed(world)
         hooks = HookCalls([self.records, self.console, *self.measured], self.job.hooks, session.busy)
@@ -92,12 +150,13 @@ class FixedJob:
         self._stack.push(self._trace_of_a_failure)
         return records
 
-    def _mode(self) -> Mode:
+    def _mode(self, stack: ExitStack, costs: Costs | None = None) -> Mode:
+        """costs: of the world's ranks, where they have been measured."""
         job, world, plan = self.job, self.world, self.plan
         basis = stages_of(plan.layout, f"plan file {plan_path(job.config)}: layout") if plan else None
         if plan is None or basis is None:
-            return WholeModel(job, world, self.cluster, plan, self._stack)
-        return Stages(job, world, self.cluster, plan, basis, self._stack)
+            return WholeModel(job, world, self.cluster, plan, stack, costs)
+        return Stages(job, world, self.cluster, plan, basis, stack)
 
     def _writer(self) -> CheckpointWriter:
         config = self.job.config
@@ -127,6 +186,7 @@ class FixedJob:
         return {
             "trainer": asdict(self.job.config),
             "ranks": self.world.size,
+            "participation": asdict(self.chosen) if self.chosen is not None else None,
             "cluster": {"name": self.cluster.name, "fingerprint": self.cluster.fingerprint},
             "optimizer": self.job.described(),
             **self.mode.resolved(),

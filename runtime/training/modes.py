@@ -58,9 +58,13 @@ class Mode(ABC):
     held: nn.Module
     """What this rank writes into checkpoints: the model, or its part of it."""
 
+    def measure(self) -> Costs | None:
+        """Measures what passes cost on this world's ranks; None where the plan has fixed who works."""
+        return None
+
     @abstractmethod
     def start(self, done: int) -> Sequence[Hook]:
-        """Measures what must be known before step `done` + 1; returns hooks."""
+        """Prepares for step `done` + 1; returns hooks."""
 
     @abstractmethod
     def work(self, done: int) -> WorkSource:
@@ -78,8 +82,12 @@ class Mode(ABC):
 class WholeModel(Mode):
     """The model on every rank; the optimizer's state too, or sharded."""
 
-    def __init__(self, job: Job, world: World, cluster: Cluster, plan: Plan | None, stack: ExitStack) -> None:
+    def __init__(
+        self, job: Job, world: World, cluster: Cluster, plan: Plan | None, stack: ExitStack, costs: Costs | None = None
+    ) -> None:
+        """costs: of these ranks, where they have been measured."""
         self._job, self._world, self._cluster, self._stack = job, world, cluster, stack
+        self._base = costs
         config = job.config
         self._service = self._open_service(plan)
         unexpand(job.model)
@@ -104,19 +112,22 @@ class WholeModel(Mode):
         stack.callback(self.state.close)
         self._recent = RecentSteps(config.compare_batches)
 
+    def measure(self) -> Costs:
+        """See Mode."""
+        if self._base is None:
+            self._base = build_costs(self._job.config, self._cluster, self._executor, self._job.reader)
+        return self._base
+
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
-        config, world = self._job.config, self._world
-        self._base: Costs = build_costs(config, self._cluster, self._executor, self._job.reader)
-        world.collectives = self._stack.enter_context(
-            build_compression(config, world, self.exchange.buckets, self._base)
-        )
+        config, world, base = self._job.config, self._world, self.measure()
+        world.collectives = self._stack.enter_context(build_compression(config, world, self.exchange.buckets, base))
         self._costs = CostLearning(
-            FixedCosts(self._base),
+            FixedCosts(base),
             learns=config.cost is None,
             # on a CUDA device nobody waits for an exchange on the host: a split pass's seconds hold what it waited
             waits_known=world.device.type == "cpu",
-            seconds_per_step=self._base.seconds_per_step,
+            seconds_per_step=base.seconds_per_step,
         )
         return self._recent, self._costs
 
@@ -137,14 +148,14 @@ class WholeModel(Mode):
 
     def resolved(self) -> dict[str, Any]:
         """See Mode."""
-        return {"costs": costs_to_json(self._base), "gradient_compression": _compression(self._world)}
+        return {"costs": costs_to_json(self.measure()), "gradient_compression": _compression(self._world)}
 
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
         """See Mode."""
         if not self._job.config.compare_batches:
             return ()
         world = self._world
-        costs = world.once(lambda: self._costs.correction(world.members)).applied(self._base)
+        costs = world.once(lambda: self._costs.correction(world.members)).applied(self.measure())
         self._executor.speeds = costs.speeds
         return compare(self._executor, self._job.reader, self._recent.steps, costs, asked)
 
