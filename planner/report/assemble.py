@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
@@ -33,6 +33,8 @@ PLACEMENT_SECONDS = 5.0
 """To place stages, once a plan, where the network is uneven."""
 DECISION_SECONDS = 2.0
 """Of processor time, to decide who takes part, once a plan."""
+CANDIDATE_SECONDS = 0.2
+"""To plan a candidate; the one that is chosen is planned again where there is more time."""
 EFFECT_SECONDS = 3.0
 """To say what each class of hosts adds or costs."""
 EFFECT_PLAN_SECONDS = 0.05
@@ -131,9 +133,14 @@ def _with_participation(
     problem: Problem, batches: Iterator[Sequence[int]], time_limit: float, on_step: Callable[[Step], None]
 ) -> Plan:
     setting = problem.setting(validate_batch(next(batches)))
-    decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=time_limit)
+    quick = min(time_limit, CANDIDATE_SECONDS)
+    decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=quick)
     if decision is None:
-        raise does_not_fit(setting, plan_seconds=time_limit)
+        raise does_not_fit(setting, plan_seconds=quick)
+    if time_limit > quick:
+        again = plan_layout(setting, decision.best.layout, setting.batch, time_limit)
+        if again is not None and again.seconds < decision.best.seconds:
+            decision = replace(decision, best=again, bound=min(decision.bound, again.seconds))
     best = decision.best
     own, steps = [], []
     for number, batch in enumerate(itertools.chain([setting.batch], batches)):
