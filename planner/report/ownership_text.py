@@ -48,6 +48,8 @@ def _who(plan: Plan, told: Mapping[str, Any]) -> str:
     ]
     if told["kind"] not in (REPLICATED, SHARDED_OPTIMIZER):
         lines.append(_owners(told))
+    if told["groups"]:
+        lines.append(f"Each group has a copy of everything: {' | '.join(map(rank_list, told['groups']))}")
     staged = plan.layout.get("trains") == STAGES
     lines.append("This is for the steps; the plan trains in the stages below" if staged else _executed(told))
     return "\n".join(lines)
@@ -105,7 +107,7 @@ def _duals(values: Mapping[str, float], seconds: float, what: str) -> list[str]:
     found: dict[str, list[int]] = {}
     for number, value in values.items():
         if value > WORTH_TELLING * seconds:
-            found.setdefault(f"{value:.3g}", []).append(int(number))
+            found.setdefault(f"{value:.2g}", []).append(int(number))
     return [f"  {what} {rank_list(numbers)} saves {value} s (while little changes)" for value, numbers in found.items()]
 
 
