@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -133,10 +134,11 @@ def _with_participation(
     problem: Problem, batches: Iterator[Sequence[int]], time_limit: float, on_step: Callable[[Step], None]
 ) -> Plan:
     setting = problem.setting(validate_batch(next(batches)))
-    quick = min(time_limit, CANDIDATE_SECONDS)
+    quick, began = min(time_limit, CANDIDATE_SECONDS), time.thread_time()
     decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=quick)
     if decision is None:
         raise does_not_fit(setting, plan_seconds=quick)
+    spent = (time.thread_time() - began) / decision.tried
     if time_limit > quick:
         again = plan_layout(setting, decision.best.layout, setting.batch, time_limit)
         if again is not None and again.seconds < decision.best.seconds:
@@ -157,7 +159,7 @@ def _with_participation(
         on_step(step)
     costs, layout = world_costs(setting, best), best.layout
     effects: list[Effect] = []
-    if best.step.solve_seconds < EFFECT_SECONDS:  # else each would take as long
+    if spent < EFFECT_SECONDS:  # else each would take as long
         limit = min(time_limit, EFFECT_PLAN_SECONDS)
         effects = host_effects(setting, decision, seconds=EFFECT_SECONDS, plan_seconds=limit)
     memory = rank_memory(setting, layout, peak_activations(steps, costs), steps)
