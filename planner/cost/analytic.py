@@ -71,6 +71,8 @@ def analytic_costs(
     saved = tokens.per_pass
     names = [cluster.device_name(rank) for rank in range(cluster.ranks)]
     movable = not traffic.layer_major and set(names) != {CPU}
+    # the loss's part of a token's memory is there at one moment only: nothing of it can wait elsewhere
+    moved = model.layers * (model.layer_input_bytes if checkpointing else model.layer_activation_bytes)
     weights = PASS_BYTES * model.parameters() / (reference.memory_gbps * 1e9)
     return Costs(
         seconds_per_token2=forwards * model.flops_per_token2() / (peak * ATTENTION_UTILISATION),
@@ -87,8 +89,8 @@ def analytic_costs(
         rate=cluster_links(cluster),
         hosts=cluster.rank_hosts,
         attention=attention,
-        offload_seconds=tuple(0.0 if name == CPU else saved / HOST_BYTES_PER_SECOND for name in names),
-        offload_share=max(0.0, 1 - 2 / model.layers) if movable else 0.0,
+        offload_seconds=tuple(0.0 if name == CPU else moved / HOST_BYTES_PER_SECOND for name in names),
+        offload_share=max(0.0, 1 - 2 / model.layers) * moved / saved if movable else 0.0,
     )
 
 

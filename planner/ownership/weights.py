@@ -190,10 +190,11 @@ def own_weights(
 
 
 def least_seconds(model: OwnedModel, hosts: Sequence[OwnerHost], groups: Sequence[Sequence[int]] = ()) -> float | None:
-    """Returns the bound of `own_weights` before any branching; None where nothing fits."""
+    """Returns X + Y + U that no ownership is below, without any branching; None where nothing fits."""
     search = _Search(model, hosts, groups or [range(len(hosts))])
     solution = search.relaxed(0.0, search.working)
-    return None if solution is None else solution.value
+    # bytes that hide count for TIE of at most X + Y
+    return None if solution is None else solution.value / (1 + TIE)
 
 
 def missing_bytes(model: OwnedModel, hosts: Sequence[OwnerHost], groups: Sequence[Sequence[int]] = ()) -> list[float]:

@@ -263,6 +263,8 @@ class ParticipationSearch:
     def _plan(self, candidate: _Candidate) -> None:
         layout = candidate.layout
         assert layout is not None
+        if self.best is not None and candidate.bound >= self.best.seconds * (1 - PROVED):
+            return
         self.tried += 1
         planned = plan_layout(self.setting, layout, self.setting.batch, self.plan_seconds)
         if planned is None or (self.best is not None and _preferred(planned) >= _preferred(self.best)):

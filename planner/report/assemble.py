@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster
@@ -33,6 +34,8 @@ PLACEMENT_SECONDS = 5.0
 """To place stages, once a plan, where the network is uneven."""
 DECISION_SECONDS = 2.0
 """Of processor time, to decide who takes part, once a plan."""
+CANDIDATE_SECONDS = 0.2
+"""To plan a candidate; the one that is chosen is planned again where there is more time."""
 EFFECT_SECONDS = 3.0
 """To say what each class of hosts adds or costs."""
 EFFECT_PLAN_SECONDS = 0.05
@@ -131,9 +134,15 @@ def _with_participation(
     problem: Problem, batches: Iterator[Sequence[int]], time_limit: float, on_step: Callable[[Step], None]
 ) -> Plan:
     setting = problem.setting(validate_batch(next(batches)))
-    decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=time_limit)
+    quick, began = min(time_limit, CANDIDATE_SECONDS), time.thread_time()
+    decision = decide(setting, seconds=DECISION_SECONDS, plan_seconds=quick)
     if decision is None:
-        raise does_not_fit(setting, plan_seconds=time_limit)
+        raise does_not_fit(setting, plan_seconds=quick)
+    spent = (time.thread_time() - began) / decision.tried
+    if time_limit > quick:
+        again = plan_layout(setting, decision.best.layout, setting.batch, time_limit)
+        if again is not None and again.seconds < decision.best.seconds:
+            decision = replace(decision, best=again, bound=min(decision.bound, again.seconds))
     best = decision.best
     own, steps = [], []
     for number, batch in enumerate(itertools.chain([setting.batch], batches)):
@@ -150,7 +159,7 @@ def _with_participation(
         on_step(step)
     costs, layout = world_costs(setting, best), best.layout
     effects: list[Effect] = []
-    if best.step.solve_seconds < EFFECT_SECONDS:  # else each would take as long
+    if spent < EFFECT_SECONDS:  # else each would take as long
         limit = min(time_limit, EFFECT_PLAN_SECONDS)
         effects = host_effects(setting, decision, seconds=EFFECT_SECONDS, plan_seconds=limit)
     memory = rank_memory(setting, layout, peak_activations(steps, costs), steps)

@@ -13,6 +13,8 @@ from heteromesh.planner.report.tables import rank_list, table
 from heteromesh.planner.stages.json import STAGES
 
 EFFECTS_SHOWN = 12
+WORTH_TELLING = 1e-3
+"""Of the step's seconds, per GB or Gbit/s."""
 _OF_TOKENS = ("activations", "layer_inputs")
 _HEADS = {
     "weights": "weights",
@@ -46,6 +48,8 @@ def _who(plan: Plan, told: Mapping[str, Any]) -> str:
     ]
     if told["kind"] not in (REPLICATED, SHARDED_OPTIMIZER):
         lines.append(_owners(told))
+    if told["groups"]:
+        lines.append(f"Each group has a copy of everything: {' | '.join(map(rank_list, told['groups']))}")
     staged = plan.layout.get("trains") == STAGES
     lines.append("This is for the steps; the plan trains in the stages below" if staged else _executed(told))
     return "\n".join(lines)
@@ -93,7 +97,18 @@ def _effects(told: Mapping[str, Any]) -> str:
         f"  {e['what']}: " + (f"{e['seconds']:.4g} s" if e["seconds"] is not None else "does not fit")
         for e in told["effects"][:EFFECTS_SHOWN]
     ]
+    lines += _duals(told["seconds_per_gb"], told["seconds"], "one more GB on each of ranks")
+    lines += _duals(told["seconds_per_gbit"], told["seconds"], "one more Gbit/s on each of hosts")
     return "\n".join([f"What changes the step's {told['seconds']:.4g} s", *lines]) if lines else ""
+
+
+def _duals(values: Mapping[str, float], seconds: float, what: str) -> list[str]:
+    """Returns what a unit more saves where that is worth telling; ranks or hosts with the same value together."""
+    found: dict[str, list[int]] = {}
+    for number, value in values.items():
+        if value > WORTH_TELLING * seconds:
+            found.setdefault(f"{value:.2g}", []).append(int(number))
+    return [f"  {what} {rank_list(numbers)} saves {value} s (while little changes)" for value, numbers in found.items()]
 
 
 def memory_table(plan: Plan) -> str:

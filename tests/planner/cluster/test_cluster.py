@@ -8,6 +8,7 @@ import pytest
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import load_cluster, local_cluster
+from heteromesh.planner.cluster.files import cluster_toml
 from heteromesh.planner.cluster.links import LINK_UTILISATION, NIC_UTILISATION, Links, cluster_links
 from heteromesh.planner.cost.analytic import analytic_costs
 from heteromesh.planner.cost.measured import bind
@@ -94,6 +95,17 @@ def test_fingerprint_ignores_name_and_measurements_only(tmp_path):
         ("gbit = 200", "gbit = 100"),
     ):
         assert load(tmp_path, GOOD.replace(old, new)).fingerprint != first
+
+
+def test_host_memory_is_optional_and_survives_the_file(tmp_path):
+    assert [host.memory_gb for host in load(tmp_path, GOOD).hosts] == [None] * 3
+    cluster = load(tmp_path, GOOD.replace("count = 1", "count = 1\nmemory_gb = 512"))
+    assert [host.memory_gb for host in cluster.hosts] == [None, None, 512]
+    assert load(tmp_path, cluster_toml(cluster)).hosts == cluster.hosts
+    assert cluster.fingerprint != load(tmp_path, GOOD).fingerprint
+    # files that don't say it are what they were when none could
+    example = load_cluster(EXAMPLES / "mixed-3-hosts.toml")
+    assert example.fingerprint == "8a4be9865e61acfb"
 
 
 def test_local_cluster_is_one_host_of_equal_cpus():

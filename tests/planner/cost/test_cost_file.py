@@ -237,3 +237,14 @@ def test_constants_default_to_no_extra_cost():
     )
     costs = bind(constants, local_cluster(2))
     assert costs.pass_seconds((0, 1), "ulysses", [4], [(2,), (2,)]) == 2.0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_losss_memory_never_waits_in_host_memory(checkpointing):
+    model = MODELS["llama-3-8b"]
+    costs = analytic_costs(large_cluster(), model, checkpointing=checkpointing, capacity=(100,) * 64)
+    saved = model.activation_bytes_per_token(checkpointing=checkpointing)
+    kept = saved * (1 - costs.offload_share)
+    assert kept > model.loss_bytes
+    layer = model.layer_input_bytes if checkpointing else model.layer_activation_bytes
+    assert kept == pytest.approx(saved - (model.layers - 2) * layer)
