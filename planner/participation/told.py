@@ -117,11 +117,30 @@ def not_executed(setting: Setting, layout: WeightLayout) -> str:
         words.append("state or layer inputs in host memory")
     if layout.holders:
         words.append("ranks that hold state only")
-    if len(layout.ranks) + len(layout.holders) < setting.cluster.ranks:
-        words.append(
-            "idle ranks (start the job on the working hosts only: an idle rank takes part in the gradient sum)"
-        )
+    if 0 not in layout.ranks and len(layout.ranks) + len(layout.holders) < setting.cluster.ranks:
+        words.append("idle ranks (rank 0 plans and writes: name a working host first in the cluster file)")
     return ", ".join(words)
+
+
+def working_in(plan: Plan) -> tuple[int, ...] | None:
+    """Returns the ranks that work in a job that follows the plan, the others being idle; None: all of them work.
+
+    Rank 0 plans and writes: where it is idle, or where ranks hold state only, nobody is left out.
+    """
+    told = read_ownership(plan)
+    if told is None or not told["idle"] or told["holders"] or 0 not in told["working"]:
+        return None
+    return tuple(told["working"])
+
+
+def numbered(plan: Plan, ranks: Sequence[int]) -> Plan:
+    """Returns the plan whose steps number these ranks, the only ones that they name, from 0."""
+    place = {rank: number for number, rank in enumerate(ranks)}
+
+    def own(step: Step) -> Step:
+        return replace(step, passes=tuple(replace(p, ranks=tuple(place[r] for r in p.ranks)) for p in step.passes))
+
+    return replace(plan, steps=tuple(map(own, plan.steps)))
 
 
 def world_step(step: Step, ranks: Sequence[int]) -> Step:

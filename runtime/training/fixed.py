@@ -15,6 +15,7 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.model.pass_buffers import unexpand
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.participation.told import numbered, working_in
 from heteromesh.planner.participation.working import WorkingRanks, working_costs
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.stages.json import stages_of
@@ -51,35 +52,45 @@ class FixedJob:
         self.plan: Plan | None = world.once(lambda: build_plan(config, self.cluster))
         self.console = Console(config.max_steps, config.print_plans, str(config.run_dir))
         self.records = self._records()
+        self.chosen: WorkingRanks | None = None
         self._open_mode()
         if self.works:
             self._begin()
 
     def _open_mode(self) -> None:
-        """Makes the parts of a step: of all ranks, then of those alone that get work."""
-        self.chosen: WorkingRanks | None = None
-        self.works, modes = True, self._stack.enter_context(ExitStack())
-        self.mode: Mode = self._mode(modes)
-        costs = self.mode.measure() if self._may_leave_hosts_out() else None
-        if costs is None:
-            return
+        """Makes the parts of a step, on all ranks or on those alone that get work."""
+        self.works = True
+        ranks = working_in(self.plan) if self.plan is not None and self.job.config.idle_hosts else None
+        costs: Costs | None = None
+        if ranks is None:
+            modes = self._stack.enter_context(ExitStack())
+            self.mode: Mode = self._mode(modes)
+            costs = self.mode.measure() if self._may_leave_hosts_out() else None
+            if costs is None or (ranks := self._choose(costs)) is None:
+                return
+            modes.close()
+        else:
+            self.plan = self.plan and numbered(self.plan, ranks)
+        timeout = timedelta(seconds=self.job.config.timeout_seconds)
+        part = self._stack.enter_context(join_subset(self.everyone, ranks, timeout))
+        self.works = part is not None
+        if part is not None:
+            self.world = self.records.together = part
+            self.cluster = self.cluster.subset(ranks)
+            self.mode = self._mode(self._stack, costs and working_costs(costs, ranks))
+
+    def _choose(self, costs: Costs) -> tuple[int, ...] | None:
+        """Returns the ranks that work, as costs of all ranks have it; None: all."""
         job, cluster, buckets = self.job, self.cluster, self.mode.exchange.buckets
         chosen = self.everyone.once(
             lambda: working_ranks(job.sampler, cluster, costs, buckets, job.config.plan_seconds)
         )
         if len(chosen.ranks) == self.everyone.size:
-            return
+            return None
         self.chosen = chosen
         if self.everyone.rank == 0:
-            self.console.say(told(chosen, self.cluster))
-        modes.close()
-        timeout = timedelta(seconds=self.job.config.timeout_seconds)
-        part = self._stack.enter_context(join_subset(self.everyone, chosen.ranks, timeout))
-        self.works = part is not None
-        if part is not None:
-            self.world = self.records.together = part
-            self.cluster = self.cluster.subset(chosen.ranks)
-            self.mode = self._mode(self._stack, working_costs(costs, chosen.ranks))
+            self.console.say(told(chosen, cluster))
+        return tuple(chosen.ranks)
 
     def _may_leave_hosts_out(self) -> bool:
         """Returns whether a cluster file describes several hosts, and neither a plan nor the user says who works."""

@@ -20,6 +20,7 @@ from heteromesh.planner.participation.replicated import replicated, scatter_seco
 from heteromesh.planner.participation.search import all_subsets, decide, holds, plan_layout, step_tokens
 from heteromesh.planner.participation.sharded import Part, sharded
 from heteromesh.planner.participation.shortage import DoesNotFit, does_not_fit, replicated_short
+from heteromesh.planner.participation.told import working_in
 from heteromesh.planner.reduction.reduction import reduction_for
 from heteromesh.planner.report.assemble import build_problem, make_plan, peak_activations
 from heteromesh.planner.report.check import check_step
@@ -179,7 +180,8 @@ def test_a_plan_file_has_all_that_explain_and_simulate_need(tmp_path):
     assert runs[0].seconds > again.steps[0].seconds
     text = "\n".join(ownership_sections(again))
     assert "2 of 4 ranks work (2-3), 0-1 stay out" in text
-    assert "not executed by the Trainer yet: idle ranks" in text
+    assert "not executed by the Trainer yet: idle ranks (rank 0 plans and writes" in text
+    assert working_in(again) is None  # rank 0 is one of the idle
     assert "shard_optimizer=True" in text
     assert "with t0 working" in text or "all hosts working" in text
     for where, table in (

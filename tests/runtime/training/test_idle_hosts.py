@@ -14,8 +14,14 @@ import pytest
 import torch
 
 import heteromesh as hm
+from heteromesh.planner import plan as plans
+from heteromesh.planner.cluster.cluster import load_cluster
+from heteromesh.planner.model.spec import ModelSpec
+from heteromesh.planner.report.assemble import build_problem, make_plan
+from heteromesh.planner.report.fixes import parse_fixes
 from heteromesh.runtime.process.failure import PeerLost
 from heteromesh.runtime.process.peers import _sockets
+from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
@@ -105,6 +111,35 @@ def test_all_work_where_the_user_says_so(tmp_path: Path) -> None:
     write_files(tmp_path, (FAST, SLOW))
     run_ranks(2, train, tmp_path, {"idle_hosts": False, "max_steps": 2})
     assert working(tmp_path) == {0, 1}
+
+
+def write_plan(folder: Path, steps: int) -> None:
+    """What `heteromesh plan` would say of the first steps."""
+    spec = ModelSpec(
+        name="tiny",
+        layers=TINY.layers,
+        hidden=TINY.hidden,
+        heads=TINY.heads,
+        kv_heads=TINY.kv_heads,
+        head_dim=TINY.hidden // TINY.heads,
+        intermediate=TINY.intermediate,
+        vocab=TINY.vocab,
+    )
+    problem = build_problem(load_cluster(folder / "cluster.toml"), spec, None, parse_fixes(["max_degree=1"]))
+    sampler = Sampler([len(s) for s in DATA], batch_tokens=220, seed=0)
+    batches = [sampler.next_batch().lengths for _ in range(steps)]
+    plans.dump(make_plan(problem, batches, time_limit=0.02), folder / "plan.json")
+
+
+def test_a_plan_file_says_who_works(tmp_path: Path) -> None:
+    write_files(tmp_path, (FAST, SLOW, FAST))
+    write_plan(tmp_path, steps=2)
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["layout"]["ownership"]["working"] == [0, 2]
+    changes = {"plan": tmp_path / "plan.json", "max_steps": 2, "tokens_per_device": 4096}
+    results = run_ranks(3, train, tmp_path, changes)
+    assert working(tmp_path) == {0, 1}
+    assert results[0] == results[1] == results[2]
 
 
 def failing(world: World, folder: Path) -> None:
