@@ -2,10 +2,11 @@
 
     python benchmarks/compiled.py [--ranks 1 2] [--steps 40] [--turns 3]
 
-In each turn `heteromesh run` trains the example's Llama three times on the same batches and plans: as written, with every
-layer compiled (`layer.compile(dynamic=True)`), and compiled as a whole (`torch.compile(model, dynamic=True)`); inductor,
-torch's default compiler. Reported is, over the turns, each compiled run's seconds of the steps in the second half of the
-run (the first half holds the compilation) over those of the run as written in the same turn. Losses must be equal.
+In each turn `heteromesh run` trains the example's Llama three times on the same batches and plans: as written, with
+every layer compiled (`layer.compile(dynamic=True)`), and compiled as a whole (`torch.compile(model, dynamic=True)`);
+inductor, torch's default compiler. Reported is, over the turns, each compiled run's seconds of the steps in the second
+half of the run (the first half holds the compilation) over those of the run as written in the same turn. Losses must be
+equal.
 Needs a C++ compiler.
 """
 
