@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -34,13 +34,32 @@ class Bucket:
         return flat[self.offsets[index] : self.offsets[index + 1]].view(self.parameters[index].shape)
 
 
-def build_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+def build_buckets(
+    parameters: Iterable[nn.Parameter],
+    bucket_bytes: int = BUCKET_BYTES,
+    groups: Sequence[Sequence[nn.Parameter]] = (),
+) -> list[Bucket]:
     """Returns the buckets of the parameters that require a gradient, in reverse order, as backward fills them.
 
-    A parameter of more than `bucket_bytes` has a bucket of its own.
+    A parameter of more than `bucket_bytes` has a bucket of its own. groups: parameters whose gradients are complete
+    before the others', group by group; no bucket has parameters of two groups.
     """
+    trained = [p for p in parameters if p.requires_grad]
+    grouped = {p for group in groups for p in group}
+    rest = [p for p in trained if p not in grouped]
+    return [
+        bucket
+        for group in (*groups, rest)
+        for bucket in pack(group, bucket_bytes)
+        if bucket.parameters[0].requires_grad
+    ]
+
+
+def pack(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+    """Returns buckets of the parameters, in reverse order; those that require a gradient in other ones than those that
+    don't."""
     found: list[list[nn.Parameter]] = []
-    for parameter in reversed([p for p in parameters if p.requires_grad]):
+    for parameter in sorted(reversed(list(parameters)), key=lambda p: not p.requires_grad):
         if not found or not _fits(found[-1], parameter, bucket_bytes):
             found.append([])
         found[-1].append(parameter)
@@ -48,5 +67,8 @@ def build_buckets(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET
 
 
 def _fits(members: list[nn.Parameter], parameter: nn.Parameter, bucket_bytes: int) -> bool:
-    same = members[0].dtype == parameter.dtype and members[0].device == parameter.device
-    return same and sum(p.nbytes for p in members) + parameter.nbytes <= bucket_bytes
+    def kind(p: nn.Parameter) -> tuple[torch.dtype, torch.device, bool]:
+        return p.dtype, p.device, p.requires_grad
+
+    size = sum(p.nbytes for p in members) + parameter.nbytes
+    return kind(members[0]) == kind(parameter) and size <= bucket_bytes

@@ -17,7 +17,9 @@ class Fragment:
     """Elements [start, start + numel) of a parameter, counted in row-major order."""
 
     parameter: torch.nn.Parameter
-    """The whole, as the model has it."""
+    """The whole, as the model has it; where weights are sharded it may be empty at times."""
+    shape: torch.Size
+    """Of the whole parameter."""
     start: int
     tensor: torch.nn.Parameter
     """(n,): the same memory; what the inner optimizer updates."""

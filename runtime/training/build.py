@@ -128,6 +128,7 @@ def _check_stages(config: TrainerConfig, path: str | Path) -> None:
     """Raises UserError where a job whose plan has stages wants what stages don't have."""
     reasons = {
         "shard_optimizer": "each rank has the state of its stage only",
+        "shard_weights": "each rank has the weights of its stage only",
         "fault_tolerance": "no other rank has a stage's weights",
         "compare_batches": "static layouts need the whole model on each rank",
     }
@@ -216,7 +217,7 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
 def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
     """Per rank, the largest fraction of a sharded optimizer that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
-    if not config.shard_optimizer or not cluster_path(config):
+    if not config.shards_state or not cluster_path(config):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)

@@ -24,7 +24,7 @@ from heteromesh.runtime.training.build import build_cluster, build_plan, plan_pa
 from heteromesh.runtime.training.consistency import check_equal, job_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.modes import Mode, Stages, WholeModel
+from heteromesh.runtime.training.modes import LayerByLayer, Mode, Stages, WholeModel
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import End, Evaluate, Save
@@ -96,7 +96,8 @@ class FixedJob:
         job, world, plan = self.job, self.world, self.plan
         basis = stages_of(plan.layout, f"plan file {plan_path(job.config)}: layout") if plan else None
         if plan is None or basis is None:
-            return WholeModel(job, world, self.cluster, plan, self._stack)
+            kind = LayerByLayer if job.config.shard_weights else WholeModel
+            return kind(job, world, self.cluster, plan, self._stack)
         return Stages(job, world, self.cluster, plan, basis, self._stack)
 
     def _writer(self) -> CheckpointWriter:
