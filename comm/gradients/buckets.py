@@ -56,10 +56,10 @@ def build_buckets(
 
 
 def pack(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
-    """Returns buckets of the parameters, in reverse order; those that require a gradient in other ones than those that
-    don't."""
+    """Returns buckets of the parameters, in reverse order; frozen ones have buckets of their own, which come last."""
+    order = list(parameters)[::-1]
     found: list[list[nn.Parameter]] = []
-    for parameter in sorted(reversed(list(parameters)), key=lambda p: not p.requires_grad):
+    for parameter in sorted(order, key=lambda p: not p.requires_grad):
         if not found or not _fits(found[-1], parameter, bucket_bytes):
             found.append([])
         found[-1].append(parameter)

@@ -14,10 +14,11 @@ from heteromesh.errors import UserError
 from heteromesh.planner.model.mask import Mask
 
 WAY_OUT = "train it pass by pass: shard_weights=False"
-_PLAIN = (
+PLAIN = (
     bool, int, float, complex, str, bytes, type(None), enum.Enum, Mask, np.generic,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
+"""What is kept and given again as it is."""
 
 
 class Flat(NamedTuple):
@@ -38,7 +39,7 @@ def flattened(values: Any, layer: str, what: str) -> Flat:
     """
     leaves, spec = tree_flatten(values)
     for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, *_PLAIN)):
+        if not isinstance(leaf, (torch.Tensor, *PLAIN)):
             raise UserError(
                 f"layer {layer} {what} a {type(leaf).__name__}, which can't be kept and given again when the layer is "
                 f"computed again in the backward: give layers tensors, numbers and mappings of them (Transformers: "

@@ -1,4 +1,4 @@
-"""Forward hooks of modules inside a layer: held back while it runs, and called when its outputs are in the pass's graph.
+"""Forward hooks of modules inside a layer: held back while it runs, called when its outputs are in the pass's graph.
 
 Such hooks look on (Transformers collects routers' logits so). Inside a layer that runs without a graph they would see
 tensors that lead nowhere, and see them twice.

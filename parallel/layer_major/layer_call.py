@@ -13,11 +13,20 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from heteromesh.errors import UserError
-from heteromesh.parallel.layer_major.arguments import WAY_OUT, Flat, MappingChange, flattened, lists_in, mappings_in
+from heteromesh.parallel.layer_major.arguments import (
+    PLAIN,
+    WAY_OUT,
+    Flat,
+    MappingChange,
+    flattened,
+    lists_in,
+    mappings_in,
+)
 from heteromesh.parallel.layer_major.cut import cut_off
 from heteromesh.parallel.layer_major.held_hooks import HeldHooks
 from heteromesh.parallel.layer_major.thread_state import Autocast, OwnGenerators
 from heteromesh.parallel.model.draws import active_draws
+from heteromesh.parallel.model.offload import ActivationOffload
 from heteromesh.parallel.model.recompute import known_in_backward
 from heteromesh.parallel.model.undisturbed import state_kept
 
@@ -74,6 +83,7 @@ class LayerCall:
         draws = active_draws()
         self._draws = draws.again() if draws is not None else None
         self._generators: OwnGenerators | None = None
+        self._offload: ActivationOffload | None = None
         self._spec: Any = None
         self._flat: Flat | None = None
         self._held: HeldHooks | None = None
@@ -81,14 +91,22 @@ class LayerCall:
         self._first: list[torch.Tensor] = []
         """What the first run gave, where the second is to be compared with it."""
 
-    def run(self, generators: OwnGenerators, *, compared: bool = False) -> None:
-        """Runs the layer without a graph, with the pass's random generators. compared: with when it is run again."""
+    def run(
+        self, generators: OwnGenerators, offload: ActivationOffload | None = None, *, compared: bool = False
+    ) -> None:
+        """Runs the layer without a graph, with the pass's random generators.
+
+        offload: sends what is kept to host memory. compared: with what comes of it when the layer is computed again.
+        """
         self._generators = OwnGenerators(self._device)
         self._generators.states = generators.states
         with generators.active(), torch.no_grad():
             self._flat, self._held = self._context.copy().run(self._execute, self._inputs)
         self._spec = self._flat.spec
-        self._check_inputs("changes its inputs in place, or what it is given is changed while it runs")
+        self._check_inputs("changes its inputs in place")
+        if offload is not None and self.needs_gradient:
+            self._offload = offload
+            self._inputs = [offload.pack(v) if isinstance(v, torch.Tensor) else v for v in self._inputs]
         if compared:
             self._first = [t.clone() for t in _tensors(self._flat.leaves)]
 
@@ -119,7 +137,8 @@ class LayerCall:
         found: list[InputGradient] = []
         if self._gradients:
             assert self._generators is not None
-            self._check_inputs("is given something that is changed in place afterwards")
+            if self._offload is None:
+                self._check_inputs("is given something that is changed in place afterwards")
             with self._generators.active(), state_kept(self.layer.module):
                 found = self._context.copy().run(self._again)
         self._inputs, self._edges, self._gradients, self._first = [], [], {}, []
@@ -127,7 +146,7 @@ class LayerCall:
 
     def _again(self) -> list[InputGradient]:
         inputs = [
-            v.detach().requires_grad_() if wanted else v for v, wanted in zip(self._inputs, self._wanted, strict=True)
+            v.detach().requires_grad_() if wanted else v for v, wanted in zip(self._kept(), self._wanted, strict=True)
         ]
         with self._draws.active() if self._draws is not None else _nothing(), torch.enable_grad():
             flat, _ = self._execute(inputs)
@@ -157,6 +176,12 @@ class LayerCall:
         changes = [MappingChange.between(b, m) for b, m in zip(before, mappings, strict=True)]
         return flattened(_Outcome(returned, changes, held.calls), self.layer.name, "gives back"), held
 
+    def _kept(self) -> list[Any]:
+        """Returns the inputs, on their device."""
+        if self._offload is None:
+            return self._inputs
+        return [v if isinstance(v, PLAIN) else self._offload.unpack(v) for v in self._inputs]
+
     def _check_inputs(self, what: str) -> None:
         if self._versions != [_version(v) for v in self._inputs]:
             raise UserError(
@@ -171,9 +196,9 @@ class LayerCall:
             other = other or _differs(first, again.detach())
         if other:
             raise UserError(
-                f"layer {self.layer.name} ({type(self.layer.module).__name__}) gives something else for the same inputs "
-                "when it is computed again, so it depends on something beside them: give it what it depends on as an "
-                f"argument, or {WAY_OUT}"
+                f"layer {self.layer.name} ({type(self.layer.module).__name__}) gives something else for the same "
+                "inputs when it is computed again, so it depends on something beside them: give it what it depends on "
+                f"as an argument, or {WAY_OUT}"
             )
 
 

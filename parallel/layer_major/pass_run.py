@@ -13,6 +13,7 @@ from heteromesh.parallel.layer_major.baton import PassThread
 from heteromesh.parallel.layer_major.cut import owner_of
 from heteromesh.parallel.layer_major.layer_call import LayerCall
 from heteromesh.parallel.layer_major.stubs import LayerStubs
+from heteromesh.parallel.model.offload import ActivationOffload
 from heteromesh.parallel.model.recompute import known_in_backward
 
 BOTTOM = -1
@@ -28,6 +29,14 @@ class Head(NamedTuple):
     """In which the pass is active."""
 
 
+class PassBody(NamedTuple):
+    """A pass to be run."""
+
+    forward: Callable[[], Head]
+    offload: ActivationOffload | None = None
+    """Where what layers are given is kept; None: where it is."""
+
+
 class _Pending(NamedTuple):
     """A gradient that waits for the layer behind it."""
 
@@ -38,9 +47,9 @@ class _Pending(NamedTuple):
 class PassRun:
     """A pass in layer-major order. Positions are those of the order in which layers are called."""
 
-    def __init__(self, body: Callable[[], Head], stubs: LayerStubs, device: torch.device) -> None:
-        self._thread: PassThread[Head] = PassThread(body, device)
-        self._stubs = stubs
+    def __init__(self, body: PassBody, stubs: LayerStubs, device: torch.device) -> None:
+        self._thread: PassThread[Head] = PassThread(body.forward, device)
+        self._stubs, self._offload = stubs, body.offload
         self.waiting: LayerCall | None = None
         """The call that the pass waits for."""
         self._calls: dict[int, LayerCall] = {}
@@ -65,7 +74,7 @@ class PassRun:
         call = self.waiting
         assert call is not None
         with self._stubs.inside(call.layer):
-            call.run(self._thread.generators, compared=compared)
+            call.run(self._thread.generators, self._offload, compared=compared)
         if call.needs_gradient:
             self._calls[position] = call
             call.position = position

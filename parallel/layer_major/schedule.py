@@ -16,7 +16,7 @@ import torch
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.layer_major.arguments import WAY_OUT
-from heteromesh.parallel.layer_major.pass_run import Head, PassRun
+from heteromesh.parallel.layer_major.pass_run import PassBody, PassRun
 from heteromesh.parallel.layer_major.stubs import LayerStubs
 from heteromesh.parallel.layer_major.weights import LayerWeights
 
@@ -32,6 +32,8 @@ class LayerOrder:
     """By position, the index of the layer; one may come several times."""
     first_backward: int = 0
     """The first position whose layer has anything to do in the backward; layers below are frozen, and their inputs."""
+    mappings: bool = False
+    """Whether layers are given mappings, which later layers may change: ordinary passes can't compute them again."""
 
 
 class LayerMajorSchedule:
@@ -44,7 +46,7 @@ class LayerMajorSchedule:
 
     def run(
         self,
-        bodies: Sequence[Callable[[], Head]],
+        bodies: Sequence[PassBody],
         *,
         done: Callable[[int], None],
         timed: Timed,
@@ -52,7 +54,7 @@ class LayerMajorSchedule:
     ) -> None:
         """Runs forward and backward of passes.
 
-        bodies: each a pass's forward. done: called for each layer (by index) when its gradients are complete, on every
+        bodies: the passes. done: called for each layer (by index) when its gradients are complete, on every
         rank in the same order. compared: raise UserError where a layer gives something else when computed again.
         """
         self._weights.begin()

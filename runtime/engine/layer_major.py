@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from heteromesh.comm.gradients.exchange import GradientExchange, Share
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext
-from heteromesh.parallel.layer_major.pass_run import Head
+from heteromesh.parallel.layer_major.pass_run import Head, PassBody
 from heteromesh.parallel.layer_major.schedule import LayerMajorSchedule, LayerOrder, Timed
 from heteromesh.parallel.layer_major.stubs import LayerStubs
 from heteromesh.parallel.layer_major.weights import LayerWeights, WholeWeights
@@ -26,6 +27,7 @@ from heteromesh.parallel.model.call import uncompiled
 from heteromesh.parallel.model.dropout import dropouts_replaced
 from heteromesh.parallel.model.layers import outermost_layers, own_parameters
 from heteromesh.parallel.model.loss import Loss, PassLosses
+from heteromesh.parallel.model.offload import ActivationOffload
 from heteromesh.parallel.model.recompute import keep_activations, recompute_layers
 from heteromesh.runtime.engine.api import Measurements
 from heteromesh.runtime.engine.passes import PassMajor, PassTimer, RanPass, measured, prepared
@@ -43,13 +45,15 @@ class PassWork:
     divisor: int
     number: int
     """Of the step."""
+    offload: float = 0.0
+    """Share of what layers are given that is kept in host memory."""
 
 
 class LayerMajor(PassMajor):
     """The `Engine` of steps in layer-major order, for models whose layers are in module lists.
 
-    Until `attach`, and after `detach`, it is a `PassMajor` that computes layers again: for measurements. Raises
-    UserError for a model without layers.
+    Until `attach`, and after `detach`, it is a `PassMajor`, for trials and measurements. Raises UserError for a model
+    without layers.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class LayerMajor(PassMajor):
                 f"shard_weights needs a model whose layers are in an nn.ModuleList, and {type(inner).__name__} has "
                 "none: put them in a list, or turn it off"
             )
-        super().__init__(inner, seed=seed, autocast=autocast, checkpoint_activations=True, loss=loss)
+        super().__init__(inner, seed=seed, autocast=autocast, loss=loss)
         self._own = own_parameters(inner, self.layers)
         self._stubs: LayerStubs | None = None
         self._schedule: LayerMajorSchedule | None = None
@@ -72,12 +76,20 @@ class LayerMajor(PassMajor):
         """Returns by layer the parameters that are its alone."""
         return self._own
 
+    def recompute(self) -> None:
+        """Computes layers again in the backward of ordinary passes: they take as long then as in layer-major order."""
+        self._recomputed, self.forwards = recompute_layers(self.layers.values()), 2
+
+    def keep(self) -> None:
+        """Undoes `recompute`."""
+        keep_activations(self._recomputed)
+        self._recomputed, self.forwards = [], 1
+
     def attach(
         self, device: torch.device, order: LayerOrder | None = None, weights: LayerWeights | None = None
     ) -> None:
         """Goes on in layer-major order. order: None: that of the lists. weights: None: this rank has them all."""
-        keep_activations(self._recomputed)
-        self._recomputed = []
+        self.keep()
         self._stubs = LayerStubs(self.model, dict(self.layers), device)
         order = order or LayerOrder(layers=tuple(range(len(self.layers))))
         self._schedule = LayerMajorSchedule(self._stubs, order, weights or WholeWeights(), device)
@@ -87,7 +99,6 @@ class LayerMajor(PassMajor):
         if self._stubs is not None:
             self._stubs.close()
             self._stubs = self._schedule = None
-            self._recomputed = recompute_layers(self.layers.values())
 
     def close(self) -> None:
         if self._stubs is not None:
@@ -114,6 +125,7 @@ class LayerMajor(PassMajor):
                         places=places,
                         divisor=assignment.divisor,
                         number=assignment.number,
+                        offload=plan.offload,
                     )
                 )
 
@@ -156,7 +168,14 @@ class LayerMajor(PassMajor):
                 made[index] = PassLosses(losses.losses.detach(), losses.weights)
                 return Head(loss, copy_context())
 
-        bodies = [lambda i=i, work=work: body(i, work) for i, work in enumerate(works)]
+        weights = tuple(self.model.parameters())
+        bodies = [
+            PassBody(
+                partial(body, index, work),
+                ActivationOffload.of(work.offload, weights, world.device) if work.offload else None,
+            )
+            for index, work in enumerate(works)
+        ]
         # what layers draw when they are computed again, they draw outside the pass's own block
         with dropouts_replaced():
             self._schedule.run(bodies, done=done, timed=timed, compared=compared)

@@ -95,9 +95,9 @@ class PassMajor:
         by which random numbers are drawn. The gradient added to the parameters is that of the losses' sum divided by
         `divisor`.
         """
-        with self._forward(context, batch, divisor, world, offload_ratio, number, places) as (made, loss):
-            with known_in_backward(loss):
-                loss.backward()
+        forward = self._forward(context, batch, divisor, world, offload_ratio, number, places)
+        with forward as (made, loss), known_in_backward(loss):
+            loss.backward()
         return PassLosses(made.losses.detach(), made.weights)
 
     @contextmanager
@@ -123,10 +123,8 @@ class PassMajor:
             batch.starts,
         )
         with context.active(), self._randomness.during(self._seed, number, where):
-            with (
-                self._moving(offload_ratio, device),
-                torch.autocast(device.type, self.autocast) if self.autocast else nullcontext(),
-            ):
+            precision = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+            with self._moving(offload_ratio, device), precision:
                 if self._loss is None:
                     made = PassLosses(self._call.losses(tokens, positions, labels), labels[0] != IGNORED)
                 else:

@@ -6,8 +6,10 @@ has the right value and no gradient. So before the first step a few dozen tokens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from torch import nn
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import prepare_pass
-from heteromesh.parallel.layer_major.arguments import WAY_OUT
+from heteromesh.parallel.layer_major.arguments import WAY_OUT, mappings_in
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.call import plain_name
@@ -28,7 +30,7 @@ from heteromesh.runtime.work.reader import Reader
 _SIZES = (13, 9)
 """Tokens of the passes, at most."""
 _ALLOWED = 3e-4
-"""Relative difference of a parameter's gradient: of sums in another order, in float32, a hundred times more than seen."""
+"""Relative difference of a parameter's gradient, in float32: sums in another order were off by a hundredth of it."""
 _SMALL = 1e-3
 """Of the model's largest gradient, below which a parameter's own counts as this much."""
 
@@ -46,9 +48,9 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
     autocast, engine.autocast = engine.autocast, None  # of rounding in halves nothing could be told
     try:
         with undisturbed(model), exactly(model), _gradients_kept(model):
-            with _calls_noted(engine.layers) as calls:
+            with _calls_noted(engine.layers) as (calls, mappings):
                 expected = _pass_by_pass(engine, works, device)
-            with modes_kept(model), torch.no_grad(), _calls_noted(engine.layers) as evaluated:
+            with modes_kept(model), torch.no_grad(), _calls_noted(engine.layers) as (evaluated, _):
                 # layers that are skipped at random in training are called here
                 model.eval()
                 engine.forward_only(works[0], World(device=device))
@@ -57,7 +59,7 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
     finally:
         engine.autocast = autocast
     _compare(engine, expected, found)
-    return order
+    return replace(order, mappings=bool(mappings))
 
 
 def _works(reader: Reader, device: torch.device) -> list[PassWork]:
@@ -103,7 +105,8 @@ def _order(engine: LayerMajor, calls: list[int]) -> LayerOrder:
     """Returns the order; a layer has something to do in the backward where it, or one before it, is trained."""
     if not calls:
         raise UserError(
-            f"{type(engine.model).__name__} calls none of the layers in its module lists by itself: call them, or {WAY_OUT}"
+            f"{type(engine.model).__name__} calls none of the layers in its module lists by itself: call them, or "
+            f"{WAY_OUT}"
         )
     own = {p for layer in engine.layers.values() for p in layer.parameters()}
     if any(p.requires_grad for p in engine.model.parameters() if p not in own):
@@ -133,9 +136,9 @@ def _compare(engine: LayerMajor, expected: Gradients, found: Gradients) -> None:
         name = next(n for n, layer in zip(wrong, layers, strict=True) if layer == last)
         where = f"layer {last}" if last else "what is outside its layers"
         raise UserError(
-            f"{type(engine.model).__name__} gets other gradients when its layers are run one by one for all passes, off "
-            f"by {wrong[name]:.2g} (relative) at {name}: {where} depends on something beside what it is given, or hands "
-            f"something on beside what it returns; make these arguments and outputs, or {WAY_OUT}"
+            f"{type(engine.model).__name__} gets other gradients when its layers are run one by one for all passes, "
+            f"off by {wrong[name]:.2g} (relative) at {name}: {where} depends on something beside what it is given, or "
+            f"hands something on beside what it returns; make these arguments and outputs, or {WAY_OUT}"
         )
 
 
@@ -160,14 +163,23 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _calls_noted(layers: Mapping[str, nn.Module]) -> Iterator[list[int]]:
+def _calls_noted(layers: Mapping[str, nn.Module]) -> Iterator[tuple[list[int], list[int]]]:
+    """Notes which layers are called within the block, and which of them are given mappings; by index, in order."""
     calls: list[int] = []
+    mappings: list[int] = []
+
+    def noting(index: int) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(index)
+            mappings.extend(index for _ in mappings_in((args, list(kwargs.values()))))
+
+        return note
+
     hooks = [
-        layer.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-        for index, layer in enumerate(layers.values())
+        layer.register_forward_pre_hook(noting(index), with_kwargs=True) for index, layer in enumerate(layers.values())
     ]
     try:
-        yield calls
+        yield calls, mappings
     finally:
         for hook in hooks:
             hook.remove()

@@ -199,6 +199,8 @@ class LayerByLayer(WholeModel):
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
+        if not self._order.mappings:
+            engine.recompute()
         last_first = dict.fromkeys(reversed(self._order.layers))
         rest = [index for index in range(len(engine.layers)) if index not in last_first]
         groups = [engine.own_parameters[index] for index in (*last_first, *rest)]

@@ -3,8 +3,8 @@
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.torch import TorchCollectives
-from heteromesh.comm.collectives.uneven import open_collectives
 from heteromesh.comm.gradients.buckets import build_buckets
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.gradients.reducer import GradientReducer
@@ -25,8 +23,8 @@ from heteromesh.parallel.state.fragments import Piece, boxes
 from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import Replicated, StateOwner, hand_out
 from heteromesh.parallel.state.sharded import ShardedOptimizer
-from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.runtime.records.checkpoint import Checkpoints
+from owners import collectives_of
 from ranks import World, run_ranks
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -37,33 +35,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
 }
 FRACTIONS = {"even": (), "one owns all": (0.0, 1.0), "uneven": (0.55, 0.0, 0.3, 0.15)}
-
-
-def owners(fractions: Sequence[float], size: int) -> tuple[float, ...]:
-    """Of `size` ranks; what is left over goes to the last."""
-    shares = (*fractions, *(0.0,) * size)[:size] if fractions else (1 / size,) * size
-    return (*shares[:-1], 1 - sum(shares[:-1]))
-
-
-@contextmanager
-def collectives_of(world: World, fractions: Sequence[float], native: bool = False) -> Iterator[Any]:
-    """Through owners, never a ring: a plain sum has the bits of a sharded one."""
-    shares = owners(fractions, world.size)
-    if native:
-        yield TorchCollectives(world.gradients, shares)
-        return
-    reduction = Reduction(
-        hosts=tuple(range(world.size)),
-        fractions=shares,
-        seconds_per_byte=0.0,
-        bound_seconds_per_byte=0.0,
-        ring_seconds_per_byte=1.0,
-    )
-    collectives = open_collectives(world.gradients, reduction)
-    try:
-        yield collectives
-    finally:
-        collectives.close()
 
 
 class Small(nn.Module):
