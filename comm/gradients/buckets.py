@@ -19,6 +19,11 @@ class Bucket:
     parameters: tuple[nn.Parameter, ...]
     offsets: tuple[int, ...]
     """Of each parameter in the flat tensor, and its end."""
+    shapes: tuple[torch.Size, ...] = ()
+    """Of the parameters, which may lose their elements later (sharded weights)."""
+
+    def __post_init__(self) -> None:
+        self.shapes = self.shapes or tuple(p.shape for p in self.parameters)
 
     @property
     def numel(self) -> int:
@@ -31,7 +36,7 @@ class Bucket:
 
     def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """Returns where the gradient of a parameter lies in the flat tensor."""
-        return flat[self.offsets[index] : self.offsets[index + 1]].view(self.parameters[index].shape)
+        return flat[self.offsets[index] : self.offsets[index + 1]].view(self.shapes[index])
 
 
 def build_buckets(

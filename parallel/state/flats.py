@@ -82,11 +82,13 @@ class FlatBuckets:
 
 def fragments_of(bucket: Bucket, number: int, low: int, memory: torch.Tensor) -> Iterator[Fragment]:
     """Yields what elements [low, low + n) of the number-th bucket cover, in memory (n,), of each whole parameter."""
-    for parameter, (start, stop) in zip(bucket.parameters, pairwise(bucket.offsets), strict=True):
+    for parameter, shape, (start, stop) in zip(
+        bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True
+    ):
         first, last = max(low, start), min(low + memory.numel(), stop)
         if first < last:
             part = nn.Parameter(memory[first - low : last - low])
-            yield Fragment(parameter, parameter.shape, first - start, part, number, first)
+            yield Fragment(parameter, shape, first - start, part, number, first)
 
 
 def _flatten(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -30,7 +30,8 @@ def clip_ranges(fragments: Sequence[Fragment], limit: float, world: World) -> fl
     # one number a rank, added in rank order: the same bits everywhere
     norm = math.sqrt(sum(world.sum(squares).tolist()))
     if math.isfinite(norm):
-        total = torch.tensor(norm, device=world.device)
+        wide = max((g.dtype for g in mine), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        total = torch.tensor(norm, dtype=torch.promote_types(wide, torch.float32), device=world.device)
         nn.utils.clip_grads_with_norm_([f.tensor for f in fragments], limit, total)
     return norm
 

@@ -222,7 +222,6 @@ class _Shard:
         self.number, self.bucket, self.layer = number, bucket, layer
         self.resident = resident or layer == OUTSIDE
         self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
-        self.shapes = [p.shape for p in bucket.parameters]
         self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
         own = self.flat[self.low : self.high]
         self.own = own if self.resident else own.clone()
@@ -258,8 +257,8 @@ class _Shard:
         if self._shown or self.flat is None:
             return
         self._shown = True
-        parts = self.flat.split([shape.numel() for shape in self.shapes])
-        for parameter, part, shape in zip(self.bucket.parameters, parts, self.shapes, strict=True):
+        parts = self.flat.split([shape.numel() for shape in self.bucket.shapes])
+        for parameter, part, shape in zip(self.bucket.parameters, parts, self.bucket.shapes, strict=True):
             parameter.data = part.view(shape)
 
     def hide(self) -> None:
@@ -280,7 +279,7 @@ class _Shard:
         start, stop = self.bucket.offsets[index : index + 2]
         first, last = max(self.low, start), min(self.high, stop)
         own = self.own[first - self.low : last - self.low] if first < last else self.own[:0]
-        return Piece(own, self.shapes[index], max(0, first - start))
+        return Piece(own, self.bucket.shapes[index], max(0, first - start))
 
 
 def _plain(name: str) -> str:
