@@ -73,6 +73,12 @@ class ReductionSchedule:
         for piece in pieces(self.reduction, self.flat.numel(), self.flat.element_size()):
             self._post(piece, members, representatives(self.reduction, piece))
 
+    def release(self) -> None:
+        """Lets go of all tensors, when everything is done: its parts refer to each other, and would live on."""
+        for parts in (self.tasks, self.steps, self.sends, self._buffers):
+            parts.clear()  # type: ignore[attr-defined]
+        self.flat = self.flat.new_empty(0)
+
     def send(self, peer: int, tensor: torch.Tensor, stage: int) -> Work:
         """Posts a send of this flow, which keeps the tensor alive."""
         self._buffers.append(tensor)

@@ -42,6 +42,8 @@ class LayerMajorSchedule:
     def __init__(self, stubs: LayerStubs, order: LayerOrder, weights: LayerWeights, device: torch.device) -> None:
         self._stubs, self._order, self._weights, self._device = stubs, order.layers, weights, device
         self._first = order.first_backward
+        self.first_needed = len(order.layers)
+        """The first position at which a pass has had anything to do in the backward so far."""
         self._lowest = {layer: position for position, layer in reversed(list(enumerate(order.layers)))}
 
     def run(
@@ -80,6 +82,8 @@ class LayerMajorSchedule:
             for each in here:
                 with timed(passes.index(each), name):
                     needs_gradient = each.run_layer(position, compared=compared)
+                if needs_gradient:
+                    self.first_needed = min(self.first_needed, position)
                 if needs_gradient and position < self._first:
                     raise UserError(
                         f"layer {name} needs gradients and needed none when the model was tried: freeze parameters "

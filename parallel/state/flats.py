@@ -82,9 +82,7 @@ class FlatBuckets:
 
 def fragments_of(bucket: Bucket, number: int, low: int, memory: torch.Tensor) -> Iterator[Fragment]:
     """Yields what elements [low, low + n) of the number-th bucket cover, in memory (n,), of each whole parameter."""
-    for parameter, shape, (start, stop) in zip(
-        bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True
-    ):
+    for parameter, shape, (start, stop) in zip(bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True):
         first, last = max(low, start), min(low + memory.numel(), stop)
         if first < last:
             part = nn.Parameter(memory[first - low : last - low])

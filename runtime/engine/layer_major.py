@@ -94,6 +94,12 @@ class LayerMajor(PassMajor):
         order = order or LayerOrder(layers=tuple(range(len(self.layers))))
         self._schedule = LayerMajorSchedule(self._stubs, order, weights or WholeWeights(), device)
 
+    @property
+    def first_backward(self) -> int:
+        """Returns the first position in the layers' order that has had anything to do in a backward since `attach`."""
+        assert self._schedule is not None
+        return self._schedule.first_needed
+
     def detach(self) -> None:
         """Goes on as before `attach`."""
         if self._stubs is not None:

@@ -55,11 +55,11 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
                 model.eval()
                 engine.forward_only(works[0], World(device=device))
             order = _order(engine, max(calls[: len(calls) // len(works)], evaluated, key=len))
-            found = _layer_by_layer(engine, works, order, device)
+            found, first = _layer_by_layer(engine, works, order, device)
     finally:
         engine.autocast = autocast
     _compare(engine, expected, found)
-    return replace(order, mappings=bool(mappings))
+    return replace(order, first_backward=first, mappings=bool(mappings))
 
 
 def _works(reader: Reader, device: torch.device) -> list[PassWork]:
@@ -81,11 +81,14 @@ def _pass_by_pass(engine: LayerMajor, works: list[PassWork], device: torch.devic
     return _taken(engine.model)
 
 
-def _layer_by_layer(engine: LayerMajor, works: list[PassWork], order: LayerOrder, device: torch.device) -> Gradients:
+def _layer_by_layer(
+    engine: LayerMajor, works: list[PassWork], order: LayerOrder, device: torch.device
+) -> tuple[Gradients, int]:
     weights = StashedWeights(engine.own_parameters)
     engine.attach(device, order, weights)
     try:
         engine.work(works, World(device=device), untimed, lambda _: None, compared=True)
+        first = _first_backward(engine, order)
     except UserError:
         raise
     except Exception as error:
@@ -98,22 +101,22 @@ def _layer_by_layer(engine: LayerMajor, works: list[PassWork], order: LayerOrder
     finally:
         weights.close()
         engine.detach()
-    return _taken(engine.model)
+    return _taken(engine.model), first
 
 
 def _order(engine: LayerMajor, calls: list[int]) -> LayerOrder:
-    """Returns the order; a layer has something to do in the backward where it, or one before it, is trained."""
     if not calls:
         raise UserError(
             f"{type(engine.model).__name__} calls none of the layers in its module lists by itself: call them, or "
             f"{WAY_OUT}"
         )
-    own = {p for layer in engine.layers.values() for p in layer.parameters()}
-    if any(p.requires_grad for p in engine.model.parameters() if p not in own):
-        return LayerOrder(layers=tuple(calls))
+    return LayerOrder(layers=tuple(calls))
+
+
+def _first_backward(engine: LayerMajor, order: LayerOrder) -> int:
+    """Returns the first position with anything to do in the backward: as seen, or that of a trained layer."""
     trained = [any(p.requires_grad for p in layer.parameters()) for layer in engine.layers.values()]
-    first = next((i for i, layer in enumerate(calls) if trained[layer]), len(calls))
-    return LayerOrder(layers=tuple(calls), first_backward=first)
+    return next((i for i, layer in enumerate(order.layers) if trained[layer] or i == engine.first_backward), 0)
 
 
 def _compare(engine: LayerMajor, expected: Gradients, found: Gradients) -> None:
