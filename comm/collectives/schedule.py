@@ -75,8 +75,10 @@ class ReductionSchedule:
 
     def release(self) -> None:
         """Lets go of all tensors, when everything is done: its parts refer to each other, and would live on."""
-        for parts in (self.tasks, self.steps, self.sends, self._buffers):
-            parts.clear()  # type: ignore[attr-defined]
+        self.tasks.clear()
+        self.steps.clear()
+        self.sends.clear()
+        self._buffers.clear()
         self.flat = self.flat.new_empty(0)
 
     def send(self, peer: int, tensor: torch.Tensor, stage: int) -> Work:

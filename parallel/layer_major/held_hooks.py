@@ -7,7 +7,7 @@ tensors that lead nowhere, and see them twice.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ def _foreign(module: nn.Module) -> bool:
     return any(not _is_ours(hook) for hook in module._forward_hooks.values())
 
 
-def _foreign_of(module: nn.Module, hooks: OrderedDict[int, Any]) -> list[tuple[Callable[..., Any], bool]]:
+def _foreign_of(module: nn.Module, hooks: Mapping[int, Any]) -> list[tuple[Callable[..., Any], bool]]:
     takes = module._forward_hooks_with_kwargs
     return [(hook, number in takes) for number, hook in hooks.items() if not _is_ours(hook)]
 

@@ -97,7 +97,9 @@ class WholeModel(Mode):
         stack.callback(self.exchange.close)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
         self.buffers = learn_buffers(self.engine, job.reader, world)
-        world.collectives = stack.enter_context(build_collectives(config, cluster, job.optimizer, world))
+        world.collectives = stack.enter_context(
+            build_collectives(config, cluster, job.optimizer, world, self._dealt_out())
+        )
         self.state = self._state(sharded)
         stack.callback(self.state.close)
         self._recent = RecentSteps(config.compare_batches)
@@ -164,6 +166,10 @@ class WholeModel(Mode):
             loss=job.loss,
         )
 
+    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Returns by layer the weights that are sharded."""
+        return ()
+
     def _exchange(self, sharded: bool) -> GradientReducer:
         return GradientReducer(self._job.model.parameters(), scatter=sharded)
 
@@ -195,6 +201,9 @@ class LayerByLayer(WholeModel):
     def _engine(self) -> LayerMajor:
         job, config = self._job, self._job.config
         return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
+
+    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
+        return self.engine.own_parameters
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
