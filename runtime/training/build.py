@@ -171,8 +171,10 @@ def build_collectives(
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
     Where hosts are described with several Ethernet NICs and all can be used, over all of them
-    (runtime/network/nics.py). layers: where weights are sharded, each one's. None in a world of one rank. Raises UserError when the optimizer is to be sharded and
+    (runtime/network/nics.py). None in a world of one rank. Raises UserError when the optimizer is to be sharded and
     can't be, or its state fits nowhere, and where the user named NICs that can't be used.
+
+    layers: by layer its weights, where these are dealt out too.
     """
     if world.size == 1:
         yield None
