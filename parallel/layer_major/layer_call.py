@@ -72,7 +72,7 @@ class LayerCall:
         """In the order in which layers are called; set when it is run."""
         given = flattened((args, kwargs), layer.name, "is given")
         self._mappings = list(mappings_in((args, list(kwargs.values()))))
-        self._given, self._device = given, device
+        self._given, self._device = given._replace(leaves=[]), device
         grad = torch.is_grad_enabled()
         self._wanted = [grad and isinstance(v, torch.Tensor) and v.requires_grad for v in given.leaves]
         self._edges = [get_gradient_edge(v) if w else None for v, w in zip(given.leaves, self._wanted, strict=True)]

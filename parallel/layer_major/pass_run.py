@@ -66,6 +66,8 @@ class PassRun:
             head, self._thread.result = self._thread.result, None
             assert head is not None
             self._context = head.context
+            if self._offload is not None:
+                self._offload.seen.clear()  # what is kept is kept by the calls
             # parts of the graph are needed again, for gradients that layers send to what lies between them
             head.context.copy().run(_backpropagate, head.loss)
 
