@@ -43,7 +43,10 @@ class Decoder(Llama):
         inputs, extra = [], torch.zeros(())
         for layer in [*self.layers, *self.layers] if self.mix == "looped" else self.layers:
             inputs.append(x)
-            x = layer(x, cos, sin, shared=shared, bias=self.bias)
+            if self.mix == "skipped at random" and self.training and float(torch.rand(())) < 0.4:
+                continue
+            with torch.set_grad_enabled(self.mix != "without gradients" or len(inputs) > 1):
+                x = layer(x, cos, sin, shared=shared, bias=self.bias)
             if isinstance(x, tuple):
                 x, out = x
                 extra = extra + out.square().mean()
@@ -129,7 +132,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "checkpointing of its own": computed_again,
 } | {
     mix: lambda mix=mix: Decoder(mix)
-    for mix in ("plain", "skips", "in place", "hooks", "mapping", "tuples", "counts", "looped")
+    for mix in (
+        "plain",
+        "skips",
+        "in place",
+        "hooks",
+        "mapping",
+        "tuples",
+        "counts",
+        "looped",
+        "skipped at random",
+        "without gradients",
+    )
 }  # type: ignore[misc]
 
 
