@@ -185,9 +185,12 @@ class GradientReducer(GradientExchange):
             vector.work.wait()
         waited, facts = time.perf_counter() - start, vector.flat.cpu()
         self._take_off()
+        # whoever gets them gives their memory back
+        tensors = tuple(self._attempt.results)
+        self._attempt.results.clear()
         self._attempt.unfinished = False
         digest = hashlib.blake2b(b"".join((*words, bytes_of(facts))), digest_size=16).hexdigest() if self._keep else ""
-        return self._summed(facts, tuple(self._attempt.results), digest, waited)
+        return self._summed(facts, tensors, digest, waited)
 
     def committed(self) -> None:
         self._step = -1

@@ -180,7 +180,10 @@ def freed(world: World) -> tuple[int, int, int]:
             loss, _ = reference(plain, data)
             result = sharded.run(step, data)
             assert result.loss == pytest.approx(loss, rel=1e-10)
+            sums = [weakref.ref(tensor) for tensor in result.summed.tensors]
             sharded.state.apply(result.summed, float("inf"))
+            del result
+            assert not any(tensor() is not None for tensor in sums), "nothing keeps the sums"
             updates.step()
         assert all(p.numel() == 0 and p.grad is None for p in model.layers.parameters())
         with pytest.raises(RuntimeError):
