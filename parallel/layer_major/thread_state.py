@@ -63,19 +63,21 @@ class Autocast:
 
     enabled: tuple[tuple[str, torch.dtype], ...]
     """(kind of device, dtype) of those that are on."""
-    cache: bool
 
     @classmethod
     def current(cls, device: torch.device) -> Autocast:
         """Returns this thread's settings for the CPU and this device."""
         kinds = dict.fromkeys(("cpu", device.type))
         on = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
-        return cls(on, torch.is_autocast_cache_enabled())
+        return cls(on)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Has these settings on this thread within the block."""
+        """Has these settings on this thread within the block.
+
+        Casts of weights are not cached: one made without a graph would be taken when the layer is computed again.
+        """
         with ExitStack() as stack:
             for kind, dtype in self.enabled:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self.cache))
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             yield

@@ -24,6 +24,7 @@ from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.interfaces import Work
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.parallel.state.flats import check_parameters, fragments_of, take_out
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment, Piece
@@ -56,7 +57,8 @@ class ShardedWeights(StateOwner):
         """buckets: of the gradients, none with parameters of two layers. layers: by index, the parameters that are a
         layer's alone. resident: numbers of buckets that stay gathered on all ranks."""
         check_parameters(optimizer, model, buckets)
-        assert world.collectives is not None
+        if world.collectives is None:
+            raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
         self._world = world
         self._collectives = world.collectives
         names = {p: _plain(name) for name, p in model.named_parameters()}

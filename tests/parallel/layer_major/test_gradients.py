@@ -176,6 +176,13 @@ def test_gradients_in_bf16() -> None:
     compare(both_orders(dropping(), TINY.vocab, autocast=torch.bfloat16), 1e-6)
 
 
+def test_gradients_under_autocast_of_the_callers_own() -> None:
+    torch.manual_seed(0)
+    model = Llama(TINY)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(both_orders(model, TINY.vocab), 1e-6)
+
+
 def test_inputs_may_wait_in_host_memory() -> None:
     torch.manual_seed(0)
     compare(both_orders(Llama(TINY).double(), TINY.vocab, lengths=(40, 30), offload=0.7), 1e-12)

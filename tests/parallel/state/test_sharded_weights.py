@@ -63,7 +63,9 @@ def check_worlds(world: World, dtype: torch.dtype, cases: int) -> dict[str, int]
         data, updates = batch_of(steps[0].batch), adam(plain)
         with collectives_of(world, SHARES[case % len(SHARES)], native=case % 2 == 1) as collectives:
             world.collectives = collectives
-            sharded = ShardedSteps(model, world, adam(model), bucket_bytes=9000, speeds=speeds)
+            sharded = ShardedSteps(
+                model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=range(case % 3)
+            )
             for number, step in enumerate(steps):
                 loss, gradients = reference(plain, data)
                 result = sharded.run(step, data)
