@@ -1,0 +1,59 @@
+"""Parameters one after the other, cut into subgroups: which elements of which parameter lie where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from heteromesh.planner.ownership.offload import ALIGNMENT, OffloadPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive elements of one parameter in one subgroup."""
+
+    parameter: int
+    start: int
+    """Of the parameter's elements the first one."""
+    place: int
+    """Where in the subgroup they begin."""
+    numel: int
+    left: int
+    """Elements of the parameter from `start` on."""
+
+    @property
+    def of_parameter(self) -> slice:
+        """Returns which elements of the parameter they are."""
+        return slice(self.start, self.start + self.numel)
+
+    @property
+    def of_subgroup(self) -> slice:
+        """Returns which elements of the subgroup they are."""
+        return slice(self.place, self.place + self.numel)
+
+
+def packed_numel(sizes: Sequence[int]) -> int:
+    """Returns the elements of parameters of these sizes, each begun at a multiple of ALIGNMENT."""
+    return sum(_aligned(size) for size in sizes)
+
+
+def cut_segments(sizes: Sequence[int], plan: OffloadPlan) -> list[list[Segment]]:
+    """Returns by subgroup what it holds of parameters of these sizes."""
+    found: list[list[Segment]] = [[] for _ in plan.subgroups]
+    number, first = 0, 0
+    for index, size in enumerate(sizes):
+        done = 0
+        while done < size:
+            while plan.subgroups[number].stop <= first + done:
+                number += 1
+            subgroup = plan.subgroups[number]
+            place = first + done - subgroup.start
+            numel = min(size - done, subgroup.numel - place)
+            found[number].append(Segment(index, done, place, numel, size - done))
+            done += numel
+        first += _aligned(size)
+    return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
