@@ -97,7 +97,11 @@ def split_tiers(
                 program.at_most([(1.0, part[tier]) for tier in tiers], limit / scale)
     for each in shared:
         terms = [
-            (ranks[i].rates.seconds(tier)[each.resource] * _rate(ranks[i].rates, each.resource) / each.per_second, i, tier)
+            (
+                ranks[i].rates.seconds(tier)[each.resource] * _rate(ranks[i].rates, each.resource) / each.per_second,
+                i,
+                tier,
+            )
             for i in each.ranks
             for tier in TIERS
         ]

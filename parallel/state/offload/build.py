@@ -52,7 +52,14 @@ def _cache() -> Path:
 
 def _key(compiler: str) -> str:
     """Of all that the library depends on: machines that share a home directory may have other processors."""
-    parts = [SOURCE.read_text(), " ".join(FLAGS), compiler, platform.machine(), _processor(), _run([compiler, "--version"])]
+    parts = [
+        SOURCE.read_text(),
+        " ".join(FLAGS),
+        compiler,
+        platform.machine(),
+        _processor(),
+        _run([compiler, "--version"]),
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

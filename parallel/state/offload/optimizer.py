@@ -7,7 +7,6 @@ the device's own kernel, which may differ from the host's in the last ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class OffloadedAdamW(torch.optim.AdamW):
 
         state_folder: for the disk tier, on a local disk. threads: of the update on the host (all that torch uses).
         spare_bytes: of host memory, for updates that `step_clipped` begins before the norm is known. poison: fill buffers
-        with NaN when they are free.
+        with NaN when they are free, on CPUs.
         """
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, fused=True)
         self._step_supports_amp_scaling = False  # scalers then unscale gradients themselves
@@ -91,7 +90,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         return loss
 
     @torch.no_grad()
-    def step_clipped(self, limit: float, norm: Callable[[], float] | None = None) -> float:
+    def step_clipped(self, limit: float, norm: Callable[[], float | torch.Tensor] | None = None) -> float:
         """Updates with gradients scaled so that their norm is at most `limit`; not at all where it is not finite.
 
         Returns the norm before. As many subgroups as there is spare memory for are updated while `norm` (by default
@@ -99,24 +98,21 @@ class OffloadedAdamW(torch.optim.AdamW):
         is that of clipping first, bit for bit.
         """
         subgroups, work = self._bind()
-        gradients = self._begin(subgroups, work)
+        self._begin(subgroups, work)
         speculation = Speculation(subgroups, work, self._host_update, self._threads, self._spare_bytes)
+        parameters = [p for p in subgroups.parameters if p.grad is not None]
         try:
-            tensors = [p.grad for p in subgroups.parameters if p.grad is not None]
-            found = norm() if norm is not None else float(torch.nn.utils.get_total_norm(tensors))
+            found = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if norm is None else norm()
         finally:
             speculation.wait()
-        if not math.isfinite(found):
-            return found
-        # torch's own formula, in its precision
-        scale = torch.clamp(limit / (torch.tensor(found) + 1e-6), max=1.0)
-        if scale < 1.0:
-            for gradient in gradients.values():
-                gradient.mul_(scale.to(gradient.device))
-            self._run(frozenset())
-        else:
-            self._run(speculation.commit())
-        return found
+        total = torch.as_tensor(found)
+        if torch.isfinite(total):
+            if limit / (total + 1e-6) < 1.0:  # torch's own formula, in the norm's own precision
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, total.to(subgroups.device))
+                self._run(frozenset())
+            else:
+                self._run(speculation.commit())
+        return float(total)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns AdamW's: whole tensors, in the parameters' shapes, without subgroups."""

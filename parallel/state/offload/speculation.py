@@ -27,6 +27,8 @@ class Speculation:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         if self._numbers:
+            if subgroups.device.type == "cuda":  # the thread reads gradients where they are
+                torch.cuda.current_stream(subgroups.device).synchronize()
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
 

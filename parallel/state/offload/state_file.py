@@ -55,7 +55,9 @@ class StateFile:
             _remove_abandoned(folder)
             self._file = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except OSError as error:
-            raise UserError(f"the disk tier can't use {folder} ({error.strerror}): name a folder on a local disk") from error
+            raise UserError(
+                f"the disk tier can't use {folder} ({error.strerror}): name a folder on a local disk"
+            ) from error
         self._close = weakref.finalize(self, _remove, self._file, self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
@@ -86,7 +88,9 @@ class StateFile:
             )
         header = aligned_buffer(1)
         self._transfer(os.preadv, _view(header, BLOCK), 0)
-        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino) or not torch.equal(header, _tensor(self._header())):
+        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino) or not torch.equal(
+            header, _tensor(self._header())
+        ):
             raise UserError(f"the optimizer's state file {self.path} is of another run: {way_out}")
 
     def close(self) -> None:

@@ -146,7 +146,9 @@ class Subgroups:
         if not self._records:
             return None
         if folder is None:
-            raise UserError("the plan keeps optimizer state on disk: give state_folder, on a local disk with space for it")
+            raise UserError(
+                "the plan keeps optimizer state on disk: give state_folder, on a local disk with space for it"
+            )
         return StateFile(folder, len(self._records), self.rows * self._largest_record)
 
     def _make_slab(self, number: int) -> torch.Tensor | None:
