@@ -222,7 +222,8 @@ def _round(
                 best = plan
     if best is None:
         raise UserError(
-            f"the split fits, but not in whole subgroups of {size * rank.rates.state_bytes / 1e9:.3f} GB: make them smaller"
+            f"the split fits, but not in whole subgroups of {size * rank.rates.state_bytes / 1e9:.3f} GB: "
+            "make them smaller"
         )
     return best
 
@@ -235,7 +236,12 @@ def _counts(rank: OffloadRank, parts: Mapping[Tier, float], size: int, total: in
     found: list[dict[Tier, int]] = []
     for resident in _near(parts["resident"] / size):
         for staged in _near(parts["staged"] / size):
-            for disk in _near(parts["disk"] / size):
+            # whole subgroups leave a part of the faster tiers empty, which the disk takes
+            for disk in (
+                first + more
+                for first in _near(parts["disk"] / size)[:1]
+                for more in range(4 if parts["disk"] > 0.5 else 1)
+            ):
                 host = total - resident - staged - disk
                 held = ((resident, memory.device), (staged + host, memory.host), (disk, memory.disk))
                 fits = host >= 0 and all(count * state <= most for count, most in held)
@@ -252,7 +258,7 @@ def _near(value: float) -> list[int]:
 
 
 def _interleave(counts: Mapping[Tier, int], lead: float) -> list[Tier]:
-    """Returns the tiers in their order, each evenly spread (Bresenham): staged ones first, the last ones on the host."""
+    """Returns the tiers in their order, each evenly spread (Bresenham): staged ones first, ones on the host last."""
     shift = {"staged": 0.0, "disk": 0.5, "host": 1.0, "resident": 1.0}
     places = [
         ((j + shift[tier]) / counts[tier] * (lead if tier == "staged" else 1.0), TIERS.index(tier), tier)

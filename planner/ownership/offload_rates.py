@@ -10,8 +10,8 @@ from typing import Literal
 from heteromesh.errors import UserError
 
 Tier = Literal["resident", "staged", "host", "disk"]
-"""Where a subgroup's state lies and is updated: on the device; in host memory, but updated on the device; in host memory
-and updated there; on disk and updated in host memory."""
+"""Where a subgroup's state lies and is updated: on the device; in host memory, but updated on the device; in host
+memory and updated there; on disk and updated in host memory."""
 TIERS: tuple[Tier, ...] = ("resident", "staged", "host", "disk")
 
 Resource = Literal["device", "host", "to_device", "to_host", "read", "write", "disk", "host_memory"]
@@ -114,7 +114,7 @@ class OffloadRank:
 
     parameters: int
     rates: OffloadRates
-    memory: OffloadMemory = OffloadMemory()  # noqa: RUF009
+    memory: OffloadMemory = OffloadMemory()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """How much of a rank's optimizer state each tier gets: in closed form for two tiers, by a linear program in general.
 
-The closed form: with a fraction x staged to the device and the rest updated on the host, lanes that work less with x (the
-host) and those that work more (the links, the device) all have a line in x; the best x is where the two sides meet. Deep
-Optimizer States (arXiv 2410.21316) takes a whole number k instead, one subgroup in k on the device.
+The closed form: with a fraction x staged to the device and the rest updated on the host, lanes that work less with x
+(the host) and those that work more (the links, the device) all have a line in x; the best x is where the two sides
+meet. Deep Optimizer States (arXiv 2410.21316) takes a whole number k instead, one subgroup in k on the device.
 """
 
 from __future__ import annotations

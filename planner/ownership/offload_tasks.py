@@ -133,8 +133,8 @@ class StepTasks:
 def published_tasks(count: int, stride: int) -> list[LaneTask]:
     """Returns the tasks of Deep Optimizer States as published: of `stride` subgroups the last one on the device.
 
-    When a round begins, the one staging buffer is flushed, then filled for this round; the host waits at the round's end
-    until it has been filled. What is never flushed in the original is flushed here at the end.
+    When a round begins, the one staging buffer is flushed, then filled for this round; the host waits at the round's
+    end until it has been filled. What is never flushed in the original is flushed here at the end.
     """
     tasks: list[LaneTask] = []
 

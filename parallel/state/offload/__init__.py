@@ -1,1 +1,1 @@
-"""Optimizer state outside the device: subgroups on host memory and disk, updated on host and device at the same time."""
+"""Optimizer state outside the device: in host memory and on disk, updated on host and device at the same time."""

@@ -62,8 +62,8 @@ class CudaLanes(ThreadLanes):
         flat = torch.frombuffer(memory, dtype=torch.float32)
         if int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0)) != 0:
             raise UserError(
-                f"{flat.nbytes / 1e9:.3f} GB of host memory can't be pinned for {self._device}: raise the limit of locked "
-                "memory (ulimit -l), or give the host tier less"
+                f"{flat.nbytes / 1e9:.3f} GB of host memory can't be pinned for {self._device}: raise the limit of "
+                "locked memory (ulimit -l), or give the host tier less"
             )
         memory.address = flat.data_ptr()
         return flat[:numel]

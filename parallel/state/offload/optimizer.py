@@ -56,8 +56,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         """plan: from the number of elements (`plan_offload` with rates and memory, or all on the host).
 
         state_folder: for the disk tier, on a local disk. threads: of the update on the host (all that torch uses).
-        spare_bytes: of host memory, for updates that `step_clipped` begins before the norm is known. poison: fill buffers
-        with NaN when they are free, on CPUs.
+        spare_bytes: of host memory, for updates that `step_clipped` begins before the norm is known. poison: fill
+        buffers with NaN when they are free, on CPUs.
         """
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, fused=True)
         self._step_supports_amp_scaling = False  # scalers then unscale gradients themselves
@@ -144,8 +144,6 @@ class OffloadedAdamW(torch.optim.AdamW):
     def _run(self, done: frozenset[int]) -> None:
         """Updates all subgroups but those that are done."""
         subgroups, work = self._bind()
-        if subgroups.file is not None:
-            subgroups.file.check()
         gradients = self._begin(subgroups, work)
         active = [bool(work.active(n)) and n not in done for n in range(len(subgroups.plan.subgroups))]
         step = subgroups.plan.step_tasks(flipped=self._flipped, active=active, held=subgroups.held)
@@ -163,6 +161,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         """Returns the gradients (n,) of parameters that have one, and gives them to the work."""
         self._refuse_after_failure()
         self._check()
+        if subgroups.file is not None:
+            subgroups.file.check()
+        subgroups.take_weights()
         gradients = {}
         for index, parameter in enumerate(subgroups.parameters):
             if parameter.grad is not None:

@@ -1,7 +1,7 @@
-"""Updates before the norm is known, and their exact undoing: new state is written beside the old and the two change roles.
+"""Updates before the norm is known, and their exact undoing: new state is written beside the old, and takes its place.
 
-SuperOffload (arXiv 2509.21271) undoes by arithmetic, which gives other bits than there were. Here nothing is overwritten
-until gradients are known not to be clipped.
+SuperOffload (arXiv 2509.21271) undoes by arithmetic, which gives other bits than there were. Here nothing is
+overwritten until gradients are known not to be clipped.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class StateFile:
             raise UserError(f"the optimizer's state file {self.path} is gone ({error.strerror}): {way_out}") from error
         if here.st_size != self._size:
             raise UserError(
-                f"the optimizer's state file {self.path} has {here.st_size} bytes where {self._size} were written: {way_out}"
+                f"the optimizer's state file {self.path} has {here.st_size} bytes where {self._size} were written: "
+                + way_out
             )
         header = aligned_buffer(1)
         self._transfer(os.preadv, _view(header, BLOCK), 0)

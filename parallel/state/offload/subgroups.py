@@ -51,6 +51,7 @@ class Subgroups:
         self._record = aligned_buffer(self.rows * self._largest_record if ring else 0)
         """Where this thread reads records, outside steps."""
         self.slabs: list[torch.Tensor | None] = [self._make_slab(number) for number in range(len(plan.subgroups))]
+        self._from_weights: set[int] = set()
         self.load([{} for _ in parameters])
 
     def weights(self, index: int) -> torch.Tensor:
@@ -110,19 +111,38 @@ class Subgroups:
         """Takes each parameter's state over, as AdamW has it; masters that it doesn't have come from the weights."""
         self._lanes.settle()
         self.steps = [int(state.get("step", 0)) for state in states]
+        # a plain optimizer keeps masters that it was given, in its own dtype, and never updates them
+        masters = [_master(state, p) for state, p in zip(states, self.parameters, strict=True)]
+        self._from_weights = {i for i, master in enumerate(masters) if master is None} if self.has_masters else set()
         keys = [MASTER, "exp_avg", "exp_avg_sq"][3 - self.rows :]
         for number, segments in enumerate(self.segments):
             rows = self._new_rows(number)
             rows.zero_()  # also between the parameters
             for segment in segments:
-                state, index = states[segment.parameter], segment.parameter
+                state, master = states[segment.parameter], masters[segment.parameter]
                 for row, key in zip(rows, keys, strict=True):
-                    value = state.get(key, self.parameters[index] if key == MASTER else None)
+                    value = state.get(key) if key != MASTER else master
+                    if value is None and key == MASTER:
+                        value = self.parameters[segment.parameter]
                     if value is not None:
                         row[segment.of_subgroup] = value.detach().reshape(-1)[segment.of_parameter].to(rows.device)
             if self.slabs[number] is None:
                 self.write_record(number, self._record)
         self.held = {}
+
+    def take_weights(self) -> None:
+        """Makes masters of the weights that there are now, where the state that was loaded has none. For a first step.
+
+        A model's weights may be loaded after its optimizer's state.
+        """
+        fresh, self._from_weights = self._from_weights, set()
+        for number, segments in enumerate(self.segments if fresh else []):
+            stale = [s for s in segments if s.parameter in fresh]
+            row = self._rows_now(number)[0] if stale else None
+            for segment in stale if row is not None else []:
+                row[segment.of_subgroup] = self.weights(segment.parameter)[segment.of_parameter].to(row.device)
+            if stale and self.slabs[number] is None and number not in self.held.values():
+                self.write_record(number, self._record)
 
     def _new_rows(self, number: int) -> torch.Tensor:
         slab = self.slabs[number]
@@ -158,6 +178,12 @@ class Subgroups:
         if subgroup.tier == "resident":
             return torch.zeros(self.rows * subgroup.numel, device=self.device)
         return self._lanes.memory(self.rows * subgroup.numel)
+
+
+def _master(state: Mapping[str, Any], parameter: torch.Tensor) -> torch.Tensor | None:
+    master: torch.Tensor | None = state.get(MASTER)
+    usable = master is not None and master.dtype == torch.float32 != parameter.dtype
+    return master if usable else None
 
 
 class ParameterState(Mapping[str, Any]):
