@@ -132,10 +132,10 @@ def cut_evenly(numel: int, subgroup_numel: int, tier: Tier = "host") -> tuple[Su
     return tuple(Subgroup(a, min(a + subgroup_numel, numel), tier) for a in range(0, numel, subgroup_numel))
 
 
-def on_host(numel: int, subgroup_numel: int = SUBGROUP) -> OffloadPlan:
+def on_host(numel: int, subgroup_numel: int = SUBGROUP, *, apart: bool = False) -> OffloadPlan:
     """Returns the plan that leaves everything in host memory and updates it there."""
     subgroups = cut_evenly(numel, subgroup_numel)
-    return OffloadPlan(subgroups=subgroups, order=tuple(range(len(subgroups))))
+    return OffloadPlan(subgroups=subgroups, order=tuple(range(len(subgroups))), apart=apart)
 
 
 def plan_offload(

@@ -49,6 +49,16 @@ class CudaLanes(ThreadLanes):
             if tasks[number].lane in _READ_BY_MODEL:
                 caller.wait_event(event)
 
+    def send(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        stream, caller = self._streams["gradients_out"], torch.cuda.current_stream(self._device)
+        stream.wait_stream(caller)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            source.record_stream(stream)  # it may be dropped before it has been read
+            sent = torch.cuda.Event()
+            sent.record(stream)
+        self._last.append(sent)
+
     def settle(self) -> None:
         for event in self._last:
             event.synchronize()

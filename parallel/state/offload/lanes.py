@@ -25,6 +25,10 @@ class Lanes(Protocol):
         Raises what a task raised, after all that were under way have ended; tasks that come after it are not begun.
         """
 
+    def send(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Starts a copy to host memory between steps; the next step begins after it. Not to be waited for here."""
+        target.copy_(source)
+
     def settle(self) -> None:
         """Returns when state in host memory may be read by this thread."""
         return

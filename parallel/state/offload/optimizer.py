@@ -8,6 +8,7 @@ the device's own kernel, which may differ from the host's in the last ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.state.offload.cuda_lanes import CudaLanes
 from heteromesh.parallel.state.offload.host_update import AdamOptions, HostUpdate, open_host_update
 from heteromesh.parallel.state.offload.lanes import Lanes, ThreadLanes
 from heteromesh.parallel.state.offload.layout import packed_numel
@@ -46,7 +48,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        plan: Callable[[int], OffloadPlan] = on_host,
+        plan: Callable[[int], OffloadPlan] | None = None,
         state_folder: str | Path | None = None,
         lanes: Lanes | None = None,
         threads: int | None = None,
@@ -61,11 +63,14 @@ class OffloadedAdamW(torch.optim.AdamW):
         """
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, fused=True)
         self._step_supports_amp_scaling = False  # scalers then unscale gradients themselves
-        self._planner, self._lanes = plan, lanes or ThreadLanes()
+        device = self.param_groups[0]["params"][0].device
+        self._planner = plan or partial(on_host, apart=device.type != "cpu")
+        self._lanes = lanes or (CudaLanes(device) if device.type == "cuda" else ThreadLanes())
         self._folder = None if state_folder is None else Path(state_folder)
         self._threads, self._spare_bytes, self._poison = threads or torch.get_num_threads(), spare_bytes, poison
         self._host_update: HostUpdate = open_host_update()
         self._bound: tuple[Subgroups, StepWork] | None = None
+        self._numbers: dict[torch.Tensor, int] = {}
         self._flipped, self._failed = False, False
         self._check()
 
@@ -101,8 +106,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         self._begin(subgroups, work)
         speculation = Speculation(subgroups, work, self._host_update, self._threads, self._spare_bytes)
         parameters = [p for p in subgroups.parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         try:
-            found = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if norm is None else norm()
+            found = torch.nn.utils.get_total_norm(gradients) if norm is None else norm()
         finally:
             speculation.wait()
         total = torch.as_tensor(found)
@@ -112,7 +118,18 @@ class OffloadedAdamW(torch.optim.AdamW):
                 self._run(frozenset())
             else:
                 self._run(speculation.commit())
+        else:
+            work.end()
         return float(total)
+
+    def gradient_ready(self, parameter: torch.Tensor) -> None:
+        """Starts to move a parameter's gradient to where the step will need it, during the backward.
+
+        A hook for `register_post_accumulate_grad_hook`, or for who sums gradients over ranks. A gradient that is
+        changed afterwards (more is added, it is clipped) is moved again by the step.
+        """
+        _, work = self._bind()
+        work.send_early(self._numbers[parameter], parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns AdamW's: whole tensors, in the parameters' shapes, without subgroups."""
@@ -152,6 +169,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         except BaseException:
             self._failed = True
             raise
+        finally:
+            work.end()
         self._flipped, subgroups.held = not self._flipped, step.held
         for index in gradients:
             subgroups.steps[index] += 1
@@ -181,6 +200,11 @@ class OffloadedAdamW(torch.optim.AdamW):
             return self._bound
         _check_parameters(parameters)
         plan = self._planner(packed_numel([p.numel() for p in parameters]))
+        if not plan.apart and parameters and parameters[0].device.type != "cpu":
+            raise UserError(
+                f"the plan updates weights where they are, in host memory, but they are on {parameters[0].device}: "
+                "make the plan with apart=True"
+            )
         subgroups = Subgroups(parameters, plan, self._folder, self._lanes)
         states = [self.state.get(p) or {} for p in parameters]
         if any(states):
@@ -188,6 +212,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         for parameter, view, state in zip(parameters, subgroups.views, states, strict=True):
             if state:
                 self.state[parameter] = view
+        self._numbers = {p: i for i, p in enumerate(parameters)}
         self._bound = subgroups, StepWork(subgroups, self._host_update, self._threads, poison=self._poison)
         return self._bound
 

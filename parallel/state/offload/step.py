@@ -29,12 +29,34 @@ class StepWork:
         count = plan.weights if updated else 0
         self._gradient_buffers = [subgroups.host_memory(updated) for _ in range(count)]
         self._weight_buffers = [subgroups.host_memory(updated) for _ in range(count)]
+        self._early: dict[int, torch.Tensor] = {}
+        """By subgroup, gradients that were sent before the step."""
+        self._sent: dict[int, tuple[torch.Tensor, int]] = {}
+        """By parameter, the gradient that was sent, and its version."""
         self._gradients: Mapping[int, torch.Tensor] = {}
         self._options: Sequence[AdamOptions] = ()
 
     def begin(self, gradients: Mapping[int, torch.Tensor], options: Sequence[AdamOptions]) -> None:
         """Takes the next step's gradients (n,), of parameters that have one, and hyperparameters, of all."""
         self._gradients, self._options = gradients, options
+
+    def send_early(self, index: int, parameter: torch.Tensor) -> None:
+        """Starts to move a parameter's gradient to the host for the next step, as far as it is updated there."""
+        if not self._subgroups.plan.apart or parameter.grad is None:
+            return
+        gradient = parameter.grad.detach().contiguous().view(-1)
+        for number, segment in self._subgroups.places(index):
+            if self._subgroups.plan.subgroups[number].tier in ("host", "disk"):
+                if number not in self._early:
+                    self._early[number] = self._subgroups.host_memory(self._subgroups.plan.subgroups[number].numel)
+                target = _as(self._early[number], segment, gradient.dtype)
+                self._subgroups.send(target, gradient[segment.of_parameter])
+        self._sent[index] = parameter.grad, parameter.grad._version
+
+    def end(self) -> None:
+        """Drops what was given and sent for the step."""
+        self._gradients = {}
+        self._sent.clear()
 
     def __call__(self, task: LaneTask) -> None:
         """Does a task."""
@@ -59,6 +81,8 @@ class StepWork:
 
     def _gradients_out(self, task: LaneTask) -> None:
         for segment in self.active(task.subgroup):
+            if self._is_early(segment):
+                continue
             gradient = self._gradients[segment.parameter][segment.of_parameter]
             _as(self._gradient_buffers[_of(task)], segment, gradient.dtype).copy_(gradient, non_blocking=True)
 
@@ -67,7 +91,8 @@ class StepWork:
         updates = self.updates(task.subgroup, self._subgroups.slab(task.subgroup, buffer))
         if self._subgroups.plan.apart:
             for update, segment in zip(updates, self.active(task.subgroup), strict=True):
-                update.gradient = _as(self._gradient_buffers[_of(task)], segment, update.gradient.dtype)
+                source = self._early[task.subgroup] if self._is_early(segment) else self._gradient_buffers[_of(task)]
+                update.gradient = _as(source, segment, update.gradient.dtype)
                 update.weight = _as(self._weight_buffers[_of(task)], segment, self._weight(segment).dtype)
         self._update(updates, self._threads)
 
@@ -94,6 +119,11 @@ class StepWork:
     def _write(self, task: LaneTask) -> None:
         self._subgroups.write_record(task.subgroup, self._subgroups.ring[_of(task)])
         self._release(self._subgroups.ring[_of(task)])
+
+    def _is_early(self, segment: Segment) -> bool:
+        sent, version = self._sent.get(segment.parameter, (None, 0))
+        gradient = self._subgroups.parameters[segment.parameter].grad
+        return sent is not None and sent is gradient and sent._version == version
 
     def _staged(self, task: LaneTask) -> torch.Tensor:
         return self._subgroups.slab(task.subgroup, self.staging[_of(task)])

@@ -65,6 +65,14 @@ class Subgroups:
         assert flat is not None, "the subgroup is on disk"
         return flat[: self.rows * numel].view(self.rows, numel)
 
+    def places(self, index: int) -> list[tuple[int, Segment]]:
+        """Returns the subgroups that hold something of a parameter, and what."""
+        return self._by_parameter[index]
+
+    def send(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Starts a copy to host memory between steps."""
+        self._lanes.send(target, source)
+
     def host_memory(self, numel: int) -> torch.Tensor:
         """Returns fp32 memory (n,) on the host for transfers."""
         return self._lanes.memory(numel)
@@ -138,10 +146,12 @@ class Subgroups:
         fresh, self._from_weights = self._from_weights, set()
         for number, segments in enumerate(self.segments if fresh else []):
             stale = [s for s in segments if s.parameter in fresh]
-            row = self._rows_now(number)[0] if stale else None
-            for segment in stale if row is not None else []:
+            if not stale:
+                continue
+            row = self._rows_now(number)[0]
+            for segment in stale:
                 row[segment.of_subgroup] = self.weights(segment.parameter)[segment.of_parameter].to(row.device)
-            if stale and self.slabs[number] is None and number not in self.held.values():
+            if self.slabs[number] is None and number not in self.held.values():
                 self.write_record(number, self._record)
 
     def _new_rows(self, number: int) -> torch.Tensor:

@@ -214,6 +214,37 @@ def test_moments_begin_at_zero_and_no_buffer_is_used_before_its_last_user_has_go
         pair.check()
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_gradients_sent_during_the_backward_are_not_sent_again_unless_they_change(clip):
+    sent: list[int] = []
+
+    class Counting(ThreadLanes):
+        def send(self, target, source):
+            super().send(target, source)
+            sent.append(source.numel())
+
+    ours, theirs = (nn.Sequential(nn.Linear(9, 31), nn.Linear(31, 5)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = OffloadedAdamW(
+        ours.parameters(), plan=random_plan(4, ("host", "staged")), lanes=Counting(), poison=True
+    )
+    reference = torch.optim.AdamW(theirs.parameters(), fused=True)
+    for parameter in list(ours.parameters())[:-1]:  # one comes with the step
+        parameter.register_post_accumulate_grad_hook(optimizer.gradient_ready)
+    for step in range(6):
+        sent.clear()
+        for model, each in ((ours, optimizer), (theirs, reference)):
+            for _ in range(1 + step % 2):  # gradients of several passes are sent again
+                model(torch.ones(3, 9) * (step + 1)).square().sum().backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            each.step()
+            each.zero_grad(set_to_none=step % 3 == 0)
+        assert sum(sent) > 0
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 # -- state dicts, and what changes between steps
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import resource
+import uuid
 from contextlib import contextmanager
 
 import pytest
@@ -38,6 +39,11 @@ def test_records_come_back_bit_for_bit(tmp_path, pieces):
     file.close()
     assert list(tmp_path.iterdir()) == []
     assert buffer.data_ptr() % BLOCK == 0
+
+
+def test_id_whose_bytes_are_no_number_is_known_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(bytes=b"\xff" * 16))
+    StateFile(tmp_path, 1, 10).check()
 
 
 def test_without_direct_io_the_page_cache_is_used_and_named(tmp_path, monkeypatch, caplog):
