@@ -88,13 +88,13 @@ def host(numel: int, threads: int, repeats: int) -> None:
         weight.copy_(state[0])
 
     calls: dict[str, Callable[[], object]] = {
-        "one pass": lambda: update([SegmentUpdate(state, gradient, OPTIONS, numel, weight)], threads),
+        "one pass": lambda: update([SegmentUpdate(state, gradient, OPTIONS, 0, numel, weight)], threads),
         "torch, three passes": three_passes,
         "torch, slice by slice (fallback)": lambda: TorchUpdate()(
-            [SegmentUpdate(state, gradient, OPTIONS, numel, weight)]
+            [SegmentUpdate(state, gradient, OPTIONS, 0, numel, weight)]
         ),
-        "fp32, one pass": lambda: update([SegmentUpdate(state, wide, OPTIONS, numel)], threads),
-        "fp32, torch": lambda: TorchUpdate()([SegmentUpdate(state, wide, OPTIONS, numel)]),
+        "fp32, one pass": lambda: update([SegmentUpdate(state, wide, OPTIONS, 0, numel)], threads),
+        "fp32, torch": lambda: TorchUpdate()([SegmentUpdate(state, wide, OPTIONS, 0, numel)]),
         "scale in place": lambda: scaled.mul_(1.0),
     }
     found = take_turns(calls, repeats)
@@ -259,10 +259,10 @@ def measure_rates(device: torch.device, threads: int, numel: int = 1 << 26) -> O
     on_device: State = tuple(torch.zeros(numel, device=device) for _ in range(3))  # type: ignore[assignment]
     state: State = (here, torch.zeros(numel), torch.zeros(numel))
     gradient = torch.zeros(numel, dtype=torch.bfloat16)
-    update, on_gpu = SegmentUpdate(state, gradient, OPTIONS, numel, gradient.clone()), gradient.to(device)
+    update, on_gpu = SegmentUpdate(state, gradient, OPTIONS, 0, numel, gradient.clone()), gradient.to(device)
     return OffloadRates(
         host_update=numel / best(lambda: open_host_update()([update], threads)),
-        device_update=numel / best(lambda: TorchUpdate()([SegmentUpdate(on_device, on_gpu, OPTIONS, numel)])),
+        device_update=numel / best(lambda: TorchUpdate()([SegmentUpdate(on_device, on_gpu, OPTIONS, 0, numel)])),
         to_device=here.nbytes / best(lambda: there.copy_(here, non_blocking=True)),
         to_host=here.nbytes / best(lambda: here.copy_(there, non_blocking=True)),
         gradients_early=False,

@@ -2,8 +2,7 @@
 
 The update reads a gradient (fp32 or bf16) once, updates fp32 state in place and writes the weight (fp32 or bf16) in the
 same pass, where torch needs three. torch's fused kernel treats the last few elements of a tensor in another way than
-the rest, by its vectors' width, so a tensor may be cut only at multiples of that width, and both updates are told where
-those last elements begin.
+the rest, by its vectors' width. Ours is told where those are, and does the same wherever a tensor is cut.
 """
 
 from __future__ import annotations
@@ -55,8 +54,10 @@ class SegmentUpdate:
     gradient: torch.Tensor
     """(n,)"""
     options: AdamOptions
-    left: int
-    """Elements of the parameter from the segment's first on: n, or more where others follow."""
+    first: int
+    """Of the parameter's elements the first one here."""
+    of: int
+    """Elements of the parameter."""
     weight: torch.Tensor | None = None
     """(n,): receives the updated parameter in its own dtype."""
     out: State | None = None
@@ -78,7 +79,10 @@ class HostUpdate(Protocol):
 
 
 class TorchUpdate(HostUpdate):
-    """torch's fused AdamW, slice by slice; on any device that has it."""
+    """torch's fused AdamW, slice by slice; on any device that has it.
+
+    Exact where slices begin at multiples of WIDTHS, which those of subgroups do and fragments of others may not.
+    """
 
     name = "torch"
 
@@ -153,7 +157,7 @@ class CompiledUpdate(HostUpdate):
             gradient.data_ptr(),
             weight.data_ptr() if kind and weight is not None else 0,
             numel,
-            min(numel, segment.left // self._width * self._width),
+            min(numel, max(0, segment.of // self._width * self._width - segment.first)),
             *(options.lr, options.beta1, options.beta2, options.eps, options.weight_decay, float(options.step)),
             *(gradient.dtype == torch.bfloat16, kind, options.maximize, 0),
         )
@@ -188,8 +192,8 @@ def _equals_torch(update: HostUpdate, sizes: Sequence[int]) -> bool:
         theirs: State = (ours[0].clone(), ours[1].clone(), ours[2].clone())
         for step in range(1, 4):
             gradient, now = torch.randn(size, generator=noise), replace(options, step=step)
-            update([SegmentUpdate(ours, gradient, now, size)], 1)
-            TorchUpdate()([SegmentUpdate(theirs, gradient, now, size)])
+            update([SegmentUpdate(ours, gradient, now, 0, size)], 1)
+            TorchUpdate()([SegmentUpdate(theirs, gradient, now, 0, size)])
         if not all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             return False
     return True

@@ -18,8 +18,10 @@ class Segment:
     place: int
     """Where in the subgroup they begin."""
     numel: int
-    left: int
-    """Elements of the parameter from `start` on."""
+    first: int
+    """`start`, counted in the parameter of which this one is a fragment."""
+    of: int
+    """Elements of that."""
 
     @property
     def of_parameter(self) -> slice:
@@ -37,8 +39,13 @@ def packed_numel(sizes: Sequence[int]) -> int:
     return sum(_aligned(size) for size in sizes)
 
 
-def cut_segments(sizes: Sequence[int], plan: OffloadPlan) -> list[list[Segment]]:
-    """Returns by subgroup what it holds of parameters of these sizes."""
+def cut_segments(
+    sizes: Sequence[int], plan: OffloadPlan, places: Sequence[tuple[int, int]] | None = None
+) -> list[list[Segment]]:
+    """Returns by subgroup what it holds of parameters of these sizes.
+
+    places: where each begins in, and the elements of, the parameter of which it is a fragment.
+    """
     found: list[list[Segment]] = [[] for _ in plan.subgroups]
     number, first = 0, 0
     for index, size in enumerate(sizes):
@@ -49,7 +56,8 @@ def cut_segments(sizes: Sequence[int], plan: OffloadPlan) -> list[list[Segment]]
             subgroup = plan.subgroups[number]
             place = first + done - subgroup.start
             numel = min(size - done, subgroup.numel - place)
-            found[number].append(Segment(index, done, place, numel, size - done))
+            begin, of = (0, size) if places is None else places[index]
+            found[number].append(Segment(index, done, place, numel, begin + done, of))
             done += numel
         first += _aligned(size)
     return found

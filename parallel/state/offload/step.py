@@ -73,7 +73,8 @@ class StepWork:
                 self._state(rows, segment),
                 self._gradients[segment.parameter][segment.of_parameter],
                 self._options[segment.parameter],
-                segment.left,
+                segment.first,
+                segment.of,
                 self._weight(segment) if self._subgroups.has_masters else None,
             )
             for segment in self.active(number)
@@ -107,7 +108,8 @@ class StepWork:
 
     def _device(self, task: LaneTask) -> None:
         rows = self._subgroups.slab(task.subgroup) if task.buffer is None else self._staged(task)
-        TorchUpdate()(self.updates(task.subgroup, rows))
+        update = self._update if rows.device.type == "cpu" else TorchUpdate()
+        update(self.updates(task.subgroup, rows), self._threads)
 
     def _state_out(self, task: LaneTask) -> None:
         self._subgroups.slab(task.subgroup).copy_(self._staged(task), non_blocking=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.state.fragments import place_of
 from heteromesh.parallel.state.offload.lanes import Lanes
 from heteromesh.parallel.state.offload.layout import Segment, cut_segments
 from heteromesh.parallel.state.offload.state_file import StateFile, aligned_buffer
@@ -30,7 +31,7 @@ class Subgroups:
         """folder: for the disk tier. Raises UserError where a tier can't be had."""
         self.parameters, self.plan, self._lanes = tuple(parameters), plan, lanes
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self.segments = cut_segments([p.numel() for p in parameters], plan)
+        self.segments = cut_segments([p.numel() for p in parameters], plan, [place_of(p) for p in parameters])
         self._by_parameter: list[list[tuple[int, Segment]]] = [[] for _ in parameters]
         for number, segments in enumerate(self.segments):
             for segment in segments:

@@ -344,16 +344,19 @@ def test_inside_the_fragmented_optimizer():
     fragmented = FragmentedOptimizer(inner, {p: n for n, p in model.named_parameters()})
     flats = FlatBuckets(build_buckets(list(model.parameters()), 10**6))
     (size,) = flats.sizes
-    cuts = [[(0, 37)], [(37, size)]]
-    fragments = flats.fragments([[range_ for (range_,) in cuts]])
-    copies = [nn.Parameter(f.tensor.detach().clone()) for f in fragments]
+    fragments = flats.fragments([[(0, 37), (37, 101), (101, size)]])
+    copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     reference = torch.optim.AdamW(copies, lr=1e-2, fused=True)
     fragmented.hold(fragments)
     for step in range(4):
         noise = torch.Generator().manual_seed(step)
-        for fragment, copy in zip(fragmented.fragments, copies, strict=True):
+        for copy in copies:
             copy.grad = torch.randn(copy.shape, generator=noise)
-            fragment.tensor.grad = copy.grad.clone()
+        whole = dict(zip(model.parameters(), copies, strict=True))
+        for fragment in fragmented.fragments:
+            gradient = whole[fragment.parameter].grad
+            assert gradient is not None
+            fragment.tensor.grad = fragment.slice_of(gradient).clone()
         fragmented.step()
         reference.step()
         if step == 1:  # dealt out anew, in other fragments, and back
@@ -361,10 +364,11 @@ def test_inside_the_fragmented_optimizer():
             with fragmented.holding(flats.fragments(flats.whole), parts):
                 assert len(fragmented.state_dict(World())["state"]) == 4
             fragmented.hold_parts(fragments, fragmented.parts([(0, 0, size)]))
-    for fragment, copy in zip(fragmented.fragments, copies, strict=True):
-        assert torch.equal(fragment.tensor.detach(), copy.detach())
+    state = fragmented.state_dict(World())["state"]
+    for index, (parameter, copy) in enumerate(zip(model.parameters(), copies, strict=True)):
+        assert torch.equal(parameter, copy)
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            assert torch.equal(inner.state[fragment.tensor][key], reference.state[copy][key])
+            assert torch.equal(state[index][key], reference.state[copy][key])
 
 
 # -- refusals
