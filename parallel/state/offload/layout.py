@@ -9,7 +9,7 @@ from heteromesh.planner.ownership.offload import ALIGNMENT, OffloadPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ParameterSlice:
     """Consecutive elements of one parameter in one subgroup."""
 
     parameter: int
@@ -41,12 +41,12 @@ def packed_numel(sizes: Sequence[int]) -> int:
 
 def cut_segments(
     sizes: Sequence[int], plan: OffloadPlan, places: Sequence[tuple[int, int]] | None = None
-) -> list[list[Segment]]:
+) -> list[list[ParameterSlice]]:
     """Returns by subgroup what it holds of parameters of these sizes.
 
     places: where each begins in, and the elements of, the parameter of which it is a fragment.
     """
-    found: list[list[Segment]] = [[] for _ in plan.subgroups]
+    found: list[list[ParameterSlice]] = [[] for _ in plan.subgroups]
     number, first = 0, 0
     for index, size in enumerate(sizes):
         done = 0
@@ -57,7 +57,7 @@ def cut_segments(
             place = first + done - subgroup.start
             numel = min(size - done, subgroup.numel - place)
             begin, of = (0, size) if places is None else places[index]
-            found[number].append(Segment(index, done, place, numel, begin + done, of))
+            found[number].append(ParameterSlice(index, done, place, numel, begin + done, of))
             done += numel
         first += _aligned(size)
     return found

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from heteromesh.parallel.state.offload.host_update import AdamOptions, HostUpdate, SegmentUpdate, State, TorchUpdate
-from heteromesh.parallel.state.offload.layout import Segment
+from heteromesh.parallel.state.offload.layout import ParameterSlice
 from heteromesh.parallel.state.offload.subgroups import Subgroups
 from heteromesh.planner.ownership.offload_tasks import LaneTask
 
@@ -62,7 +62,7 @@ class StepWork:
         """Does a task."""
         getattr(self, f"_{task.lane}")(task)
 
-    def active(self, number: int) -> list[Segment]:
+    def active(self, number: int) -> list[ParameterSlice]:
         """Returns what of a subgroup has gradients."""
         return [s for s in self._subgroups.segments[number] if s.parameter in self._gradients]
 
@@ -122,7 +122,7 @@ class StepWork:
         self._subgroups.write_record(task.subgroup, self._subgroups.ring[_of(task)])
         self._release(self._subgroups.ring[_of(task)])
 
-    def _is_early(self, segment: Segment) -> bool:
+    def _is_early(self, segment: ParameterSlice) -> bool:
         sent, version = self._sent.get(segment.parameter, (None, 0))
         gradient = self._subgroups.parameters[segment.parameter].grad
         return sent is not None and sent is gradient and sent._version == version
@@ -130,11 +130,11 @@ class StepWork:
     def _staged(self, task: LaneTask) -> torch.Tensor:
         return self._subgroups.slab(task.subgroup, self.staging[_of(task)])
 
-    def _state(self, rows: torch.Tensor, segment: Segment) -> State:
+    def _state(self, rows: torch.Tensor, segment: ParameterSlice) -> State:
         p = rows[0, segment.of_subgroup] if self._subgroups.has_masters else self._weight(segment)
         return p, rows[-2, segment.of_subgroup], rows[-1, segment.of_subgroup]
 
-    def _weight(self, segment: Segment) -> torch.Tensor:
+    def _weight(self, segment: ParameterSlice) -> torch.Tensor:
         return self._subgroups.weights(segment.parameter)[segment.of_parameter]
 
     def _release(self, *buffers: torch.Tensor) -> None:
@@ -148,6 +148,6 @@ def _of(task: LaneTask) -> int:
     return task.buffer
 
 
-def _as(buffer: torch.Tensor, segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+def _as(buffer: torch.Tensor, segment: ParameterSlice, dtype: torch.dtype) -> torch.Tensor:
     """Returns a segment's elements in a buffer of fp32, as memory of another dtype that is no wider."""
     return buffer[segment.of_subgroup].view(dtype)[: segment.numel]

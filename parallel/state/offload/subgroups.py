@@ -14,7 +14,7 @@ import torch
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.fragments import place_of
 from heteromesh.parallel.state.offload.lanes import Lanes
-from heteromesh.parallel.state.offload.layout import Segment, cut_segments
+from heteromesh.parallel.state.offload.layout import ParameterSlice, cut_segments
 from heteromesh.parallel.state.offload.state_file import StateFile, aligned_buffer
 from heteromesh.planner.ownership.offload import OffloadPlan
 
@@ -32,7 +32,7 @@ class Subgroups:
         self.parameters, self.plan, self._lanes = tuple(parameters), plan, lanes
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.segments = cut_segments([p.numel() for p in parameters], plan, [place_of(p) for p in parameters])
-        self._by_parameter: list[list[tuple[int, Segment]]] = [[] for _ in parameters]
+        self._by_parameter: list[list[tuple[int, ParameterSlice]]] = [[] for _ in parameters]
         for number, segments in enumerate(self.segments):
             for segment in segments:
                 self._by_parameter[segment.parameter].append((number, segment))
@@ -66,7 +66,7 @@ class Subgroups:
         assert flat is not None, "the subgroup is on disk"
         return flat[: self.rows * numel].view(self.rows, numel)
 
-    def places(self, index: int) -> list[tuple[int, Segment]]:
+    def places(self, index: int) -> list[tuple[int, ParameterSlice]]:
         """Returns the subgroups that hold something of a parameter, and what."""
         return self._by_parameter[index]
 
