@@ -20,10 +20,10 @@ def random_plan(seed: int, tiers: Sequence[Tier] = TIERS, apart: bool = True) ->
 
     def plan(numel: int) -> OffloadPlan:
         rng = random.Random(seed)
-        cut = cut_evenly(numel, 16 * rng.randint(1, 12))
+        cut = cut_evenly(numel, 16 * rng.choice((1, 1, 2, 3, 5)))
         order = list(range(len(cut)))
         rng.shuffle(order)
-        buffers = {name: rng.randint(1, 4) for name in ("staging", "weights", "ring")}
+        buffers = {name: rng.randint(1, 3) for name in ("staging", "weights", "ring")}
         subgroups = tuple(replace(s, tier=rng.choice(tiers)) for s in cut)
         return OffloadPlan(subgroups=subgroups, order=tuple(order), apart=apart, **buffers)
 
