@@ -63,7 +63,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         """
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, fused=True)
         self._step_supports_amp_scaling = False  # scalers then unscale gradients themselves
-        device = self.param_groups[0]["params"][0].device
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         self._planner = plan or partial(on_host, apart=device.type != "cpu")
         self._lanes = lanes or (CudaLanes(device) if device.type == "cuda" else ThreadLanes())
         self._folder = None if state_folder is None else Path(state_folder)
@@ -199,7 +199,12 @@ class OffloadedAdamW(torch.optim.AdamW):
         if self._bound is not None and self._is_current(self._bound[0], parameters):
             return self._bound
         _check_parameters(parameters)
-        plan = self._planner(packed_numel([p.numel() for p in parameters]))
+        numel = packed_numel([p.numel() for p in parameters])
+        plan = self._planner(numel)
+        if plan.numel != numel:
+            raise UserError(
+                f"the plan is of {plan.numel} elements where there are {numel}: make it from what it is given"
+            )
         if not plan.apart and parameters and parameters[0].device.type != "cpu":
             raise UserError(
                 f"the plan updates weights where they are, in host memory, but they are on {parameters[0].device}: "

@@ -386,6 +386,7 @@ def dense(*shape: int, **options) -> nn.Parameter:
         (lambda: OffloadedAdamW([{"params": [dense(3)], "amsgrad": True}]), "group 0 has amsgrad=True"),
         (lambda: OffloadedAdamW([{"params": [dense(3)], "capturable": True}]), "group 0 has capturable=True"),
         (lambda: OffloadedAdamW([dense(3)], plan=random_plan(0, ("disk",))).plan, "give state_folder"),
+        (lambda: OffloadedAdamW([dense(3)], plan=lambda _: on_host(32)).plan, "of 32 elements where there are 16"),
     ],
 )
 def test_what_can_not_be_done_exactly_is_refused(make, message):
@@ -399,6 +400,12 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(UserError, match="sparse gradients"):
         optimizer.step()
+
+
+def test_rank_without_parameters():
+    optimizer = OffloadedAdamW([{"params": []}])
+    optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
 
 
 def test_options_set_later_are_refused_before_anything_changes():
