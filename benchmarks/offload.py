@@ -68,6 +68,27 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
     return f"{statistics.median(each):.2f} (quartiles {quartiles[0]:.2f} to {quartiles[1]:.2f})"
 
 
+def deepspeed_update(numel: int, dtype: torch.dtype) -> tuple[Callable[[], object], str]:
+    """Returns a step of DeepSpeed's CPU-Adam, and whether it has torch's bits. Raises ImportError where it isn't."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    start, gradient = torch.randn(4096), torch.randn(4096)
+    results = []
+    for make in (DeepSpeedCPUAdam, lambda p, **options: torch.optim.AdamW(p, fused=True, **options)):
+        parameter = nn.Parameter(start.clone())
+        optimizer = make([parameter], lr=1e-3, weight_decay=0.01)
+        for _ in range(3):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        results.append(parameter.detach())
+    same = (
+        "torch's bits" if torch.equal(*results) else f"not torch's bits ({(results[0] - results[1]).abs().max():.1e})"
+    )
+    large = nn.Parameter(torch.randn(numel).to(dtype))
+    large.grad = torch.randn(numel).to(dtype)
+    return DeepSpeedCPUAdam([large], lr=1e-3, weight_decay=0.01).step, same
+
+
 def host(numel: int, threads: int, repeats: int, clock: str) -> None:
     torch.set_num_threads(threads)
     state: State = (torch.randn(numel), torch.zeros(numel), torch.zeros(numel))
@@ -94,6 +115,11 @@ def host(numel: int, threads: int, repeats: int, clock: str) -> None:
         "fp32, torch": lambda: TorchUpdate()([SegmentUpdate(state, wide, OPTIONS, 0, numel)]),
         "scale in place": lambda: scaled.mul_(1.0),
     }
+    try:
+        calls["fp32, DeepSpeed CPU-Adam"], same = deepspeed_update(numel, torch.float32)
+        calls["bf16 without masters, DeepSpeed"], _ = deepspeed_update(numel, torch.bfloat16)
+    except ImportError:
+        same = "not installed"
     found = take_turns(calls, repeats, time.process_time if clock == "cpu" else time.perf_counter)
     print(
         f"host update ({update.name}), {numel / 1e6:.0f} M parameters, {threads} threads, {repeats} repeats, "
@@ -106,6 +132,7 @@ def host(numel: int, threads: int, repeats: int, clock: str) -> None:
             f"best {numel / min(seconds) / 1e6:7.0f}"
             f" ({moved * numel / min(seconds) / 1e9:.1f} GB/s of {moved} bytes)"
         )
+    print("  DeepSpeed CPU-Adam:", same)
     print("  three passes / one pass", ratio(found["torch, three passes"], found["one pass"]))
     print("  fp32: torch / one pass", ratio(found["fp32, torch"], found["fp32, one pass"]))
     bandwidth = [16 / a / (HOST_BYTES / b) for a, b in zip(found["scale in place"], found["one pass"], strict=True)]

@@ -46,9 +46,15 @@ class ThreadLanes(Lanes):
         for number, task in enumerate(tasks):
             queues[task.lane].append(number)
         step = _Step(tasks, self._perform(tasks, work))
-        others = [threading.Thread(target=step.run, args=(queue,), daemon=True) for queue in list(queues.values())[1:]]
-        for thread in others:
-            thread.start()
+        others = []
+        for queue in list(queues.values())[1:]:
+            thread = threading.Thread(target=step.run, args=(queue,), daemon=True)
+            try:
+                thread.start()
+                others.append(thread)
+            except RuntimeError as error:  # no more threads to be had
+                step.error = step.error or error
+                step.run(queue)
         for queue in list(queues.values())[:1]:
             step.run(queue)
         for thread in others:
@@ -72,7 +78,7 @@ class _Step:
     def run(self, queue: Sequence[int]) -> None:
         """Does one lane's tasks. Tasks are numbered so that none waits for a later one: somebody can always go on."""
         for number in queue:
-            for before in self._tasks[number].after:
+            for before in self._tasks[number].after if self.error is None else ():
                 self._ended[before].wait()
             try:
                 if self.error is None:

@@ -68,6 +68,22 @@ def test_failed_task_ends_the_step_with_its_error_and_no_thread_stays(failing):
     assert not [t for n, t in enumerate(TASKS) if n in after and any(t is d for d in done)]
 
 
+def test_without_threads_to_be_had_the_step_ends_with_that_error(monkeypatch):
+    real, started = threading.Thread.start, []
+
+    def start(self) -> None:
+        started.append(self)
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    before = threading.active_count()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        ThreadLanes().run(PLAN, TASKS, lambda _: None)
+    assert threading.active_count() == before
+
+
 def test_step_without_tasks():
     for lanes in (ThreadLanes(), SimulatedLanes(OffloadRates(host_update=1))):
         lanes.run(PLAN, [], lambda _: None)
