@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 WIDTHS = (8, 16, 4)
 """Elements of a vector of fp32 that torch may use."""
-_PIECE = 1 << 20
+_PIECE = 1 << 23
 """Elements that torch's update takes at once, so that what it needs beside them is small."""
 _KINDS = {torch.float32: 1, torch.bfloat16: 2}
 

@@ -66,8 +66,12 @@ void update(const Segment &s, int64_t begin, int64_t end) {
     W *weight = static_cast<W *>(s.weight);
     const float *p = s.p, *m = s.m, *v = s.v;
     float *p_out = s.p_out, *m_out = s.m_out, *v_out = s.v_out;
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) {
+#endif
+    for (int64_t i = begin; i < end; ++i) {  // old and new state may be the same memory, element by element
         const float g = load(gradient, i) * sign;
         const float old = m[i];
         const float first = __builtin_fmaf(towards, g - old, SMALL ? old : g);

@@ -62,7 +62,7 @@ class StateFile:
         self._close = weakref.finalize(self, _remove, self._file, self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            os.posix_fallocate(self._file, 0, self._size)
+            self._reserve()
             self._transfer(os.pwritev, self._header(), 0)
         except OSError as error:
             self.close()
@@ -116,6 +116,17 @@ class StateFile:
             self._give_up_direct()
             self.path.unlink(missing_ok=True)  # some file systems make the file before they refuse
             return self._open(flags)
+
+    def _reserve(self) -> None:
+        """Takes the space of the whole file, so that no update can find the disk full."""
+        try:
+            os.posix_fallocate(self._file, 0, self._size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            zeros = memoryview(mmap.mmap(-1, PIECE))  # a file system that can't but by writing
+            for offset in range(0, self._size, PIECE):
+                self._transfer(os.pwritev, zeros[: self._size - offset], offset)
 
     def _give_up_direct(self) -> None:
         logger.warning("%s has no direct I/O: the disk tier goes through the page cache", self.path.parent)

@@ -83,6 +83,23 @@ def test_direct_io_refused_at_the_first_write(tmp_path, monkeypatch, caplog):
     file.check()
 
 
+def refuse_to_reserve(*_: object) -> None:
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_file_system_that_reserves_nothing_is_written_once(tmp_path, monkeypatch, pieces):
+    monkeypatch.setattr(os, "posix_fallocate", refuse_to_reserve)
+    file = StateFile(tmp_path, 3, 5000)
+    file.check()
+    buffer = aligned_buffer(5000)
+    buffer[:] = 1
+    file.read(2, buffer)
+    assert not buffer[:5000].any()
+    with file_size_limit(30_000), pytest.raises(UserError, match="no space"):
+        StateFile(tmp_path, 3, 5000)
+    assert list(tmp_path.iterdir()) == [file.path]
+
+
 @contextmanager
 def file_size_limit(size: int):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
