@@ -145,7 +145,7 @@ def on_disk(numel: int, subgroup_numel: int, ring: int) -> OffloadPlan:
 
 
 def disk(numel: int, folder: Path, repeats: int) -> None:
-    size = max(1 << 20, numel // 16 // 16 * 16)
+    size = max(1 << 20, numel // 32 // 16 * 16)
     parameter = nn.Parameter(torch.randn(numel).to(torch.bfloat16))
     parameter.grad = torch.randn(numel).to(torch.bfloat16)
     optimizer = OffloadedAdamW([parameter], plan=lambda n: on_disk(n, size, 4), state_folder=folder)
