@@ -22,13 +22,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from heteromesh.parallel.state.offload.cuda_lanes import CudaLanes
 from heteromesh.parallel.state.offload.host_update import (
     AdamOptions,
     SegmentUpdate,
@@ -214,41 +214,44 @@ def schedule(numel: int = 3_850_000_000, size: int = 100_000_000) -> None:
         )
 
 
-def clip(numel: int, threads: int, repeats: int) -> None:
+def clip(numel: int, threads: int, repeats: int, late: float = 0.2) -> None:
+    """late: seconds that a norm over ranks takes to come, in which this processor has nothing to do."""
     torch.set_num_threads(threads)
-    calls: dict[str, Callable[[], object]] = {}
+    print(f"clipping, {numel / 1e6:.0f} M parameters, {threads} threads, {repeats} repeats")
     for dtype in (torch.float32, torch.bfloat16):
         parameter = nn.Parameter(torch.randn(numel).to(dtype))
         gradient = torch.randn(numel).to(dtype)
         parameter.grad = gradient.clone()
         optimizer = OffloadedAdamW([parameter], plan=lambda n: on_host(n, 1 << 23), spare_bytes=1e12)
-        name = str(dtype).removeprefix("torch.")
 
-        def plain(optimizer: OffloadedAdamW = optimizer, parameter: nn.Parameter = parameter) -> None:
-            nn.utils.clip_grad_norm_([parameter], 1e9)
-            optimizer.step()
+        def late_norm() -> float:
+            time.sleep(late)
+            return 1.0
 
-        def in_vain(
-            optimizer: OffloadedAdamW = optimizer,
-            parameter: nn.Parameter = parameter,
-            gradient: torch.Tensor = gradient,
-        ) -> None:
-            optimizer.step_clipped(1e-3)
-            assert parameter.grad is not None
-            parameter.grad.copy_(gradient)
+        def plain(wait: float = 0.0, parameter: nn.Parameter = parameter, step: Any = optimizer.step) -> None:
+            time.sleep(wait)
+            if not wait:
+                nn.utils.clip_grad_norm_([parameter], 1e9)
+            step()
 
-        calls |= {
-            f"{name}: norm, then update": plain,
-            f"{name}: update while the norm is found": lambda o=optimizer: o.step_clipped(1e9),  # type: ignore[misc]
-            f"{name}: the same, in vain": in_vain,
+        def in_vain(step: Any = optimizer.step_clipped, grad: Any = parameter.grad, old: Any = gradient) -> None:
+            step(1e-3)
+            grad.copy_(old)
+
+        calls: dict[str, Callable[[], object]] = {
+            "norm, then update": plain,
+            "update while the norm is found": partial(optimizer.step_clipped, 1e9),
+            "the same, in vain": in_vain,
+            "norm that comes late, then update": partial(plain, late),
+            "update while the norm comes": partial(optimizer.step_clipped, 1e9, late_norm),
         }
-    found = take_turns(calls, repeats)
-    print(f"clipping, {numel / 1e6:.0f} M parameters, {threads} threads, {repeats} repeats")
-    for name, seconds in found.items():
-        print(f"  {name:42} median {statistics.median(seconds) * 1e3:.0f} ms, best {min(seconds) * 1e3:.0f} ms")
-    for dtype in ("float32", "bfloat16"):
-        plain_seconds = found[f"{dtype}: norm, then update"]
-        print(f"  {dtype}: plain / early", ratio(plain_seconds, found[f"{dtype}: update while the norm is found"]))
+        found = take_turns(calls, repeats)
+        for name, seconds in found.items():
+            median, best = statistics.median(seconds) * 1e3, min(seconds) * 1e3
+            print(f"  {str(dtype)[6:]:9} {name:34} median {median:.0f} ms, best {best:.0f} ms")
+        plains, earlies = ("norm, then update", "norm that comes late, then update"), list(calls)[1::3]
+        for one, other in zip(plains, earlies, strict=True):
+            print(f"  {str(dtype)[6:]:9} {one} / {other}:", ratio(found[one], found[other]))
 
 
 # -- on a GPU
@@ -292,7 +295,6 @@ def measure_rates(device: torch.device, threads: int, numel: int = 1 << 26) -> O
         device_update=numel / best(lambda: TorchUpdate()([SegmentUpdate(on_device, on_gpu, OPTIONS, 0, numel)])),
         to_device=here.nbytes / best(lambda: there.copy_(here, non_blocking=True)),
         to_host=here.nbytes / best(lambda: here.copy_(there, non_blocking=True)),
-        gradients_early=False,
     )
 
 
@@ -312,7 +314,9 @@ def ours_on_gpu(
 ) -> list[float]:
     torch.manual_seed(0)
     model = Stack(numel).to(device)
-    optimizer = OffloadedAdamW(model.parameters(), lr=1e-4, plan=plan, lanes=CudaLanes(device))
+    optimizer = OffloadedAdamW(model.parameters(), lr=1e-4, plan=plan)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(optimizer.gradient_ready)
 
     def update(loss: torch.Tensor) -> None:
         loss.backward()
