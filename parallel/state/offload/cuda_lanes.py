@@ -43,8 +43,10 @@ class CudaLanes(ThreadLanes):
             if not any(task.lane == "gradients_out" for task in tasks):
                 caller.synchronize()  # the host reads gradients where they are
         self._events: dict[int, Any] = {}
-        super().run(plan, tasks, work)
-        self._last = list(self._events.values())
+        try:
+            super().run(plan, tasks, work)
+        finally:
+            self._last = list(self._events.values())
         for number, event in self._events.items():
             if tasks[number].lane in _READ_BY_MODEL:
                 caller.wait_event(event)

@@ -99,8 +99,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         """Updates with gradients scaled so that their norm is at most `limit`; not at all where it is not finite.
 
         Returns the norm before. As many subgroups as there is spare memory for are updated while `norm` (by default
-        of the gradients here) is found out; where it says that gradients are to be scaled, that is dropped. The result
-        is that of clipping first, bit for bit.
+        of the gradients here, which it must not change) is found out; where it says that gradients are to be scaled,
+        that is dropped. The result is that of clipping first, bit for bit.
         """
         subgroups, work = self._bind()
         self._begin(subgroups, work)
