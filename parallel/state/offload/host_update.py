@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 WIDTHS = (8, 16, 4)
 """Elements of a vector of fp32 that torch may use."""
-_PIECE = 1 << 23
+_PIECE = 1 << 21
 """Elements that torch's update takes at once, so that what it needs beside them is small."""
 _KINDS = {torch.float32: 1, torch.bfloat16: 2}
 
@@ -89,17 +89,20 @@ class TorchUpdate(HostUpdate):
     def __call__(self, segments: Sequence[SegmentUpdate], threads: int = 1) -> None:
         del threads  # torch's own
         for segment in segments:
-            numel = segment.gradient.numel()
-            piece = _PIECE if segment.gradient.device.type == "cpu" else max(1, numel)
-            for start in range(0, numel, piece):
-                self._update(segment, slice(start, start + piece))
+            numel, device = segment.gradient.numel(), segment.state[0].device
+            piece = min(numel, _PIECE) if device.type == "cpu" else numel
+            wide = torch.empty(0 if segment.gradient.dtype == torch.float32 else piece, device=device)
+            for start in range(0, numel, max(1, piece)):
+                self._update(segment, slice(start, start + piece), wide)
 
-    def _update(self, segment: SegmentUpdate, cut: slice) -> None:
+    def _update(self, segment: SegmentUpdate, cut: slice, wide: torch.Tensor) -> None:
         p, m, v = (t[cut] for t in segment.target)
         if segment.out is not None:
             for new, old in zip((p, m, v), segment.state, strict=True):
                 new.copy_(old[cut])
-        gradient, options = segment.gradient[cut].to(p.device, torch.float32), segment.options
+        gradient, options = segment.gradient[cut], segment.options
+        if gradient.dtype != torch.float32:
+            gradient = wide[: gradient.numel()].copy_(gradient)
         step = torch.tensor(float(options.step), device=p.device)
         torch._fused_adamw_(
             [p], [gradient], [m], [v], [], [step],
