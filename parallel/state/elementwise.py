@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.state.fragments import mark_fragment
 
 _SHAPE, _CUTS, _STEPS = (6, 7), (0, 13, 42), 3
 
@@ -44,6 +45,8 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: 
     whole = torch.nn.Parameter(values[0].clone())
     flat = values[0].flatten()
     parts = [torch.nn.Parameter(flat[a:b].clone()) for a, b in pairwise(_CUTS)]
+    for part, start in zip(parts, _CUTS, strict=False):
+        mark_fragment(part, start, flat.numel())
     try:
         one, two = _copy(optimizer, group, like, [whole]), _copy(optimizer, group, like, parts)
         for value in values[1:]:
