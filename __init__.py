@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from heteromesh.parallel.attention.api import attention, linear_attention
     from heteromesh.parallel.state.owner import Replicated
     from heteromesh.parallel.state.sharded import Sharded
+    from heteromesh.parallel.state.sharded_weights import ShardedWeights
     from heteromesh.planner.sequences.step import plan_step
     from heteromesh.runtime.config import TrainerConfig
     from heteromesh.runtime.engine.executor import StepExecutor
+    from heteromesh.runtime.engine.layer_major import LayerMajor
     from heteromesh.runtime.engine.passes import PassMajor
     from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
     from heteromesh.runtime.process.environment import is_first
@@ -29,10 +31,12 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientReducer",
     "Hook",
+    "LayerMajor",
     "PassMajor",
     "Reader",
     "Replicated",
     "Sharded",
+    "ShardedWeights",
     "StepCommitted",
     "StepExecutor",
     "Trainer",
@@ -51,10 +55,12 @@ __all__ = [
 _HOME = {
     "GradientReducer": "heteromesh.comm.gradients.reducer",
     "Hook": "heteromesh.runtime.hooks.api",
+    "LayerMajor": "heteromesh.runtime.engine.layer_major",
     "PassMajor": "heteromesh.runtime.engine.passes",
     "Reader": "heteromesh.runtime.work.reader",
     "Replicated": "heteromesh.parallel.state.owner",
     "Sharded": "heteromesh.parallel.state.sharded",
+    "ShardedWeights": "heteromesh.parallel.state.sharded_weights",
     "StepCommitted": "heteromesh.runtime.hooks.api",
     "StepExecutor": "heteromesh.runtime.engine.executor",
     "Trainer": "heteromesh.runtime.trainer",

@@ -41,6 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--shard-weights", action="store_true", help="each rank keeps a part of the parameters")
     parser.add_argument("--shard-optimizer", action="store_true", help="each rank updates a part of the parameters")
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
     parser.add_argument("--compare-batches", type=int, default=0, help="time so many batches under static layouts too")
@@ -71,6 +72,7 @@ def main() -> None:
         learning_rate=options.learning_rate,
         precision=options.precision,
         shard_optimizer=options.shard_optimizer,
+        shard_weights=options.shard_weights,
         checkpoint_every=options.checkpoint_every,
         compare_batches=options.compare_batches,
     )

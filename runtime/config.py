@@ -11,6 +11,12 @@ import torch
 
 from heteromesh.errors import UserError
 
+SHARDED_WEIGHTS_REFUSE = {
+    "fault_tolerance": "no other rank has a lost rank's weights",
+    "compare_batches": "static layouts need the whole model on each rank",
+}
+"""Settings that can't go together with sharded weights, and why."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -35,6 +41,9 @@ class TrainerConfig:
     """Largest norm of all gradients together."""
     shard_optimizer: bool = False
     """Each rank updates its own part of the parameters and has the optimizer's state of no more than that."""
+    shard_weights: bool = False
+    """Each rank has no more than its part of the weights either: a layer is gathered when all passes go through it, and
+    computed again in the backward (docs/sharded-weights.md). Shards the optimizer too."""
     gradient_compression: Literal["none", "int8", "auto"] = "none"
     """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     fault_tolerance: bool = False
@@ -87,8 +96,18 @@ class TrainerConfig:
         self._require(
             "gradient_compression", self.gradient_compression in ("none", "int8", "auto"), "'none', 'int8' or 'auto'"
         )
+        for name, reason in SHARDED_WEIGHTS_REFUSE.items():
+            if self.shard_weights and getattr(self, name):
+                raise UserError(
+                    f"{name} is {getattr(self, name)!r} and shard_weights is on ({reason}): turn one of them off"
+                )
         tokens = self.tokens_per_device
         self._require("tokens_per_device", tokens is None or tokens >= 1, "a whole number >= 1 or None")
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether each rank has a part of the optimizer's state alone."""
+        return self.shard_optimizer or self.shard_weights
 
     @property
     def autocast(self) -> torch.dtype | None:

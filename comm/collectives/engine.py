@@ -76,14 +76,17 @@ class CollectiveEngine:
                 continue
             if item is None:
                 break
-            schedule, ended = item
-            for step in schedule.steps:
-                while self._under_way and self._bytes + step.nbytes > self._window:
-                    self._retire()
-                self._send(schedule, step)
-            self._under_way.append((lambda schedule=schedule, ended=ended: self._end(schedule, ended), 0))  # type: ignore[misc]
+            self._run_schedule(*item)
+            del item  # its tensors are the caller's: they must not wait here for the next one
         while self._under_way:
             self._retire()
+
+    def _run_schedule(self, schedule: ReductionSchedule, ended: threading.Event) -> None:
+        for step in schedule.steps:
+            while self._under_way and self._bytes + step.nbytes > self._window:
+                self._retire()
+            self._send(schedule, step)
+        self._under_way.append((lambda: self._end(schedule, ended), 0))
 
     def _send(self, schedule: ReductionSchedule, step: PieceStep) -> None:
         works: list[Work] = []
@@ -126,6 +129,7 @@ class CollectiveEngine:
                 self._try(work.wait)
             self._try(task.act)
             task.ended.set()
+            del task  # as above
 
     def _try(self, act: Callable[[], object]) -> None:
         if self.error is None:

@@ -73,6 +73,14 @@ class ReductionSchedule:
         for piece in pieces(self.reduction, self.flat.numel(), self.flat.element_size()):
             self._post(piece, members, representatives(self.reduction, piece))
 
+    def release(self) -> None:
+        """Lets go of all tensors, when everything is done: its parts refer to each other, and would live on."""
+        self.tasks.clear()
+        self.steps.clear()
+        self.sends.clear()
+        self._buffers.clear()
+        self.flat = self.flat.new_empty(0)
+
     def send(self, peer: int, tensor: torch.Tensor, stage: int) -> Work:
         """Posts a send of this flow, which keeps the tensor alive."""
         self._buffers.append(tensor)

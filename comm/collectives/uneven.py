@@ -78,6 +78,7 @@ class UnevenCollectives(Collectives):
             with self._recorded(name):
                 wait()
             self.sent_bytes += schedule.sent_bytes
+            schedule.release()
 
         return OnceWork(finish)
 

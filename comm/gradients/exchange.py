@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -80,6 +80,13 @@ class GradientExchange(Protocol):
 
     def last_backward(self) -> None:
         """Says that the next backward is this rank's last in this attempt: buckets leave as they fill."""
+
+    def complete(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Says that this attempt adds no more to the gradients of these parameters, with passes or without.
+
+        Every rank says so of the same parameters in the same order; buckets whose parameters are all complete leave.
+        """
+        del parameters
 
     def flush(self) -> None:
         """Starts all sums that have not been started; also on ranks without passes."""

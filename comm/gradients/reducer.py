@@ -53,6 +53,10 @@ class _Attempt:
     """By bucket, the parameters whose gradients the last backward still owes; None before it has begun."""
     sums: list[_Sum] = field(default_factory=list)
     """Of the buckets that have left."""
+    results: list[torch.Tensor] = field(default_factory=list)
+    """Of those that have been waited for, what this rank gets."""
+    complete: set[nn.Parameter] = field(default_factory=set)
+    """Parameters to whose gradients nothing more is added."""
     facts: _Sum | None = None
     """Loss, valid tokens and presence of gradients."""
     collectives: Collectives | None = None
@@ -84,8 +88,10 @@ class GradientReducer(GradientExchange):
         scatter: bool = False,
         keep: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
+        groups: Sequence[Sequence[nn.Parameter]] = (),
     ) -> None:
-        self.buckets = build_buckets(parameters, bucket_bytes)
+        """groups: see `build_buckets`."""
+        self.buckets = build_buckets(parameters, bucket_bytes, groups)
         self._scatter, self._keep = scatter, keep
         self._homes = {p: (i, k) for i, bucket in enumerate(self.buckets) for k, p in enumerate(bucket.parameters)}
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._homes]
@@ -139,6 +145,23 @@ class GradientReducer(GradientExchange):
     def last_backward(self) -> None:
         self._attempt.missing = [set(bucket.parameters) for bucket in self.buckets]
 
+    def complete(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Starts the sums of the buckets that are complete, then takes those in that were started before.
+
+        These had the time of the computation between two calls; of each, this rank keeps what it gets.
+        """
+        attempt = self._attempt
+        attempt.complete.update(parameters)
+        if self._in_place:
+            return
+        before = len(attempt.sums)
+        while len(attempt.sums) < len(self.buckets) and attempt.complete.issuperset(
+            self.buckets[len(attempt.sums)].parameters
+        ):
+            self._launch()
+        while len(attempt.results) < before:
+            self._take_in()
+
     def flush(self) -> None:
         if self._in_place:
             return
@@ -152,20 +175,22 @@ class GradientReducer(GradientExchange):
         if self._in_place:
             flags = [parameter.grad is not None for parameter in self._homes]
             return self._summed(self._own_facts(flags), (), "", 0.0)
-        start, words, tensors, vector = time.perf_counter(), [], [], self._attempt.facts
+        start, words, vector = time.perf_counter(), [], self._attempt.facts
         assert vector
-        for number, under_way in enumerate(self._attempt.sums):
-            self._wait(number, under_way)
+        while len(self._attempt.results) < len(self._attempt.sums):
+            flat = self._take_in()
             if self._keep and not self._scatter:
-                words.append(checksum(bytes_of(under_way.flat.cpu())).to_bytes(8, "big"))
-            tensors.append(self._own_range(number, under_way.flat))
+                words.append(checksum(bytes_of(flat.cpu())).to_bytes(8, "big"))
         if vector.work is not None:
             vector.work.wait()
         waited, facts = time.perf_counter() - start, vector.flat.cpu()
         self._take_off()
+        # whoever gets them gives their memory back
+        tensors = tuple(self._attempt.results)
+        self._attempt.results.clear()
         self._attempt.unfinished = False
         digest = hashlib.blake2b(b"".join((*words, bytes_of(facts))), digest_size=16).hexdigest() if self._keep else ""
-        return self._summed(facts, tuple(tensors), digest, waited)
+        return self._summed(facts, tensors, digest, waited)
 
     def committed(self) -> None:
         self._step = -1
@@ -202,6 +227,11 @@ class GradientReducer(GradientExchange):
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         number, index = self._homes[parameter]
+        if number < len(self._attempt.sums):
+            raise UserError(
+                f"a parameter of shape {tuple(parameter.shape)} got a gradient again when its sum had begun, as it is "
+                "used in several parts that are computed again each by itself: checkpoint with use_reentrant=False"
+            )
         if parameter.grad.is_sparse and self._scatter:
             raise UserError(
                 f"a parameter of shape {tuple(parameter.shape)} got a sparse gradient, which can't be sharded: "
@@ -211,11 +241,6 @@ class GradientReducer(GradientExchange):
         attempt = self._attempt
         if attempt.missing is None:
             return
-        if number < len(attempt.sums):
-            raise UserError(
-                f"a parameter of shape {tuple(parameter.shape)} got a gradient again when its sum had begun, as it is "
-                "used in several parts that are computed again each by itself: checkpoint with use_reentrant=False"
-            )
         attempt.missing[number].discard(parameter)
         while len(attempt.sums) < len(self.buckets) and not attempt.missing[len(attempt.sums)]:
             self._launch()
@@ -260,6 +285,14 @@ class GradientReducer(GradientExchange):
         numbers = [sum(float(s.loss) for s in shares), float(sum(s.valid for s in shares)), *map(float, flags)]
         return torch.tensor(numbers, dtype=torch.float64, device=self._world.device)
 
+    def _take_in(self) -> torch.Tensor:
+        """Waits for the next sum that has been started; returns it whole, or this rank's range of it."""
+        number = len(self._attempt.results)
+        flat = self._attempt.sums[number].flat
+        self._wait(number, self._attempt.sums[number])
+        self._attempt.results.append(self._own_range(number, flat))
+        return self._attempt.results[-1]
+
     def _wait(self, number: int, under_way: _Sum) -> None:
         collectives = self._attempt.collectives
         if under_way.work is None or collectives is None:
@@ -277,6 +310,9 @@ class GradientReducer(GradientExchange):
         self._totals.pop(number, None)
         if not self._keep:
             self._ledger.open(_EVERYBODY).flats.pop(number, None)
+            for parameter in self.buckets[number].parameters:
+                parameter.grad = None
+        self._attempt.sums[number] = self._attempt.sums[number]._replace(flat=flat.new_empty(0))
         return flat[low:high].clone()
 
     def _summed(self, facts: torch.Tensor, tensors: tuple[torch.Tensor, ...], digest: str, waited: float) -> Summed:

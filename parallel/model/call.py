@@ -36,7 +36,9 @@ class ModelCall:
             )
         self._model, self._takes_targets = model, "targets" in parameters
         self._needs_targets = self._takes_targets and parameters["targets"].default is inspect.Parameter.empty
-        self._options = {"use_cache": False} if "use_cache" in parameters else {}
+        # wrappers (PEFT's) hand on what they don't know
+        has_cache = takes_any and hasattr(getattr(model, "config", None), "use_cache")
+        self._options = {"use_cache": False} if "use_cache" in parameters or has_cache else {}
 
     @property
     def takes_targets(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from torch import nn
 
 from heteromesh.parallel.model.call import plain_name
@@ -15,3 +18,12 @@ def outermost_layers(model: nn.Module) -> dict[str, nn.Module]:
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return {plain_name(f"{name}.{child}"): layer for name in outer for child, layer in lists[name].named_children()}
+
+
+def own_parameters(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[list[nn.Parameter]]:
+    """Returns by layer its parameters; those that something else has too (tied weights) are no layer's."""
+    inside = [dict.fromkeys(layer.parameters()) for layer in layers.values()]
+    skipped = {module for layer in layers.values() for module in layer.modules()}
+    outside = {p for m in model.modules() if m not in skipped for p in m.parameters(recurse=False)}
+    counts = Counter(p for own in inside for p in own)
+    return [[p for p in own if counts[p] == 1 and p not in outside] for own in inside]

@@ -43,13 +43,29 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class _Offload:
+class ActivationOffload:
+    """Sends a share of the bytes that it is given to keep to host memory."""
+
     ratio: float
     smallest: int
+    """Bytes below which a tensor stays."""
     kept: frozenset[int]
+    """Addresses of memory that is never moved."""
     count: OffloadCount
     stream: Any
+    """For copies; None off CUDA."""
     seen: dict[tuple[Any, ...], _Seen] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, ratio: float, parameters: Sequence[torch.Tensor], device: torch.device | None, smallest: int = 4096
+    ) -> ActivationOffload:
+        """Returns one for a pass; parameters: never moved. Raises ValueError for a ratio outside 0..1."""
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"offload ratio {ratio} is not between 0 (keep all) and 1 (move all)")
+        kept = frozenset(p.untyped_storage().data_ptr() for p in parameters)
+        stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        return cls(ratio, smallest, kept, OffloadCount(), stream)
 
     def pack(self, tensor: torch.Tensor) -> _OnHost | torch.Tensor:
         """Moves the tensor while the share moved so far is below the ratio; large tensors only."""
@@ -107,12 +123,7 @@ def offload(
     run on a stream of their own into pinned memory; on the CPU it is a plain copy. Raises ValueError for a ratio
     outside 0..1.
     """
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"offload ratio {ratio} is not between 0 (keep all) and 1 (move all)")
-    count = OffloadCount()
-    kept = frozenset(p.untyped_storage().data_ptr() for p in parameters)
-    stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
-    state = _Offload(ratio, smallest, kept, count, stream)
+    state = ActivationOffload.of(ratio, parameters, device, smallest)
     with torch.autograd.graph.saved_tensors_hooks(state.pack, state.unpack):
-        yield count
+        yield state.count
     state.seen.clear()

@@ -104,7 +104,7 @@ def check_model(model: nn.Module, sample: torch.Tensor, longest: int, *, split: 
         stack.enter_context(undisturbed(model))
         for hook in follow_lengths(model):
             stack.callback(hook.remove)
-        stack.enter_context(_exactly(model))
+        stack.enter_context(exactly(model))
         tracer = Tracer(model)
         stack.enter_context(tracer.attached())
         trial = _Trial(model, tracer, device, own_loss)
@@ -317,7 +317,7 @@ def _rounded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _exactly(model: nn.Module) -> Iterator[None]:
+def exactly(model: nn.Module) -> Iterator[None]:
     """Computes in float32 at least, where the device has room, and without compilers within the block."""
     halves = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     if halves and halves[0].device.type == "cuda":

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.state.fragments import mark_fragment
 
 _SHAPE, _CUTS, _STEPS = (6, 7), (0, 13, 42), 3
 
 
-def is_elementwise_state(key: str, value: object, parameter: torch.Tensor) -> bool:
-    """Says whether an entry of a parameter's optimizer state has one value for each of its elements."""
-    return isinstance(value, torch.Tensor) and has_value_per_element(key, value.shape, parameter)
+def is_elementwise_state(key: str, value: object, whole: Sequence[int]) -> bool:
+    """Says whether an entry of the optimizer state of a parameter of shape `whole` has one value for each element."""
+    return isinstance(value, torch.Tensor) and has_value_per_element(key, value.shape, whole)
 
 
-def has_value_per_element(key: str, shape: Sequence[int], parameter: torch.Tensor) -> bool:
+def has_value_per_element(key: str, shape: Sequence[int], whole: Sequence[int]) -> bool:
     """Says the same of an entry's key and shape."""
-    return tuple(shape) == tuple(parameter.shape) and key != "step"  # of a parameter without dimensions, one number too
+    return tuple(shape) == tuple(whole) and key != "step"  # of a parameter without dimensions, one number too
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> float:
@@ -44,6 +45,8 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: 
     whole = torch.nn.Parameter(values[0].clone())
     flat = values[0].flatten()
     parts = [torch.nn.Parameter(flat[a:b].clone()) for a, b in pairwise(_CUTS)]
+    for part, start in zip(parts, _CUTS, strict=False):
+        mark_fragment(part, start, flat.numel())
     try:
         one, two = _copy(optimizer, group, like, [whole]), _copy(optimizer, group, like, parts)
         for value in values[1:]:
@@ -64,7 +67,7 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: 
             "shard_optimizer off"
         )
     state = one.state[whole]
-    size: int = sum(v.nbytes for k, v in state.items() if is_elementwise_state(k, v, whole))
+    size: int = sum(v.nbytes for k, v in state.items() if is_elementwise_state(k, v, whole.shape))
     return size / whole.numel()
 
 
@@ -83,7 +86,7 @@ def _copy(
     first = 0
     for parameter in parameters:
         for key, value in optimizer.state.get(like, {}).items():
-            if is_elementwise_state(key, value, like):
+            if is_elementwise_state(key, value, like.shape):
                 endless = value.flatten().repeat(-(-(first + parameter.numel()) // max(1, value.numel())))
                 value = endless[first : first + parameter.numel()].view(parameter.shape).clone()
             elif isinstance(value, torch.Tensor):

@@ -45,11 +45,7 @@ class FlatBuckets:
         ]
 
     def _fragments_of(self, number: int, low: int, high: int) -> Iterator[Fragment]:
-        bucket, flat = self.buckets[number], self.flats[number]
-        for parameter, (start, stop) in zip(bucket.parameters, pairwise(bucket.offsets), strict=True):
-            first, last = max(low, start), min(high, stop)
-            if first < last:
-                yield Fragment(parameter, first - start, nn.Parameter(flat[first:last]), number, first)
+        return fragments_of(self.buckets[number], number, low, self.flats[number][low:high])
 
     def digest(self) -> str:
         """Returns a checksum of all values."""
@@ -84,12 +80,26 @@ class FlatBuckets:
             part.copy_(place)
 
 
+def fragments_of(bucket: Bucket, number: int, low: int, memory: torch.Tensor) -> Iterator[Fragment]:
+    """Yields what elements [low, low + n) of the number-th bucket cover, in memory (n,), of each whole parameter."""
+    for parameter, shape, (start, stop) in zip(bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True):
+        first, last = max(low, start), min(low + memory.numel(), stop)
+        if first < last:
+            part = nn.Parameter(memory[first - low : last - low])
+            yield Fragment(parameter, shape, first - start, part, number, first)
+
+
 def _flatten(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """Moves parameters into one flat tensor, of which they are views from now on."""
     flat = torch.cat([p.detach().reshape(-1) for p in parameters])
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.data = part.view(parameter.shape)
     return flat
+
+
+def take_out(parameter: nn.Parameter) -> None:
+    """Leaves a parameter without elements, so that what uses it fails; its memory is left to others who have it."""
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
 def check_parameters(optimizer: torch.optim.Optimizer, model: nn.Module, buckets: Sequence[Bucket]) -> None:

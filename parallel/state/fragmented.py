@@ -110,7 +110,9 @@ class FragmentedOptimizer:
         mine = []
         for fragment in self.fragments:
             state = {
-                k: (v.cpu(), is_elementwise_state(k, v, fragment.tensor)) if isinstance(v, torch.Tensor) else (v, False)
+                k: (v.cpu(), is_elementwise_state(k, v, fragment.tensor.shape))
+                if isinstance(v, torch.Tensor)
+                else (v, False)
                 for k, v in self.inner.state.get(fragment.tensor, {}).items()
             }
             mine.append((number[fragment.parameter], fragment.start, state))
@@ -140,7 +142,7 @@ class FragmentedOptimizer:
             if given is not None:
                 # copies: torch's loading may keep what it is given, and the caller's optimizer goes on with its own
                 states[i] = {
-                    k: fragment.slice_of(v).clone() if is_elementwise_state(k, v, fragment.parameter) else deepcopy(v)
+                    k: fragment.slice_of(v).clone() if is_elementwise_state(k, v, fragment.shape) else deepcopy(v)
                     for k, v in given.items()
                 }
         self._load(states, whole["param_groups"])
@@ -155,9 +157,7 @@ class FragmentedOptimizer:
             state, name = self.inner.state.get(fragment.tensor, {}), self._names[fragment.parameter]
             assert name not in found, f"{name} is held in several fragments"
             found[name] = {
-                k: Piece(v, fragment.parameter.shape, fragment.start)
-                if is_elementwise_state(k, v, fragment.tensor)
-                else v
+                k: Piece(v, fragment.shape, fragment.start) if is_elementwise_state(k, v, fragment.tensor.shape) else v
                 for k, v in state.items()
             }
         return {"state": found, "param_groups": self._named_groups()}
@@ -224,7 +224,7 @@ def _buffer(key: str, entry: Any, fragment: Fragment) -> Any:
     """Returns where a stored value of a fragment is loaded to; None for what is no tensor. entry: torch's metadata."""
     if not isinstance(entry, TensorStorageMetadata):
         return None
-    if not has_value_per_element(key, entry.size, fragment.parameter):
+    if not has_value_per_element(key, entry.size, fragment.shape):
         return torch.empty(entry.size, dtype=entry.properties.dtype)
     empty = torch.empty(fragment.tensor.numel(), dtype=entry.properties.dtype)
     return Piece(empty, entry.size, fragment.start)

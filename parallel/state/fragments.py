@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+_PLACE = "_fragment_place"
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes), one each a dimension."""
 
@@ -17,7 +19,9 @@ class Fragment:
     """Elements [start, start + numel) of a parameter, counted in row-major order."""
 
     parameter: torch.nn.Parameter
-    """The whole, as the model has it."""
+    """The whole, as the model has it; where weights are sharded it may be empty at times."""
+    shape: torch.Size
+    """Of the whole parameter."""
     start: int
     tensor: torch.nn.Parameter
     """(n,): the same memory; what the inner optimizer updates."""
@@ -25,6 +29,9 @@ class Fragment:
     """In which bucket of the gradients the parameter lies."""
     first: int
     """Where in the bucket's flat tensor the fragment begins."""
+
+    def __post_init__(self) -> None:
+        mark_fragment(self.tensor, self.start, self.parameter.numel())
 
     @property
     def last(self) -> int:
@@ -34,6 +41,17 @@ class Fragment:
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Returns the fragment's elements (n,) of a tensor of the parameter's shape."""
         return whole.reshape(-1)[self.start : self.start + self.tensor.numel()]
+
+
+def mark_fragment(tensor: torch.Tensor, start: int, numel: int) -> None:
+    """Notes on a tensor that it is the elements from `start` on of one with so many, for optimizers that ask."""
+    setattr(tensor, _PLACE, (start, numel))
+
+
+def place_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Returns the first element and the number of all elements of the tensor of which this is a fragment, or whole."""
+    place: tuple[int, int] = getattr(tensor, _PLACE, (0, tensor.numel()))
+    return place
 
 
 class Piece:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -74,6 +75,13 @@ class StateOwner(Protocol):
 
     def adopt(self, state: Any) -> None:
         """Takes another member's snapshot."""
+
+    def model_entries(self, model: nn.Module) -> dict[str, Any]:
+        """Returns what a checkpoint has of the model, by name; `Piece` where a part of a tensor is here.
+
+        What is loaded into the pieces is in the weights when `load_entries` has been called.
+        """
+        return dict(get_model_state_dict(model))
 
     def checkpoint_entries(self) -> dict[str, Any]:
         """Returns "state" (by parameter name) and "param_groups"; `Piece` where a part of a tensor is here."""

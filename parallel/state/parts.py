@@ -37,7 +37,7 @@ def split_state(state: Mapping[str, Any], fragment: Fragment, low: int, high: in
     if first >= last:
         return None
     cut = slice(first - fragment.first, last - fragment.first)
-    by_element = {k: v[cut] for k, v in state.items() if is_elementwise_state(k, v, fragment.tensor)}
+    by_element = {k: v[cut] for k, v in state.items() if is_elementwise_state(k, v, fragment.tensor.shape)}
     common = {k: v for k, v in state.items() if k not in by_element}
     return StatePart(fragment.bucket, first, last, by_element, common)
 

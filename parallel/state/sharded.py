@@ -29,6 +29,7 @@ from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
 from heteromesh.parallel.state.parts import StatePart, exchange_state, plan_moves
+from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.planner.ownership.ownership import Ownership, Range
 
 COPIES = 2
@@ -116,15 +117,7 @@ class Sharded(StateOwner):
             self._hand_out(summed)
             return norm
         self._hand_out(summed)
-        mine = [f.tensor.grad for f in self.fragments if f.tensor.grad is not None]
-        squares = torch.zeros(world.size, dtype=torch.float64)
-        squares[world.rank] = _squared_norm(mine)
-        # one number a rank, added in rank order: the same bits everywhere
-        norm = math.sqrt(sum(world.sum(squares).tolist()))
-        if math.isfinite(norm):
-            total = torch.tensor(norm, device=world.device)
-            nn.utils.clip_grads_with_norm_([f.tensor for f in self.fragments], limit, total)
-        return norm
+        return clip_ranges(self.fragments, limit, world)
 
     def update(self) -> None:
         """Updates and starts to gather the parameters, in a world that stays."""
@@ -232,11 +225,7 @@ class Sharded(StateOwner):
 
     def _hand_out(self, summed: Summed) -> None:
         """Makes the sums the fragments' gradients, as views."""
-        for fragment in self.fragments:
-            fragment.tensor.grad = None
-            if summed.present[fragment.parameter]:
-                start = self._starts[fragment.bucket]
-                fragment.tensor.grad = summed.tensors[fragment.bucket][fragment.first - start : fragment.last - start]
+        hand_out_ranges(self.fragments, self._starts, summed)
 
     def _collect(self, world: World, wanted: Callable[[int, int], Sequence[Range]]) -> list[StatePart]:
         """Returns the state that this rank wants, from those who hold it.
@@ -299,10 +288,3 @@ def _transport_of(world: World) -> TcpTransport:
     transport = world.exchange
     assert isinstance(transport, TcpTransport), "members come and go only over the TCP data plane"
     return transport
-
-
-def _squared_norm(tensors: Sequence[torch.Tensor]) -> float:
-    """Returns that of all together; norms of low-precision tensors are formed in float32."""
-    wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
-    norms = [torch.linalg.vector_norm(t, dtype=dtype).double() for t, dtype in zip(tensors, wide, strict=True)]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,7 +48,7 @@ class PassMajor:
         loss: Loss | None = None,
     ) -> None:
         self._loss = loss
-        self.model, self._seed, self._autocast = model, seed, autocast
+        self.model, self._seed, self.autocast = model, seed, autocast
         self._randomness = PassRandomness(model)
         self._call = ModelCall(model)
         self._rotary = follow_lengths(model)
@@ -65,7 +65,7 @@ class PassMajor:
     def run(self, assignment: Assignment, world: World, exchange: GradientExchange) -> Measurements:
         assert assignment.step is not None
         mine = assignment.step.passes_of(world.rank)
-        timer, ran = _PassTimer(world), []
+        timer, ran = PassTimer(world), []
         for position, plan in mine:
             members = tuple(world.members[rank] for rank in plan.ranks)
             places = tuple(assignment.places[i] for i in plan.sequences)
@@ -76,12 +76,7 @@ class PassMajor:
                 if position == mine[-1][0]:
                     exchange.last_backward()
                 ran.append(self._pass(assignment, world, plan, position, places, share))
-        measured = timer.measurements()
-        # asked once a step and when the passes are through: on a device the answer has to be waited for
-        if not ran or bool(torch.stack([one.losses.sum() for one in ran]).isfinite().all()):
-            return measured
-        found = [blamed for one in ran for blamed in one.non_finite(world.rank)]
-        return replace(measured, non_finite=tuple(found))
+        return measured(timer, ran, world.rank)
 
     def forward_backward(
         self,
@@ -100,11 +95,27 @@ class PassMajor:
         by which random numbers are drawn. The gradient added to the parameters is that of the losses' sum divided by
         `divisor`.
         """
+        forward = self._forward(context, batch, divisor, world, offload_ratio, number, places)
+        with forward as (made, loss), known_in_backward(loss):
+            loss.backward()
+        return PassLosses(made.losses.detach(), made.weights)
+
+    @contextmanager
+    def _forward(
+        self,
+        context: PassContext,
+        batch: PassInput,
+        divisor: int,
+        world: World,
+        offload_ratio: float,
+        number: int,
+        places: Sequence[int],
+    ) -> Iterator[tuple[PassLosses, torch.Tensor]]:
+        """Runs a pass's forward; gives its losses and what is to be backpropagated. The pass is active in the block."""
         device = world.device
         tokens, positions, labels = (
             t.to(device, non_blocking=True) for t in (batch.tokens, batch.positions, batch.labels)
         )
-        weights = tuple(self.model.parameters())
         where = token_places(
             context.layout.segments[context.member],
             batch.by_sequence(places) or range(len(context.layout.lengths)),
@@ -112,18 +123,19 @@ class PassMajor:
             batch.starts,
         )
         with context.active(), self._randomness.during(self._seed, number, where):
-            moving = offload(offload_ratio, weights, device=device) if offload_ratio else nullcontext()
-            with moving, torch.autocast(device.type, self._autocast) if self._autocast else nullcontext():
+            precision = torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+            with self._moving(offload_ratio, device), precision:
                 if self._loss is None:
                     made = PassLosses(self._call.losses(tokens, positions, labels), labels[0] != IGNORED)
                 else:
                     made = self._own_losses(self._loss, context, batch, tokens, positions)
             if context.order is not None:
                 context.order.agree()
-            loss = made.losses.sum() / divisor
-            with known_in_backward(loss):
-                loss.backward()
-        return PassLosses(made.losses.detach(), made.weights)
+            yield made, made.losses.sum() / divisor
+
+    def _moving(self, ratio: float, device: torch.device) -> AbstractContextManager[object]:
+        """Returns a context whose forward sends that share of what backward needs to host memory."""
+        return offload(ratio, tuple(self.model.parameters()), device=device) if ratio else nullcontext()
 
     def _own_losses(
         self, loss: Loss, context: PassContext, batch: PassInput, tokens: torch.Tensor, positions: torch.Tensor
@@ -134,25 +146,36 @@ class PassMajor:
 
     def _pass(
         self, assignment: Assignment, world: World, plan: Pass, position: int, places: Sequence[int], share: Share
-    ) -> _Ran:
+    ) -> RanPass:
         """Runs a pass into a share."""
-        lengths, batch = [assignment.batch.lengths[i] for i in places], assignment.inputs[position]
-        context = prepare_pass(*batch.divided(plan, lengths), world, assignment.speeds)
-        losses, weights = self.forward_backward(
-            context, batch, assignment.divisor, world, plan.offload, assignment.number, places
-        )
-        share.loss += losses.double().sum()
-        share.valid += weights.double().sum()
-        return _Ran(context.layout.segments[context.member], batch.by_sequence(places), losses)
+        context, batch = prepared(assignment, world, plan, position)
+        made = self.forward_backward(context, batch, assignment.divisor, world, plan.offload, assignment.number, places)
+        return RanPass.counted(context, batch, places, made, share)
+
+
+def prepared(assignment: Assignment, world: World, plan: Pass, position: int) -> tuple[PassContext, PassInput]:
+    """Returns what this rank needs to run a pass of the step, and its tensors."""
+    lengths = [assignment.batch.lengths[assignment.places[i]] for i in plan.sequences]
+    batch = assignment.inputs[position]
+    return prepare_pass(*batch.divided(plan, lengths), world, assignment.speeds), batch
 
 
 @dataclass(frozen=True, slots=True)
-class _Ran:
+class RanPass:
     """A pass that this rank has run: what it held of which sequences (`places` in the batch), and the losses (n,)."""
 
     segments: Sequence[Segment]
     places: Sequence[int]
     losses: torch.Tensor
+
+    @classmethod
+    def counted(
+        cls, context: PassContext, batch: PassInput, places: Sequence[int], made: PassLosses, share: Share
+    ) -> RanPass:
+        """Adds what a pass has come to to its share."""
+        share.loss += made.losses.double().sum()
+        share.valid += made.weights.double().sum()
+        return cls(context.layout.segments[context.member], batch.by_sequence(places), made.losses)
 
     def non_finite(self, rank: int) -> Iterator[NonFinite]:
         """Yields the sequences whose losses on this rank are not finite."""
@@ -161,44 +184,54 @@ class _Ran:
                 yield NonFinite(rank, self.places[segment.sequence], value)
 
 
-class _PassTimer:
-    """Seconds of this rank's passes, by the device's own clock where it has one."""
+class PassTimer:
+    """Seconds of this rank's passes, by the device's own clock where it has one. A pass may come in several parts."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._seconds: dict[int, float] = {}
-        self._events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+        self._events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self._sent: dict[int, int] = {}
         self._waited: dict[int, float] = {}
 
     @contextmanager
     def time(self, position: int, name: str) -> Iterator[None]:
-        """Times one pass and records its span."""
+        """Times a pass, or a part of it, and records its span."""
         recorder, cuda = self._world.recorder, self._world.device.type == "cuda"
         recorder.take_comm_seconds()
         if cuda:
-            self._events[position] = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._events[position][0].record()
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events.setdefault(position, []).append(events)
+            events[0].record()
         start, sent = time.perf_counter(), recorder.exchanged_bytes
         with recorder.span(name, "pass"):
             yield
-        self._seconds[position] = time.perf_counter() - start
-        self._sent[position] = recorder.exchanged_bytes - sent
+        self._seconds[position] = self._seconds.get(position, 0.0) + time.perf_counter() - start
+        self._sent[position] = self._sent.get(position, 0) + recorder.exchanged_bytes - sent
         if cuda:
-            self._events[position][1].record()
-        self._waited[position] = recorder.take_comm_seconds()
+            events[1].record()
+        self._waited[position] = self._waited.get(position, 0.0) + recorder.take_comm_seconds()
 
     def measurements(self) -> Measurements:
         """Returns what all passes took; waits for the device."""
-        for position, (start, end) in self._events.items():
-            end.synchronize()
-            self._seconds[position] = start.elapsed_time(end) / 1e3
+        for position, parts in self._events.items():
+            parts[-1][1].synchronize()
+            self._seconds[position] = sum(start.elapsed_time(end) for start, end in parts) / 1e3
         passes = tuple(
             PassMeasure(position, self._world.rank, seconds, self._waited[position], self._sent[position])
             for position, seconds in self._seconds.items()
         )
         busy = max(0.0, sum(self._seconds.values()) - sum(self._waited.values()))
         return Measurements(passes=passes, busy_seconds=busy)
+
+
+def measured(timer: PassTimer, ran: Sequence[RanPass], rank: int) -> Measurements:
+    """Returns what this rank's passes took, and which sequences had losses that are not finite."""
+    found = timer.measurements()
+    # asked once a step and when the passes are through: on a device the answer has to be waited for
+    if not ran or bool(torch.stack([one.losses.sum() for one in ran]).isfinite().all()):
+        return found
+    return replace(found, non_finite=tuple(blamed for one in ran for blamed in one.non_finite(rank)))
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -35,7 +35,13 @@ from heteromesh.runtime.records.checkpoint_files import (
     remove,
     remove_parts,
 )
-from heteromesh.runtime.records.checkpoint_pieces import PieceLoadPlanner, PieceSavePlanner, Stored, stored_state
+from heteromesh.runtime.records.checkpoint_pieces import (
+    PieceLoadPlanner,
+    PieceSavePlanner,
+    Stored,
+    stored_state,
+    stored_weights,
+)
 
 # one process without a process group is what this module asks for when it says no_dist
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -53,7 +59,9 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, world: World, keep: int, whole: nn.Module | None = None) -> None:
-        self._directory, self._world, self._keep, self._model = directory, world, keep, whole
+        self._directory, self._world, self._keep = directory, world, keep
+        # now: weights may be elsewhere later
+        self._shapes = _shapes(whole) if whole is not None else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
         self._pending: Future[None] | None = None
         self._token: str = world.once(lambda: secrets.token_hex(4))
@@ -73,7 +81,7 @@ class Checkpoints:
         meta = {
             "schema": 2,
             "step": step,
-            "parameters": _shapes(model if self._model is None else self._model),
+            "parameters": self._shapes or _shapes(model),
             "trainer": dict(trainer),
         }
         self._pending = self._thread.submit(self._write, step, state, meta)
@@ -119,12 +127,14 @@ class Checkpoints:
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
         meta = read_meta(path)
-        _compare(meta["parameters"], _shapes(model if self._model is None else self._model), path)
+        _compare(meta["parameters"], self._shapes or _shapes(model), path)
         try:
             stored = stored_state(path)
             buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
-            pieces = _take_pieces(buffers, stored)
-            state = {"model": get_model_state_dict(model), "optimizer": buffers}
+            weights = owner.model_entries(model)
+            sharded = _take_weights(weights, path)
+            pieces = _take_pieces(buffers, stored) | sharded
+            state = {"model": weights, "optimizer": buffers}
             load(
                 state,
                 storage_reader=MetadataReader(path),
@@ -137,7 +147,8 @@ class Checkpoints:
                 f"checkpoint {path} is incomplete or damaged ({_reason(error)}): "
                 "remove it to resume from the one before, or start anew in another run directory"
             ) from error
-        set_model_state_dict(model, state["model"])
+        # pieces are in their owner's memory already
+        set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not sharded))
         _put_pieces(state["optimizer"], stored, pieces)
         owner.load_entries(state["optimizer"], stored)
         trainer: dict[str, Any] = meta["trainer"]
@@ -199,7 +210,7 @@ class Checkpoints:
 
 def _state(model: nn.Module, owner: StateOwner) -> dict[str, Any]:
     entries = owner.checkpoint_entries()  # first: it waits for parameters that are still on their way
-    return {"model": get_model_state_dict(model), "optimizer": entries}
+    return {"model": owner.model_entries(model), "optimizer": entries}
 
 
 def _take_pieces(buffers: dict[str, Any], stored: Mapping[str, Mapping[str, Stored]]) -> dict[str, Piece]:
@@ -209,6 +220,13 @@ def _take_pieces(buffers: dict[str, Any], stored: Mapping[str, Mapping[str, Stor
         for key in [key for key, value in entries.items() if isinstance(value, Piece)]:
             found[stored[name][key].flat] = entries.pop(key)
     return found
+
+
+def _take_weights(weights: dict[str, Any], path: Path) -> dict[str, Piece]:
+    """Does the same with a model's weights. Raises KeyError where the checkpoint has no such tensor."""
+    names = [name for name, value in weights.items() if isinstance(value, Piece)]
+    flat = stored_weights(path) if names else {}
+    return {flat[name]: weights.pop(name) for name in names}
 
 
 def _put_pieces(

@@ -104,6 +104,13 @@ def stored_state(path: Path) -> dict[str, dict[str, Stored]]:
     return found
 
 
+def stored_weights(path: Path) -> dict[str, str]:
+    """Returns by name of a model's tensor its key in a checkpoint."""
+    metadata = MetadataReader(path).read_metadata()
+    where = {flat: tuple((metadata.planner_data or {}).get(flat, ())) for flat in metadata.state_dict_metadata}
+    return {str(names[1]): flat for flat, names in where.items() if len(names) == 2 and names[0] == "model"}
+
+
 def _chunks(piece: Piece) -> list[ChunkStorageMetadata]:
     return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in piece.boxes()]
 

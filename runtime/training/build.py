@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.int8 import Int8Collectives, seconds_per_value
@@ -128,6 +129,7 @@ def _check_stages(config: TrainerConfig, path: str | Path) -> None:
     """Raises UserError where a job whose plan has stages wants what stages don't have."""
     reasons = {
         "shard_optimizer": "each rank has the state of its stage only",
+        "shard_weights": "each rank has the weights of its stage only",
         "fault_tolerance": "no other rank has a stage's weights",
         "compare_batches": "static layouts need the whole model on each rank",
     }
@@ -160,18 +162,24 @@ def build_costs(config: TrainerConfig, cluster: Cluster, executor: StepExecutor,
 
 @contextmanager
 def build_collectives(
-    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, world: World
+    config: TrainerConfig,
+    cluster: Cluster,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    layers: Sequence[Sequence[nn.Parameter]] = (),
 ) -> Iterator[Collectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
     Where hosts are described with several Ethernet NICs and all can be used, over all of them
     (runtime/network/nics.py). None in a world of one rank. Raises UserError when the optimizer is to be sharded and
     can't be, or its state fits nowhere, and where the user named NICs that can't be used.
+
+    layers: by layer its weights, where these are dealt out too.
     """
     if world.size == 1:
         yield None
         return
-    limits = world.once(lambda: _limits(config, cluster, optimizer))
+    limits = world.once(lambda: _limits(config, cluster, optimizer, layers))
     if world.device.type != "cpu":
         assert world.gradients
         fractions = world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions
@@ -213,14 +221,24 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
     collectives.transport.close()
 
 
-def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
-    """Per rank, the largest fraction of a sharded optimizer that it has memory for; None: no limits."""
+def _limits(
+    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, layers: Sequence[Sequence[nn.Parameter]]
+) -> tuple[float, ...] | None:
+    """Per rank, the largest fraction of what is dealt out that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
-    if not config.shard_optimizer or not cluster_path(config):
+    if not config.shards_state or not cluster_path(config):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
-    return largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+    whole = sum(p.nbytes for p in parameters)
+    if not layers:
+        return largest_fractions(cluster, parameter_bytes=whole, state_bytes=state)
+    # weights and gradients are dealt out too; whole on each rank are two layers and what is outside layers
+    inside = {p for own in layers for p in own}
+    largest = max(sum(p.nbytes for p in own) for own in layers)
+    gathered = 2 * largest + sum(p.nbytes for p in parameters if p not in inside)
+    frozen = sum(p.nbytes for p in inside if not p.requires_grad)
+    return largest_fractions(cluster, parameter_bytes=gathered, state_bytes=state + 2 * whole + frozen)
 
 
 @contextmanager

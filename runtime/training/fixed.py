@@ -30,7 +30,7 @@ from heteromesh.runtime.training.build import build_cluster, build_plan, cluster
 from heteromesh.runtime.training.consistency import check_equal, job_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.modes import Mode, Stages, WholeModel
+from heteromesh.runtime.training.modes import LayerByLayer, Mode, Stages, WholeModel
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import End, Evaluate, Save
@@ -166,7 +166,8 @@ class FixedJob:
         job, world, plan = self.job, self.world, self.plan
         basis = stages_of(plan.layout, f"plan file {plan_path(job.config)}: layout") if plan else None
         if plan is None or basis is None:
-            return WholeModel(job, world, self.cluster, plan, stack, costs)
+            kind = LayerByLayer if job.config.shard_weights else WholeModel
+            return kind(job, world, self.cluster, plan, stack, costs)
         return Stages(job, world, self.cluster, plan, basis, stack)
 
     def _writer(self) -> CheckpointWriter:

@@ -16,6 +16,7 @@ from heteromesh.comm.gradients.exchange import GradientExchange
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -23,6 +24,7 @@ from heteromesh.parallel.pipeline.exchange import StageExchange
 from heteromesh.parallel.pipeline.owner import StageOwner
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
+from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.json import costs_from_json, costs_to_json
 from heteromesh.planner.cost.measured import bind
@@ -33,6 +35,7 @@ from heteromesh.planner.stages.json import Basis
 from heteromesh.runtime.engine.api import Engine
 from heteromesh.runtime.engine.baselines import EvenSplit, compare
 from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
@@ -40,6 +43,7 @@ from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
 from heteromesh.runtime.training.job import Job, name_of
+from heteromesh.runtime.training.layer_trial import try_layers
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -93,21 +97,17 @@ class WholeModel(Mode):
         unexpand(job.model)
         self.held = job.model.to(world.device)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
-        sharded = config.shard_optimizer and world.size > 1
-        self.engine = PassMajor(
-            job.model,
-            seed=config.seed,
-            autocast=config.autocast,
-            checkpoint_activations=config.checkpoint_activations,
-            loss=job.loss,
-        )
+        sharded = config.shards_state and world.size > 1
+        self.engine = self._engine()
         stack.callback(self.engine.close)
         world.once(lambda: try_model(job.model, job.reader, job.loss))
-        self.exchange = GradientReducer(job.model.parameters(), scatter=sharded)
+        self.exchange = self._exchange(sharded)
         stack.callback(self.exchange.close)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
         self.buffers = learn_buffers(self.engine, job.reader, world)
-        world.collectives = stack.enter_context(build_collectives(config, cluster, job.optimizer, world))
+        world.collectives = stack.enter_context(
+            build_collectives(config, cluster, job.optimizer, world, self._dealt_out())
+        )
         self.state = self._state(sharded)
         stack.callback(self.state.close)
         self._recent = RecentSteps(config.compare_batches)
@@ -167,12 +167,70 @@ class WholeModel(Mode):
         service.start()  # it starts up while the model is measured
         return service
 
+    def _engine(self) -> PassMajor:
+        job, config = self._job, self._job.config
+        return PassMajor(
+            job.model,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+            loss=job.loss,
+        )
+
+    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
+        """Returns by layer the weights that are sharded."""
+        return ()
+
+    def _exchange(self, sharded: bool) -> GradientReducer:
+        return GradientReducer(self._job.model.parameters(), scatter=sharded)
+
     def _state(self, sharded: bool) -> StateOwner:
         job = self._job
         if sharded:
             return Sharded(job.optimizer, job.model, self.exchange.buckets, self._world)
         buckets = self.exchange.buckets if self._world.size > 1 else ()
         return Replicated(job.optimizer, job.model, buckets)
+
+
+class LayerByLayer(WholeModel):
+    """The weights dealt out too: a layer is whole on every rank while all passes go through it.
+
+    The model is whole until the first step begins, as it is tried and measured pass by pass.
+    """
+
+    engine: LayerMajor
+
+    def start(self, done: int) -> Sequence[Hook]:
+        """See Mode."""
+        hooks, state = super().start(done), self.state
+        if not isinstance(state, ShardedWeights):
+            self.engine.attach(self._world.device, self._order)
+            return hooks
+        self.engine.attach(self._world.device, self._order, state)
+        return (*hooks, _GatheredAtTheEnd(state))
+
+    def _engine(self) -> LayerMajor:
+        job, config = self._job, self._job.config
+        return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
+
+    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
+        return self.engine.own_parameters
+
+    def _exchange(self, sharded: bool) -> GradientReducer:
+        engine, reader, device = self.engine, self._job.reader, self._world.device
+        self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
+        if not self._order.mappings:
+            engine.recompute()
+        last_first = dict.fromkeys(reversed(self._order.layers))
+        rest = [index for index in range(len(engine.layers)) if index not in last_first]
+        groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
+        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups)
+
+    def _state(self, sharded: bool) -> StateOwner:
+        if not sharded:
+            return super()._state(sharded)
+        job = self._job
+        return ShardedWeights(job.optimizer, job.model, self.exchange.buckets, self._world, self.engine.own_parameters)
 
 
 class Stages(Mode):
@@ -261,6 +319,16 @@ class _WholeAtTheEnd(Hook):
         self._state.weights_ready()
         self._runner.world.barrier()
         self._runner.groups.close()
+
+
+class _GatheredAtTheEnd(Hook):
+    """Gives every rank the whole trained model."""
+
+    def __init__(self, state: StateOwner) -> None:
+        self._state = state
+
+    def end(self, report: TrainingReport) -> None:
+        self._state.weights_ready()
 
 
 def _compression(world: World) -> str:

@@ -75,6 +75,7 @@ class Mode:
 MODES = {
     "ordinary": Mode(ranks=2, others=3),
     "sharded optimizer": Mode(ranks=3, others=2, settings={"shard_optimizer": True}),
+    "sharded weights": Mode(ranks=3, others=2, settings={"shard_weights": True}),
     "pipeline": Mode(ranks=4, others=2, stages=(1, 1)),
     "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True),
     "elastic, sharded optimizer": Mode(

@@ -74,6 +74,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """By name (configuration, its settings beyond SIZES)."""
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "attn_pdrop": 0.0, "resid_pdrop": 0.1},
+    ),
+}
+"""Likewise, of models whose masks are plain."""
 
 
 def tiny_model(kind: str, attention: str, **options: Any) -> torch.nn.Module:
@@ -83,10 +91,12 @@ def tiny_model(kind: str, attention: str, **options: Any) -> torch.nn.Module:
     from heteromesh.parallel.transformers import register
 
     register()
-    name, settings = KINDS[kind]
+    name, settings = (KINDS | OTHERS)[kind]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**(SIZES | settings | options))
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    # grouped matrix products know no float64
+    experts = {"experts_implementation": "eager"} if kind == "mixtral" else {}
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts)
 
 
 def documents(lengths: Sequence[int], seed: int) -> list[torch.Tensor]:

@@ -3,8 +3,8 @@
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.torch import TorchCollectives
-from heteromesh.comm.collectives.uneven import open_collectives
 from heteromesh.comm.gradients.buckets import build_buckets
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.gradients.reducer import GradientReducer
@@ -23,10 +21,12 @@ from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.flats import FlatBuckets
 from heteromesh.parallel.state.fragments import Piece, boxes
 from heteromesh.parallel.state.gather import ParameterGather
+from heteromesh.parallel.state.offload.host_update import open_host_update
+from heteromesh.parallel.state.offload.optimizer import OffloadedAdamW
 from heteromesh.parallel.state.owner import Replicated, StateOwner, hand_out
 from heteromesh.parallel.state.sharded import ShardedOptimizer
-from heteromesh.planner.reduction.reduction import Reduction
 from heteromesh.runtime.records.checkpoint import Checkpoints
+from owners import collectives_of
 from ranks import World, run_ranks
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -35,35 +35,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "OffloadedAdamW": lambda p: OffloadedAdamW(p, lr=1e-2, weight_decay=0.1),
 }
 FRACTIONS = {"even": (), "one owns all": (0.0, 1.0), "uneven": (0.55, 0.0, 0.3, 0.15)}
-
-
-def owners(fractions: Sequence[float], size: int) -> tuple[float, ...]:
-    """Of `size` ranks; what is left over goes to the last."""
-    shares = (*fractions, *(0.0,) * size)[:size] if fractions else (1 / size,) * size
-    return (*shares[:-1], 1 - sum(shares[:-1]))
-
-
-@contextmanager
-def collectives_of(world: World, fractions: Sequence[float], native: bool = False) -> Iterator[Any]:
-    """Through owners, never a ring: a plain sum has the bits of a sharded one."""
-    shares = owners(fractions, world.size)
-    if native:
-        yield TorchCollectives(world.gradients, shares)
-        return
-    reduction = Reduction(
-        hosts=tuple(range(world.size)),
-        fractions=shares,
-        seconds_per_byte=0.0,
-        bound_seconds_per_byte=0.0,
-        ring_seconds_per_byte=1.0,
-    )
-    collectives = open_collectives(world.gradients, reduction)
-    try:
-        yield collectives
-    finally:
-        collectives.close()
 
 
 class Small(nn.Module):
@@ -169,6 +143,8 @@ def everywhere(world: World, model: nn.Module) -> None:
 
 def all_optimizers(world: World) -> None:
     for name in OPTIMIZERS:
+        if name == "OffloadedAdamW" and open_host_update().name == "torch":
+            continue  # without a compiler: torch's own update has other last bits where a rank's range begins anywhere
         both(world, name, FRACTIONS["uneven"], False, 4, 256)
 
 

@@ -43,7 +43,7 @@ def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
-def train(world: World, folder: Path) -> dict[tuple[str, bool], list[float]]:
+def train(world: World, folder: Path, sharded: bool) -> dict[tuple[str, bool], list[float]]:
     costs = folder / f"costs-{world.rank}.toml"
     # on several ranks the longest sequence fits none alone
     costs.write_text(COSTS.format(150 if world.size == 1 else 90 // world.size))
@@ -53,7 +53,7 @@ def train(world: World, folder: Path) -> dict[tuple[str, bool], list[float]]:
             model = build(kind, "heteromesh", lora)
             settings = hm.TrainerConfig(
                 batch_tokens=115, max_steps=STEPS, run_dir=folder / f"{kind} {lora}", cost=costs, clip_norm=None,
-                plan_seconds=0.02, print_plans=0,
+                plan_seconds=0.02, print_plans=0, shard_weights=sharded,
             )  # fmt: skip
             found[kind, lora] = list(hm.Trainer(model, optimizer_of(model), DATA, settings).fit().losses)
     return found
@@ -70,10 +70,10 @@ def alone() -> dict[tuple[str, bool], list[float]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_losses_equal_plain_torch(ranks: int, alone: dict[tuple[str, bool], list[float]]) -> None:
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, False), (3, False), (1, True), (2, True)])
+def test_losses_equal_plain_torch(ranks: int, sharded: bool, alone: dict[tuple[str, bool], list[float]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        results = run_ranks(ranks, train, Path(folder))
+        results = run_ranks(ranks, train, Path(folder), sharded)
     for key, expected in alone.items():
         assert expected[-1] < expected[0] - 0.1, key  # it learns
         for result in results:

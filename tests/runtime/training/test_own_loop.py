@@ -40,18 +40,45 @@ def sharded(model: Llama, optimizer: torch.optim.Optimizer, data: list[torch.Ten
     return losses
 
 
-def all_three(world: World, folder: Path) -> list[list[float]]:
-    """Losses of the example, which begins with rank 0's parameters on every rank, of `sharded` and of `Trainer`."""
+def layer_by_layer(model: Llama, optimizer: torch.optim.Optimizer, data: list[torch.Tensor]) -> list[float]:
+    """Losses of the loop of docs/sharded-weights.md."""
+    losses = []
+    engine = hm.LayerMajor(model)
+    layers = engine.own_parameters
+    exchange = hm.GradientReducer(model.parameters(), scatter=True, groups=layers[::-1])
+    with hm.join_world() as world:
+        world.broadcast_tensors(model.state_dict().values())
+        state = hm.ShardedWeights(optimizer, model, exchange.buckets, world, layers)
+        with hm.planned_steps(engine, exchange, world, data, batch_tokens=220, steps=STEPS) as work:
+            engine.attach(world.device, weights=state)
+            for step in work:
+                exchange.begin(step.number, world)
+                engine.run(step, world, exchange)
+                summed = exchange.finish()
+                state.apply(summed, limit=1.0)
+                exchange.committed()
+                losses.append(summed.loss / summed.valid)
+        state.weights_ready()
+        assert all(p.numel() for p in model.parameters())
+        state.close()
+    return losses
+
+
+def all_of_them(world: World, folder: Path) -> list[list[float]]:
+    """Losses of the example, which begins with rank 0's parameters on every rank, of the other two and of `Trainer`."""
     data = [torch.tensor(s) for s in DATA]
     own = own_loop.train(*model_of(7 + world.rank), data, batch_tokens=220, steps=STEPS)
     config = hm.TrainerConfig(batch_tokens=220, max_steps=STEPS, run_dir=folder, clip_norm=1.0)
-    return [own, sharded(*model_of(7 + world.rank), data), list(hm.Trainer(*model_of(7), data, config).fit().losses)]
+    found = [own, sharded(*model_of(7 + world.rank), data)]
+    found += [layer_by_layer(*model_of(7 + world.rank), data)] if world.size > 1 else []
+    return [*found, list(hm.Trainer(*model_of(7), data, config).fit().losses)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_losses_are_the_trainers(ranks: int, tmp_path: Path) -> None:
-    for own, sharded, trained in run_ranks(ranks, all_three, tmp_path / "run"):
+    for own, *others, trained in run_ranks(ranks, all_of_them, tmp_path / "run"):
         assert len(own) == STEPS
         assert own == pytest.approx(trained, abs=1e-6)
-        assert sharded == pytest.approx(trained, abs=1e-6)
+        for losses in others:
+            assert losses == pytest.approx(trained, abs=1e-6)
         assert own[-1] < own[0] - 0.1, "it learns"

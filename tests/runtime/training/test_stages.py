@@ -175,6 +175,7 @@ def test_replicas_compress(alone: Any, tmp_path: Path) -> None:
             {"shard_optimizer": True},
             "shard_optimizer is True and plan file",
         ),
+        (simple(1, 3), {"shard_weights": True}, "shard_weights is True and plan file"),
         (simple(1, 3), {"compare_batches": 2}, "compare_batches is 2 and plan file"),
     ],
 )
