@@ -23,27 +23,29 @@ def join_subset(world: World, ranks: Sequence[int], timeout: timedelta) -> Itera
     if len(ranks) == 1:
         yield _numbered(world, ranks) if world.rank in ranks else None
         return
-    device, control = (lambda: world.new_group(ranks, timeout)), (lambda limit: _gloo(ranks, limit))
-    groups = {
-        "exchange": device(),
-        "gradients": device(),
-        "control": control(PATIENT),
-        "checkpoint": control(PATIENT),
-        "statistics": control(timeout),
-    }
+    exchange, gradients = world.new_group(ranks, timeout), world.new_group(ranks, timeout)
+    control, checkpoint, statistics = (_gloo(ranks, limit) for limit in (PATIENT, PATIENT, timeout))
     if world.rank not in ranks:
         yield None
         return
-    part = replace(_numbered(world, ranks), **groups, collectives=TorchCollectives(groups["gradients"]))
+    part = replace(
+        _numbered(world, ranks),
+        exchange=exchange,
+        gradients=gradients,
+        control=control,
+        checkpoint=checkpoint,
+        statistics=statistics,
+        collectives=TorchCollectives(gradients),
+    )
     if world.device.type == "cuda":
         # NCCL builds a communicator at its first use, and that first use must include every rank
-        dist.all_reduce(torch.zeros(1, device=world.device), group=part.exchange)
+        dist.all_reduce(torch.zeros(1, device=world.device), group=exchange)
     try:
         yield part
         # gloo aborts when a peer destroys its pairs while another still uses them
         part.barrier()
     finally:
-        for group in groups.values():
+        for group in (exchange, gradients, control, checkpoint, statistics):
             dist.destroy_process_group(group)
 
 
