@@ -16,6 +16,8 @@ from heteromesh.planner.participation.layout import Setting, WeightLayout
 from heteromesh.planner.participation.search import Participation, PlannedLayout, step_tokens
 from heteromesh.planner.plan import Pass, Plan, Step
 
+WORKING = "working"
+"""In the layout of a plan that a dry run has made: the ranks that work."""
 OWNERSHIP_KEYS = (
     "kind",
     "working",
@@ -128,9 +130,10 @@ def working_in(plan: Plan) -> tuple[int, ...] | None:
     Rank 0 plans and writes: where it is idle, or where ranks hold state only, nobody is left out.
     """
     told = read_ownership(plan)
-    if told is None or not told["idle"] or told["holders"] or 0 not in told["working"]:
+    ranks = plan.layout.get(WORKING) if told is None else told["working"]
+    if ranks is None or len(ranks) == plan.cluster.ranks or 0 not in ranks or (told is not None and told["holders"]):
         return None
-    return tuple(told["working"])
+    return tuple(ranks)
 
 
 def numbered(plan: Plan, ranks: Sequence[int]) -> Plan:

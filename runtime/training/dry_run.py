@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from heteromesh.comm.gradients.buckets import build_buckets
 from heteromesh.comm.world import World, pick_device
 from heteromesh.errors import UserError
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
@@ -15,6 +16,8 @@ from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import load_constants
+from heteromesh.planner.participation.told import WORKING, world_step
+from heteromesh.planner.participation.working import WorkingRanks, working_costs
 from heteromesh.planner.plan import Plan, PlannedCluster, dump
 from heteromesh.planner.report.assemble import peak_tokens
 from heteromesh.planner.report.text import first_passes, step_table
@@ -25,6 +28,7 @@ from heteromesh.runtime.process.variables import CLUSTER_VARIABLE, DRY_RUN_VARIA
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.job_check import check_job
 from heteromesh.runtime.training.trial import try_model
+from heteromesh.runtime.work.participation import told, working_ranks
 
 STEPS = 3
 
@@ -37,12 +41,21 @@ def dry_run(job: Job) -> None:
     file = job.config.cluster or os.environ.get(CLUSTER_VARIABLE)
     cluster = load_cluster(Path(file)) if file else local_cluster(ranks)
     costs, source = _costs(job, cluster)
+    chosen = _chosen(job, cluster, costs)
+    ranks_told = () if chosen is None else (told(chosen, cluster),)
+    working = tuple(range(cluster.ranks)) if chosen is None else chosen.ranks
+    own = working_costs(costs, working)
     batches = [job.sampler.next_batch() for _ in range(min(STEPS, job.config.max_steps))]
-    steps = tuple(plan_step(b.lengths, costs, time_limit=job.config.plan_seconds) for b in batches)
+    planned = (plan_step(b.lengths, own, time_limit=job.config.plan_seconds) for b in batches)
+    steps = tuple(world_step(step, working) for step in planned)
     plan = Plan(
         cluster=PlannedCluster(fingerprint=cluster.fingerprint, ranks=cluster.ranks),
         model=type(job.model).__name__,
-        layout={"costs": costs_to_json(costs) | {"source": source}, "peak_tokens": peak_tokens(steps, cluster.ranks)},
+        layout={
+            "costs": costs_to_json(costs) | {"source": source},
+            "peak_tokens": peak_tokens(steps, cluster.ranks),
+            WORKING: list(working),
+        },
         steps=steps,
     )
     path = Path(job.config.run_dir) / "plan.json"
@@ -53,11 +66,21 @@ def dry_run(job: Job) -> None:
         raise UserError(f"the plan can't be written to {path} ({error.strerror}): choose another run_dir") from error
     lines = [
         f"dry run: {cluster.ranks} ranks of cluster {cluster.name}, costs {source}",
+        *ranks_told,
         step_table(steps, cluster.ranks),
         first_passes(steps[0], cluster.ranks),
         f"nothing was trained; to run exactly these steps: heteromesh run --plan {path} ...",
     ]
     sys.stdout.write("\n\n".join(lines) + "\n")
+
+
+def _chosen(job: Job, cluster: Cluster, costs: Costs) -> WorkingRanks | None:
+    """Returns who works as a job would choose; None: all."""
+    if not job.config.idle_hosts or len(cluster.hosts) == 1:
+        return None
+    buckets = build_buckets(job.model.parameters())
+    chosen = working_ranks(job.sampler, cluster, costs, buckets, job.config.plan_seconds)
+    return chosen if len(chosen.ranks) < cluster.ranks else None
 
 
 def _costs(job: Job, cluster: Cluster) -> tuple[Costs, str]:
