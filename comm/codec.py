@@ -41,6 +41,8 @@ class PlainUnpickler(pickle.Unpickler):
     """Builds plain values, and of other classes those that `known` finds. Raises UnpicklingError for any other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of  # as Python 3.11.0 to 3.11.3 pickles a member of an enumeration
         plain = name in PLAIN.get(module, ())
         found = super().find_class(module, name) if plain else self.known(module, name)
         if found is None:
@@ -50,6 +52,13 @@ class PlainUnpickler(pickle.Unpickler):
     def known(self, module: str, name: str) -> Any:
         """Returns a class that may be used, or None."""
         del module, name
+
+
+def _member_of(kind: Any, name: str) -> enum.Enum:
+    """Returns an enumeration's member, of no other class anything."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {kind!r}: only plain values and tensors travel")
+    return kind.__members__[name]
 
 
 def encode(value: Any) -> bytes:

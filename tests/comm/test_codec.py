@@ -12,6 +12,7 @@ import torch
 
 import heteromesh
 from heteromesh.comm.codec import decode, encode, from_tensor, to_tensor
+from heteromesh.comm.tags import Tag
 from heteromesh.comm.world import gather_over
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.devices import DeviceCosts
@@ -26,6 +27,24 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {self.trace}",)
+
+
+class OldPickle:
+    """Is pickled as Python 3.11.2 does members of enumerations."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+def test_members_of_enumerations_come_and_nothing_else_by_name() -> None:
+    data = pickle.dumps(OldPickle(Tag, next(iter(Tag)).name))
+    assert decode(data) is next(iter(Tag))
+    for kind, name in ((Tag, "__class__"), (DeviceCosts, "seconds"), (os, "system")):
+        with pytest.raises(pickle.UnpicklingError):
+            decode(pickle.dumps(OldPickle(kind, name)) if kind is not os else b"cos\nsystem\n.")
 
 
 def test_plain_values_come_as_they_went() -> None:
