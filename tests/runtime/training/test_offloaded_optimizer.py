@@ -29,13 +29,15 @@ method = "gather"
 2 = 1e9
 """
 RATES = OffloadRates(host_update=1e9, device_update=1e9, to_device=1e9, to_host=1e9, disk_read=1e9, disk_write=1e9)
-ON_DISK = OffloadMemory(device=0, staging=0, host=0, disk=1e9)
+SUBGROUP = 4096
+ON_DISK = OffloadMemory(device=0, staging=0, host=4 * SUBGROUP * 12, disk=1e9)
+"""Host memory for what is on its way from and to the disk, and no more."""
 
 
 def optimizer_of(kind: str, model: torch.nn.Module, folder: Path) -> torch.optim.Optimizer:
     if kind == "torch":
         return torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    plan = partial(plan_offload, rates=RATES, memory=ON_DISK) if kind == "disk" else None
+    plan = partial(plan_offload, rates=RATES, memory=ON_DISK, subgroup_numel=SUBGROUP) if kind == "disk" else None
     return OffloadedAdamW(model.parameters(), lr=3e-3, plan=plan, state_folder=folder)
 
 
