@@ -114,7 +114,9 @@ def not_executed(setting: Setting, layout: WeightLayout) -> str:
     """Returns what of a layout today's Trainer doesn't do; empty where it does all of it."""
     words = []
     if layout.sharded:
-        words.append("weights sharded over ranks")
+        words.append(
+            "16-bit sharded weights with resident layers (shard_weights=True keeps fp32 and gathers every layer)"
+        )
     if layout.on_host or layout.inputs_on_host:
         words.append("state or layer inputs in host memory")
     if layout.holders:
