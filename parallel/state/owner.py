@@ -56,9 +56,11 @@ class StateOwner(Protocol):
 
     def is_settled(self, world: World) -> bool:
         """Whether the state lies as it should for these members."""
+        return True
 
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
         """Prepares that the members (by rank, of these speeds) hold the state; returns a digest. Inside an attempt."""
+        return ""
 
     def finish_reshard(self) -> None:
         """Completes what was prepared, when that attempt was committed."""
@@ -130,12 +132,6 @@ class Replicated(StateOwner):
         self._optimizer.step()
         for parameter in self._model.parameters():
             parameter.grad = None
-
-    def is_settled(self, world: World) -> bool:
-        return True
-
-    def reshard(self, world: World, speeds: Sequence[float]) -> str:
-        return ""
 
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:

@@ -150,12 +150,6 @@ class ShardedWeights(StateOwner):
         self._optimizer.step()
         self._renew()
 
-    def is_settled(self, world: World) -> bool:
-        return True
-
-    def reshard(self, world: World, speeds: Sequence[float]) -> str:
-        return ""
-
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:
         """Every rank writes its part: nothing is gathered."""

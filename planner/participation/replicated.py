@@ -21,7 +21,6 @@ def replicated(setting: Setting, ranks: Sequence[int]) -> WeightLayout:
     cluster, model = setting.cluster.subset(ranks), setting.model
     reduction = reduction_for(cluster, in_waves=False)
     size = FP32.gradients * model.parameters()
-    per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
     slowest = min(cluster.device_of(r).memory_gbps for r in range(cluster.ranks)) * 1e9
     return WeightLayout(
         kind=REPLICATED,
@@ -29,7 +28,7 @@ def replicated(setting: Setting, ranks: Sequence[int]) -> WeightLayout:
         fractions=dict.fromkeys(ranks, 1.0),
         memory={r: _memory(setting, r, 1.0) for r in ranks},
         tokens=replicated_tokens(model),
-        traffic=StepTraffic(reduce_seconds=size * per_byte, chunks=model.layers),
+        traffic=StepTraffic(reduce_seconds=size * reduction.all_reduce_seconds_per_byte, chunks=model.layers),
         update_seconds=ADAM_BYTES * model.parameters() / slowest,
     )
 

@@ -2,8 +2,8 @@
 
 A candidate is a number of hosts of each kind, the fastest first; the first rank's host always works, as it plans and
 writes. Its seconds are the passes of a batch on its ranks and what they don't hide of the gradient sum over them
-(planner/cost/overlap.py). Candidates are planned in the order of what they take at least (all work over the sum of
-speeds, and the gradient sum), until the next can't be better than the best.
+(planner/cost/overlap.py). Candidates have their turn in the order of all work over the sum of speeds, until the next
+can't be better than the best; one that can't with its gradient sum is not planned.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class GradientSum:
         """Returns the seconds of the busiest link for the ranks of a cluster."""
         if cluster.ranks == 1:
             return StepTraffic()
-        reduction = over_one_nic(cluster)
-        per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
+        per_byte = over_one_nic(cluster, in_waves=False).all_reduce_seconds_per_byte
         return StepTraffic(reduce_seconds=self.nbytes * per_byte, chunks=self.buckets)
 
 
@@ -69,23 +68,24 @@ def choose_working(
     """
     began, everyone = time.thread_time(), tuple(range(cluster.ranks))
 
-    def planned(ranks: Sequence[int]) -> float:
-        own = working_costs(costs, ranks)
-        own = replace(own, traffic=gradients.traffic(cluster.subset(ranks)), seconds_per_step=0.0)
+    def planned(ranks: Sequence[int], traffic: StepTraffic) -> float:
+        own = replace(working_costs(costs, ranks), traffic=traffic, seconds_per_step=0.0)
         try:
             return plan_step(batch, own, time_limit=plan_seconds).seconds
         except UserError:
             return math.inf
 
-    best = all_of_them = planned(everyone)
-    chosen = everyone
-    waiting = [(_least(costs, cluster, batch, gradients, r), r) for r in _candidates(costs, cluster) if r != everyone]
+    best = all_of_them = planned(everyone, gradients.traffic(cluster))
+    chosen, work = everyone, _work(costs, batch)
+    waiting = [(work / sum(costs.speeds[r] for r in ranks), ranks) for ranks in _candidates(costs, cluster)]
     heapq.heapify(waiting)
     while waiting and time.thread_time() - began < seconds:
-        least, ranks = heapq.heappop(waiting)
-        if least >= min(best, all_of_them * (1 - WORTHWHILE)):
+        passes, ranks = heapq.heappop(waiting)
+        limit = min(best, all_of_them * (1 - WORTHWHILE))
+        if passes >= limit:
             break
-        if (took := planned(ranks)) < best:
+        traffic = gradients.traffic(cluster.subset(ranks))
+        if ranks != everyone and traffic.at_least(passes) < limit and (took := planned(ranks, traffic)) < best:
             best, chosen = took, ranks
     if best > all_of_them * (1 - WORTHWHILE):
         best, chosen = all_of_them, everyone
@@ -109,11 +109,10 @@ def working_costs(costs: Costs, ranks: Sequence[int]) -> Costs:
     )
 
 
-def _least(costs: Costs, cluster: Cluster, batch: Sequence[int], gradients: GradientSum, ranks: Sequence[int]) -> float:
-    """Returns what no step of these ranks goes below."""
+def _work(costs: Costs, batch: Sequence[int]) -> float:
+    """Returns the seconds of the whole batch at the reference speed, at least."""
     work = costs.seconds_per_token2 * sum(n * n for n in batch) + costs.seconds_per_token * sum(batch)
-    work *= min([1.0, *(m.work for m in costs.methods)])
-    return gradients.traffic(cluster.subset(ranks)).at_least(work / sum(costs.speeds[r] for r in ranks))
+    return work * min([1.0, *(m.work for m in costs.methods)])
 
 
 def _candidates(costs: Costs, cluster: Cluster) -> Iterator[tuple[int, ...]]:

@@ -23,7 +23,7 @@ def seconds_saved(reduction: Reduction, *, values: int, seconds_per_value: float
         hidden_seconds: of backward that goes on while gradients travel.
     """
     ranks = len(reduction.fractions)
-    per_byte = reduction.ring_seconds_per_byte if reduction.ring else reduction.seconds_per_byte
+    per_byte = reduction.all_reduce_seconds_per_byte
     plain = max(0.0, PLAIN_BYTES * values * per_byte - hidden_seconds)
     packed = max(0.0, PACKED_BYTES * values * reduction.seconds_per_byte - hidden_seconds)
     unpacked = max((1 - f) + (ranks - 1) * f for f in reduction.fractions)

@@ -35,14 +35,14 @@ def several_nics(cluster: Cluster) -> bool:
     return len(counts) > 1 and min(counts) > 0 and max(counts) > 1
 
 
-def over_one_nic(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:
+def over_one_nic(cluster: Cluster, *, max_fraction: Sequence[float] | None = None, in_waves: bool = True) -> Reduction:
     """Returns the reduction of collectives that use one NIC of each host: what was measured, else the first Ethernet
     NIC.
     """
     if cluster.measured.nic_gbit or not several_nics(cluster):
-        return reduction_for(cluster, max_fraction=max_fraction)
+        return reduction_for(cluster, max_fraction=max_fraction, in_waves=in_waves)
     hosts = tuple(_with_one_nic(host) for host in cluster.hosts)
-    return reduction_for(replace(cluster, hosts=hosts), max_fraction=max_fraction)
+    return reduction_for(replace(cluster, hosts=hosts), max_fraction=max_fraction, in_waves=in_waves)
 
 
 def over_all_nics(cluster: Cluster, *, max_fraction: Sequence[float] | None = None) -> Reduction:

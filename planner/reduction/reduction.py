@@ -52,6 +52,11 @@ class Reduction:
         """Whether a ring is predicted to be as good."""
         return self.ring_seconds_per_byte <= self.seconds_per_byte * (1 + RING_MARGIN)
 
+    @property
+    def all_reduce_seconds_per_byte(self) -> float:
+        """Of the way that is taken: the ring's or the owners'."""
+        return self.ring_seconds_per_byte if self.ring else self.seconds_per_byte
+
     def bounds(self, numel: int) -> tuple[int, ...]:
         """Returns size + 1 offsets into so many elements: rank i owns [bounds[i], bounds[i + 1]), maybe nothing."""
         return split_bounds(self.fractions, numel)

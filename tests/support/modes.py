@@ -31,7 +31,7 @@ from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from ranks import run_processes, run_ranks
 from steps import TINY
-from trainers import DATA
+from trainers import DATA, gather_costs
 
 SECRET = "0123456789abcdef" * 2
 BATCH_TOKENS = 220
@@ -39,16 +39,6 @@ FROM_FILE = 2
 """Steps of the plan file."""
 MARK = 0.125
 """The gap that the plan file's steps claim, by which they are known again."""
-COSTS = """
-seconds_per_token2 = 1e-7
-seconds_per_token = 1e-4
-seconds_per_pass = 1e-4
-bytes_per_token = 2048
-tokens_per_device = 64
-method = "gather"
-[bytes_per_second]
-2 = 1e9
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +185,7 @@ def write_files(folder: Path, mode: Mode) -> dict[str, Path]:
     ]
     device = "[devices.small]\ntflops = 1\nmemory_gb = 4\nmemory_gbps = 10\nlink_gbps = 1\n"
     cluster.write_text(device + "".join(hosts))
-    cost.write_text(COSTS)
+    cost.write_text(gather_costs(64))
     described = load_cluster(cluster)
     if mode.stages:
         return {"cluster": cluster, "cost": cost} | mode.plan(folder, ranks, described)

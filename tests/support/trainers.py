@@ -15,6 +15,20 @@ from steps import TINY
 DATA = [[random.Random(i).randrange(TINY.vocab) for _ in range(2 + (i * 37) % 90)] for i in range(60)]
 
 
+def gather_costs(tokens_per_device: int) -> str:
+    """Returns a cost file, in which long sequences are split by gathering keys."""
+    return f"""
+seconds_per_token2 = 1e-7
+seconds_per_token = 1e-4
+seconds_per_pass = 1e-4
+bytes_per_token = 2048
+tokens_per_device = {tokens_per_device}
+method = "gather"
+[bytes_per_second]
+2 = 1e9
+"""
+
+
 def make_trainer(folder: Path, model: torch.nn.Module | None = None, data: Any = None, **changes: Any) -> hm.Trainer:
     torch.manual_seed(7)
     options = {"batch_tokens": 220, "max_steps": 20, "run_dir": folder, "learning_rate": 3e-3, "plan_seconds": 0.02}

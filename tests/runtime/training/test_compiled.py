@@ -14,7 +14,7 @@ import heteromesh as hm
 from llama import Block, Llama
 from ranks import World, run_ranks
 from steps import TINY
-from trainers import DATA
+from trainers import DATA, gather_costs
 
 
 class Dropping(Block):
@@ -40,18 +40,6 @@ class Losses(Llama):
         return functional.cross_entropy(logits[0], targets[0], ignore_index=-100, reduction="none")[None]
 
 
-COST = """
-seconds_per_token2 = 1e-7
-seconds_per_token = 1e-4
-seconds_per_pass = 1e-4
-bytes_per_token = 2048
-tokens_per_device = {capacity}
-method = "gather"
-[bytes_per_second]
-2 = 1e9
-"""
-
-
 def train(world: World, folder: Path, kind: str, compiled: str, steps: int, resume: bool) -> tuple[float, ...]:
     torch.manual_seed(7)
     model: Any = Llama(TINY) if kind == "logits" else Losses()
@@ -62,7 +50,7 @@ def train(world: World, folder: Path, kind: str, compiled: str, steps: int, resu
     elif compiled == "model":
         model = torch.compile(model, backend="aot_eager")
     # two ranks have to split the longest sequences
-    (folder / "cost.toml").write_text(COST.format(capacity=64 if world.size > 1 else 128))
+    (folder / "cost.toml").write_text(gather_costs(64 if world.size > 1 else 128))
     settings: dict[str, Any] = {"batch_tokens": 220, "plan_seconds": 0.02, "print_plans": 0, "checkpoint_every": 2}
     config = hm.TrainerConfig(
         **settings, max_steps=steps, run_dir=folder / "run", resume=resume, cost=folder / "cost.toml"

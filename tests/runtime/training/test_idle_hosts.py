@@ -25,24 +25,14 @@ from heteromesh.runtime.work.sampler import Sampler
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
-from trainers import DATA
+from trainers import DATA, gather_costs
 
-COST = """
-seconds_per_token2 = 1e-7
-seconds_per_token = 1e-4
-seconds_per_pass = 1e-4
-bytes_per_token = 2048
-tokens_per_device = 128
-method = "gather"
-[bytes_per_second]
-2 = 1e9
-"""
 FAST, SLOW = 10.0, 0.001
 """Gbit/s: over the slow one the model's gradients take longer than all passes."""
 
 
 def write_files(folder: Path, gbit: tuple[float, ...]) -> None:
-    (folder / "cost.toml").write_text(COST)
+    (folder / "cost.toml").write_text(gather_costs(128))
     hosts = [
         f'[[hosts]]\nnames = ["h{i}"]\ndevice = "cpu"\ncount = 1\nnics = [{{ kind = "ethernet", gbit = {rate} }}]\n'
         for i, rate in enumerate(gbit)

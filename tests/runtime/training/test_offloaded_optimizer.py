@@ -16,18 +16,8 @@ from heteromesh.planner.ownership.offload_rates import OffloadMemory, OffloadRat
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
-from trainers import DATA
+from trainers import DATA, gather_costs
 
-COST = """
-seconds_per_token2 = 1e-7
-seconds_per_token = 1e-4
-seconds_per_pass = 1e-4
-bytes_per_token = 2048
-tokens_per_device = 128
-method = "gather"
-[bytes_per_second]
-2 = 1e9
-"""
 RATES = OffloadRates(host_update=1e9, device_update=1e9, to_device=1e9, to_host=1e9, disk_read=1e9, disk_write=1e9)
 SUBGROUP = 4096
 ON_DISK = OffloadMemory(device=0, staging=0, host=4 * SUBGROUP * 12, disk=1e9)
@@ -68,6 +58,6 @@ def test_runs_go_on_from_each_others_checkpoints(ranks: int, sharded: bool, tmp_
     for kinds in (("torch", "torch", "torch"), ("torch", "host", "disk")):
         folder = tmp_path / "-".join(kinds)
         folder.mkdir()
-        (folder / "cost.toml").write_text(COST)
+        (folder / "cost.toml").write_text(gather_costs(128))
         found.append(run_ranks(ranks, train, folder, kinds, sharded)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
