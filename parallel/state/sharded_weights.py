@@ -9,7 +9,6 @@ resident: gathered once, when the optimizer has updated them.
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,21 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.gradients.buckets import Bucket, pack
 from heteromesh.comm.gradients.exchange import Summed
-from heteromesh.comm.interfaces import Work
-from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.flats import check_parameters, fragments_of, take_out
+from heteromesh.parallel.state.flats import check_parameters, fragments_of
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
-from heteromesh.parallel.state.fragments import Fragment, Piece
+from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
-
-OUTSIDE = -1
-"""The layer of what is in no layer."""
+from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
 
 
 class ShardedWeights(StateOwner):
@@ -69,7 +63,7 @@ class ShardedWeights(StateOwner):
         ]
         homes = {p: index for index, own in enumerate(layers) for p in own}
         self._shards = [
-            _Shard(number, bucket, homes.get(bucket.parameters[0], OUTSIDE), world, number in resident)
+            WeightShard(number, bucket, homes.get(bucket.parameters[0], OUTSIDE), world, number in resident)
             for number, bucket in enumerate((*buckets, *frozen))
         ]
         trained = self._shards[: len(buckets)]
@@ -77,7 +71,7 @@ class ShardedWeights(StateOwner):
         self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
         self._optimizer.hold([f for s in trained for f in fragments_of(s.bucket, s.number, s.low, s.own)])
         self._optimizer.load_state_dict(before)
-        self._layers: dict[int, list[_Shard]] = defaultdict(list)
+        self._layers: dict[int, list[WeightShard]] = defaultdict(list)
         for shard in self._shards:
             if not shard.resident:
                 self._layers[shard.layer].append(shard)
@@ -197,85 +191,17 @@ class ShardedWeights(StateOwner):
             self.drop(layer)
         self._gather((shard for shard in self._shards if shard.resident), again=True)
 
-    def _gather(self, shards: Iterable[_Shard], *, again: bool = False) -> None:
+    def _gather(self, shards: Iterable[WeightShard], *, again: bool = False) -> None:
         for shard in shards:
             if shard.flat is None or again:
                 shard.gather(self._collectives)
         self.most_bytes = max(self.most_bytes, self.gathered_bytes)
 
-    def _wait(self, shards: Iterable[_Shard]) -> None:
+    def _wait(self, shards: Iterable[WeightShard]) -> None:
         for shard in shards:
             if shard.work is not None:
                 self._exposed += shard.wait(self._collectives, self._world.recorder)
             shard.show()
-
-
-class _Shard:
-    """A bucket: this rank's range of its weights, and the whole of them while it is gathered."""
-
-    def __init__(self, number: int, bucket: Bucket, layer: int, world: World, resident: bool) -> None:
-        assert world.collectives is not None
-        self.number, self.bucket, self.layer = number, bucket, layer
-        self.resident = resident or layer == OUTSIDE
-        self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
-        self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
-        own = self.flat[self.low : self.high]
-        self.own = own if self.resident else own.clone()
-        """(high - low,): what this rank owns, up to date always."""
-        self.work: Work | None = None
-        """The gather under way."""
-        self._started_ns = 0
-        self._shown = False
-        self.show()
-
-    def gather(self, collectives: Collectives) -> None:
-        """Starts to bring the whole bucket here."""
-        if self.flat is None:
-            self.flat = self.own.new_empty(self.bucket.numel)
-        if not self.resident:
-            self.flat[self.low : self.high].copy_(self.own)
-        self.work, self._started_ns = collectives.all_gather(self.flat), time.time_ns()
-
-    def wait(self, collectives: Collectives, recorder: Recorder) -> float:
-        """Returns when the gather is done, how many seconds that took."""
-        work, self.work = self.work, None
-        assert work is not None
-        start, clock, sent = time.time_ns(), time.perf_counter_ns(), collectives.sent_bytes
-        work.wait()
-        waited, now = time.perf_counter_ns() - clock, time.time_ns()
-        sent = collectives.sent_bytes - sent
-        recorder.add(f"parameter gather {self.number}", "comm", self._started_ns, now - self._started_ns, sent)
-        recorder.add("parameter gather, exposed", "wait", start, waited)
-        return waited / 1e9
-
-    def show(self) -> None:
-        """Has the parameters use the gathered weights."""
-        if self._shown or self.flat is None:
-            return
-        self._shown = True
-        parts = self.flat.split([shape.numel() for shape in self.bucket.shapes])
-        for parameter, part, shape in zip(self.bucket.parameters, parts, self.bucket.shapes, strict=True):
-            parameter.data = part.view(shape)
-
-    def hide(self) -> None:
-        """Leaves the parameters without weights."""
-        if self._shown:
-            self._shown = False
-            for parameter in self.bucket.parameters:
-                take_out(parameter)
-
-    def drop(self) -> None:
-        """Gives the memory of gathered weights back."""
-        self.hide()
-        self.flat = None
-
-    def piece(self, parameter: nn.Parameter) -> Piece:
-        """Returns what this rank has of a parameter, in the memory that it is in."""
-        index = next(i for i, p in enumerate(self.bucket.parameters) if p is parameter)
-        start, stop = self.bucket.offsets[index : index + 2]
-        first, last = max(self.low, start), min(self.high, stop)
-        own = self.own[first - self.low : last - self.low] if first < last else self.own[:0]
-        return Piece(own, self.bucket.shapes[index], max(0, first - start))
 
 
 def _plain(name: str) -> str:

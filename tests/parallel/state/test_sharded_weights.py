@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from heteromesh.comm.gradients.buckets import Bucket
-from heteromesh.parallel.state import sharded_weights
+from heteromesh.parallel.state.weight_shard import WeightShard
 from heteromesh.planner.plan import Step
 from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.training.layer_trial import try_layers
@@ -158,14 +158,14 @@ class Counted:
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is freed is overwritten first."""
-    drop = sharded_weights._Shard.drop
+    drop = WeightShard.drop
 
     def poisoned(shard: Any) -> None:
         if shard.flat is not None:
             shard.flat.fill_(float("nan"))
         drop(shard)
 
-    monkeypatch.setattr(sharded_weights._Shard, "drop", poisoned)
+    monkeypatch.setattr(WeightShard, "drop", poisoned)
 
 
 def freed(world: World) -> tuple[int, int, int]:
