@@ -38,7 +38,7 @@ class CappedMethod(Method):
 
 def costs_to_json(costs: Costs) -> dict[str, Any]:
     """Returns {constants {keys of a cost file}, speeds, capacity, hosts, methods, and what is known of links (where the
-    rate comes from NICs), the model's attention and offloading}.
+    rate comes from NICs), the model's attention, offloading and limits of a step}.
     """
     constants: dict[str, Any] = {name: getattr(costs, name) for name in _SECONDS}
     constants["tokens_per_device"] = max(costs.capacity)
@@ -53,6 +53,8 @@ def costs_to_json(costs: Costs) -> dict[str, Any]:
         data["attention"] = asdict(costs.attention)
     if costs.offload_seconds:
         data["offload"] = {"seconds": list(costs.offload_seconds), "share": costs.offload_share}
+    if costs.step_capacity:
+        data["step_capacity"] = list(costs.step_capacity)
     if costs.traffic != StepTraffic():
         data["traffic"] = asdict(costs.traffic)
     if isinstance(costs.rate, RateByDegree):
@@ -82,6 +84,7 @@ def costs_from_json(data: Mapping[str, Any], where: str) -> Costs:
             offload_seconds=tuple(float(s) for s in data.get("offload", {}).get("seconds", ())),
             offload_share=float(data.get("offload", {}).get("share", 0.0)),
             traffic=StepTraffic(**data.get("traffic", {})),
+            step_capacity=tuple(int(n) for n in data.get("step_capacity", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where} is not a cost model ({error!r}): write it again with this version") from None

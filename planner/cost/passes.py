@@ -131,6 +131,9 @@ class Costs:
     """Per rank, tokens that fit without offloading, where `capacity` is what fits with it (`offloading`)."""
     offload_share: float = 0.0
     """The part of a token's activations that can be moved: the first and the last layer's are wanted back at once."""
+    step_capacity: tuple[int, ...] = ()
+    """Per rank, tokens of all its passes of a step that fit, where something of each token is held through the step
+    (layer-major order: the layers' inputs). Empty: no limit."""
 
     @property
     def ranks(self) -> int:

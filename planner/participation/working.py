@@ -105,6 +105,7 @@ def working_costs(costs: Costs, ranks: Sequence[int]) -> Costs:
         rate=rate,
         offload_seconds=tuple(costs.offload_seconds[r] for r in ranks if costs.offload_seconds),
         resident=tuple(costs.resident[r] for r in ranks if costs.resident),
+        step_capacity=tuple(costs.step_capacity[r] for r in ranks if costs.step_capacity),
         methods=costs.methods if len(ranks) > 1 else (),
     )
 

@@ -8,7 +8,7 @@ from itertools import chain
 from heteromesh.errors import UserError
 from heteromesh.planner.cost.passes import LOCAL, Costs
 from heteromesh.planner.plan import Pass, Step
-from heteromesh.planner.sequences.timeline import with_bytes
+from heteromesh.planner.sequences.timeline import tokens_of, with_bytes
 
 TOLERANCE = 1e-9
 REMAKE = "make the plan again with `heteromesh plan`"
@@ -22,6 +22,12 @@ def check_feasible(step: Step, costs: Costs) -> None:
         _check_ranks(p, where, costs)
         _check_method(p, where, costs)
         _check_shards(p, where, step.batch, costs)
+    for rank, (held, most) in enumerate(zip(tokens_of(step.passes, costs.ranks), costs.step_capacity, strict=False)):
+        if held > most:
+            raise UserError(
+                f"step: rank {rank} gets {held} tokens in all its passes but holds the layer inputs of {most}: lower "
+                "batch_tokens or make the plan again for this cluster"
+            )
 
 
 def check_step(step: Step, costs: Costs) -> None:

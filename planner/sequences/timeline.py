@@ -23,6 +23,15 @@ def starts(passes: Sequence[Pass], ranks: int) -> tuple[list[float], list[float]
     return begun, free
 
 
+def tokens_of(passes: Iterable[Pass], ranks: int) -> list[int]:
+    """Returns by rank the tokens of all its passes."""
+    held = [0] * ranks
+    for p in passes:
+        for rank, row in zip(p.ranks, p.shards, strict=True):
+            held[rank] += sum(row)
+    return held
+
+
 def step_seconds(passes: Sequence[Pass], costs: Costs) -> float:
     """Returns seconds of a step: until its last gradient is summed, plus the fixed cost of a step."""
     return costs.traffic.step_seconds(passes, starts(passes, costs.ranks)[1]) + costs.seconds_per_step
