@@ -72,7 +72,7 @@ def main() -> None:
         learning_rate=options.learning_rate,
         precision=options.precision,
         shard_optimizer=options.shard_optimizer,
-        shard_weights=options.shard_weights,
+        shard_weights=options.shard_weights or "auto",
         checkpoint_every=options.checkpoint_every,
         compare_batches=options.compare_batches,
     )

@@ -41,9 +41,10 @@ class TrainerConfig:
     """Largest norm of all gradients together."""
     shard_optimizer: bool = False
     """Each rank updates its own part of the parameters and has the optimizer's state of no more than that."""
-    shard_weights: bool = False
+    shard_weights: bool | Literal["auto"] = "auto"
     """Each rank has no more than its part of the weights either: a layer is gathered when all passes go through it, and
-    computed again in the backward (docs/sharded-weights.md). Shards the optimizer too."""
+    computed again in the backward (docs/sharded-weights.md). Shards the optimizer too. auto: where whole weights are
+    known to exceed a rank's memory, by the cluster file's or by CUDA's."""
     gradient_compression: Literal["none", "int8", "auto"] = "none"
     """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     fault_tolerance: bool = False
@@ -91,13 +92,14 @@ class TrainerConfig:
             self._require(name, math.isfinite(value) and value > 0, "a finite number > 0")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0 or None")
         self._require("resume", self.resume in (True, False, "auto"), "True, False or 'auto'")
+        self._require("shard_weights", self.shard_weights in (True, False, "auto"), "True, False or 'auto'")
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         self._require("labels", self.labels in ("shifted", "unshifted"), "'shifted' or 'unshifted'")
         self._require(
             "gradient_compression", self.gradient_compression in ("none", "int8", "auto"), "'none', 'int8' or 'auto'"
         )
         for name, reason in SHARDED_WEIGHTS_REFUSE.items():
-            if self.shard_weights and getattr(self, name):
+            if self.shard_weights is True and getattr(self, name):
                 raise UserError(
                     f"{name} is {getattr(self, name)!r} and shard_weights is on ({reason}): turn one of them off"
                 )
@@ -106,8 +108,8 @@ class TrainerConfig:
 
     @property
     def shards_state(self) -> bool:
-        """Whether each rank has a part of the optimizer's state alone."""
-        return self.shard_optimizer or self.shard_weights
+        """Whether each rank has a part of the optimizer's state alone; `auto` counts when it has been decided."""
+        return self.shard_optimizer or self.shard_weights is True
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -158,19 +158,19 @@ class LayerMajor(PassMajor):
         done: Callable[[int], None],
         *,
         compared: bool = False,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[PassLosses]:
         """Runs forward and backward of passes; returns each one's losses.
 
         done: called with a layer's index when its gradients are complete. compared: see `LayerMajorSchedule.run`.
+        inside: entered in every pass's own thread.
         """
         assert self._schedule is not None
         made: list[PassLosses | None] = [None] * len(works)
 
         def body(index: int, work: PassWork) -> Head:
-            with self._forward(work.context, work.batch, work.divisor, world, 0.0, work.number, work.places) as (
-                losses,
-                loss,
-            ):
+            forward = self._forward(work.context, work.batch, work.divisor, world, 0.0, work.number, work.places)
+            with inside(), forward as (losses, loss):
                 made[index] = PassLosses(losses.losses.detach(), losses.weights)
                 return Head(loss, copy_context())
 

@@ -96,6 +96,11 @@ class RunRecords(Hook):
         if self._directory is not None and self._directory.started:
             self._directory.trace(spans, dropped)
 
+    def memory(self, ranks: object) -> None:
+        """Writes what the ranks' memory was predicted to be and what it came to, on the rank that writes."""
+        if self._directory is not None and self._directory.started:
+            self._directory.memory(ranks)
+
     def finished(self, report: TrainingReport) -> None:
         """Marks the run as finished, on the rank that writes, where nothing has stopped it."""
         if report.signal is None and self._directory is not None and self._directory.started:

@@ -20,6 +20,7 @@ from heteromesh.runtime.records.trace import write_trace
 
 CONFIG, PLANS, METRICS, TRACE, CHECKPOINTS = "config.json", "plan.jsonl", "metrics.jsonl", "trace.json", "checkpoints"
 LEDGER, EVALUATIONS, FINISHED = "ledger.jsonl", "evaluations.jsonl", "finished.json"
+MEMORY = "memory.json"
 
 
 class RunDirectory:
@@ -88,6 +89,11 @@ class RunDirectory:
         """Writes trace.json; `dropped` spans of a long run are not in it."""
         with _named(self.path):
             write_trace(self.path / TRACE, spans, dropped)
+
+    def memory(self, ranks: object) -> None:
+        """Writes memory.json: by rank, bytes measured and predicted."""
+        with _named(self.path), written_whole(self.path / MEMORY) as part:
+            part.write_text(json.dumps({"ranks": ranks}, indent=1) + "\n")
 
     def finished(self, step: int) -> None:
         """Marks the run as finished after so many steps: no process that comes later trains over it by itself."""

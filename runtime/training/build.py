@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from heteromesh.comm.collectives.api import Collectives
 from heteromesh.comm.collectives.int8 import Int8Collectives, seconds_per_value
@@ -134,7 +133,7 @@ def _check_stages(config: TrainerConfig, path: str | Path) -> None:
         "compare_batches": "static layouts need the whole model on each rank",
     }
     for name, reason in reasons.items():
-        if getattr(config, name):
+        if getattr(config, name) not in (False, 0, "auto"):
             raise UserError(
                 f"{name} is {getattr(config, name)!r} and plan file {path} trains the model in pipeline stages "
                 f"({reason}): turn it off, or give another plan file"
@@ -166,7 +165,7 @@ def build_collectives(
     cluster: Cluster,
     optimizer: torch.optim.Optimizer,
     world: World,
-    layers: Sequence[Sequence[nn.Parameter]] = (),
+    limits: Sequence[float] | None = None,
 ) -> Iterator[Collectives | None]:
     """What gradients are summed with: owners as the cluster's links (and memory, for a sharded optimizer) want them.
 
@@ -174,12 +173,12 @@ def build_collectives(
     (runtime/network/nics.py). None in a world of one rank. Raises UserError when the optimizer is to be sharded and
     can't be, or its state fits nowhere, and where the user named NICs that can't be used.
 
-    layers: by layer its weights, where these are dealt out too.
+    limits: per rank, the largest fraction that it may own, where weights are dealt out too.
     """
     if world.size == 1:
         yield None
         return
-    limits = world.once(lambda: _limits(config, cluster, optimizer, layers))
+    limits = limits or world.once(lambda: _limits(config, cluster, optimizer))
     if world.device.type != "cpu":
         assert world.gradients
         fractions = world.once(lambda: reduction_for(cluster, max_fraction=limits)).fractions
@@ -222,23 +221,15 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
 
 
 def _limits(
-    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer, layers: Sequence[Sequence[nn.Parameter]]
+    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer
 ) -> tuple[float, ...] | None:
-    """Per rank, the largest fraction of what is dealt out that it has memory for; None: no limits."""
+    """Per rank, the largest fraction of optimizer state that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
     if not config.shards_state or not cluster_path(config):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
-    whole = sum(p.nbytes for p in parameters)
-    if not layers:
-        return largest_fractions(cluster, parameter_bytes=whole, state_bytes=state)
-    # weights and gradients are dealt out too; whole on each rank are two layers and what is outside layers
-    inside = {p for own in layers for p in own}
-    largest = max(sum(p.nbytes for p in own) for own in layers)
-    gathered = 2 * largest + sum(p.nbytes for p in parameters if p not in inside)
-    frozen = sum(p.nbytes for p in inside if not p.requires_grad)
-    return largest_fractions(cluster, parameter_bytes=gathered, state_bytes=state + 2 * whole + frozen)
+    return largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from heteromesh.planner.stages.json import stages_of
 from heteromesh.runtime.hooks.api import TrainingReport
 from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.hooks.console import Console
+from heteromesh.runtime.hooks.memory import MemoryRecord
 from heteromesh.runtime.hooks.records import RunRecords
+from heteromesh.runtime.memory.decision import decide
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.process.peers import SILENCE_SECONDS, PeerWatch
 from heteromesh.runtime.records.writer import CheckpointWriter
@@ -42,6 +44,7 @@ class FixedJob:
 
     def __init__(self, job: Job, world: World, stack: ExitStack) -> None:
         self.job, self.everyone, self.world, self._stack = job, world, world, stack
+        self._asked_shards = job.config.shard_weights
         config = job.config
         self.progress = TrainingProgress(last=config.max_steps, begun=True)
         self.interrupt = stack.enter_context(Interrupt())
@@ -130,7 +133,8 @@ class FixedJob:
     def _train(self) -> TrainingReport:
         world, progress = self.world, self.progress
         session = Fixed(world)
-        hooks = HookCalls([self.records, self.console, *self.measured], self.job.hooks, session.busy)
+        memory = MemoryRecord(world, self.mode.memory, self.console.say, self.records.memory)
+        hooks = HookCalls([self.records, self.console, memory, *self.measured], self.job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(self.job.config.run_dir))
         mode, state = self.mode, self.mode.state
         work = mode.work(progress.done)
@@ -144,6 +148,7 @@ class FixedJob:
             End(progress, session, self.writer, hooks, loop.report),
             step,
         ]
+        memory.begin()
         if world.rank == 0:
             self.console.begin()
         try:
@@ -166,9 +171,20 @@ class FixedJob:
         job, world, plan = self.job, self.world, self.plan
         basis = stages_of(plan.layout, f"plan file {plan_path(job.config)}: layout") if plan else None
         if plan is None or basis is None:
-            kind = LayerByLayer if job.config.shard_weights else WholeModel
+            shard = self._shards_weights()
+            job = self.job = replace(job, config=replace(job.config, shard_weights=shard))
+            kind = LayerByLayer if shard else WholeModel
             return kind(job, world, self.cluster, plan, stack, costs)
         return Stages(job, world, self.cluster, plan, basis, stack)
+
+    def _shards_weights(self) -> bool:
+        """Returns whether the world's ranks have a part of the weights each, as the user or their memory wants it."""
+        job, described = self.job, cluster_path(self.job.config) is not None
+        config = replace(job.config, shard_weights=self._asked_shards)
+        decision = decide(config, job.model, job.optimizer, self.world, self.cluster, described=described)
+        if decision.told and self.world.rank == 0:
+            self.console.say(decision.told)
+        return decision.shard
 
     def _writer(self) -> CheckpointWriter:
         config = self.job.config

@@ -17,6 +17,7 @@ from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.layer_major.schedule import LayerOrder
+from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -29,6 +30,9 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.json import costs_from_json, costs_to_json
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.ownership.in_job import replicated_in_job
+from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+from heteromesh.planner.participation.in_job import JobTokens
 from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.stages.json import Basis
@@ -38,10 +42,13 @@ from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
+from heteromesh.runtime.engine.token_bytes import layer_token_bytes, pass_token_bytes
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
-from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
+from heteromesh.runtime.memory.ownership import OwnedJob, own_in_job, run_order
+from heteromesh.runtime.memory.sizes import job_model, job_ranks
+from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
 from heteromesh.runtime.training.layer_trial import try_layers
 from heteromesh.runtime.training.trial import learn_buffers, try_model
@@ -49,6 +56,7 @@ from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
+from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.source import WorkSource
 
 
@@ -78,6 +86,11 @@ class Mode(ABC):
     def resolved(self) -> dict[str, Any]:
         """Returns what config.json has of it."""
 
+    def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
+        """Returns by rank what it is predicted to hold at the most in a step of so many tokens, in its largest pass and
+        in all, by rank; empty where that isn't known. Known from `start` on."""
+        return ()
+
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
         """Compares the last steps with the static layouts, where the user wants it."""
         return ()
@@ -105,9 +118,8 @@ class WholeModel(Mode):
         stack.callback(self.exchange.close)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=sharded)
         self.buffers = learn_buffers(self.engine, job.reader, world)
-        world.collectives = stack.enter_context(
-            build_collectives(config, cluster, job.optimizer, world, self._dealt_out())
-        )
+        limits = self._limits(sharded)
+        world.collectives = stack.enter_context(build_collectives(config, cluster, job.optimizer, world, limits))
         self.state = self._state(sharded)
         stack.callback(self.state.close)
         self._recent = RecentSteps(config.compare_batches)
@@ -120,7 +132,8 @@ class WholeModel(Mode):
 
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
-        config, world, base = self._job.config, self._world, self.measure()
+        config, world, base = self._job.config, self._world, self._bounded(self.measure())
+        self._ranks = job_ranks(self._cluster, world, self._job.model, described=bool(cluster_path(config)))
         world.collectives = self._stack.enter_context(build_compression(config, world, self.exchange.buckets, base))
         self._costs = CostLearning(
             FixedCosts(base),
@@ -148,7 +161,19 @@ class WholeModel(Mode):
 
     def resolved(self) -> dict[str, Any]:
         """See Mode."""
-        return {"costs": costs_to_json(self.measure()), "gradient_compression": _compression(self._world)}
+        costs = costs_to_json(self._bounded(self.measure()))
+        return {"costs": costs, "gradient_compression": _compression(self._world)}
+
+    def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
+        """See Mode."""
+        job, world, size = self._job, self._world, self._world.size
+        model, shards = job_model(job.model, (), job.optimizer), (1.0,) * size
+        if job.config.shards_state and world.collectives is not None:
+            shards = fractions_of(world.collectives)
+        return tuple(
+            replicated_in_job(model, rank, optimizer=f, pass_bytes=self._tokens.per_pass * p, ranks=size)
+            for rank, f, p in zip(self._ranks, shards, of_pass, strict=True)
+        )
 
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
         """See Mode."""
@@ -177,9 +202,15 @@ class WholeModel(Mode):
             loss=job.loss,
         )
 
-    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
-        """Returns by layer the weights that are sharded."""
-        return ()
+    def _limits(self, sharded: bool) -> Sequence[float] | None:
+        """Returns by rank the largest fraction of what is dealt out that it may own; None: as memory has it."""
+        engine, reader, device = self.engine, self._job.reader, self._world.device
+        self._tokens: TokenBytes = self._world.once(lambda: pass_token_bytes(engine, reader, device))
+        return None
+
+    def _bounded(self, costs: Costs) -> Costs:
+        """Returns the costs within what ranks can hold in a step."""
+        return costs
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         return GradientReducer(self._job.model.parameters(), scatter=sharded)
@@ -199,6 +230,7 @@ class LayerByLayer(WholeModel):
     """
 
     engine: LayerMajor
+    _owned: OwnedJob | None = None
 
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
@@ -207,18 +239,49 @@ class LayerByLayer(WholeModel):
             self.engine.attach(self._world.device, self._order)
             return hooks
         self.engine.attach(self._world.device, self._order, state)
+        state.begin()  # what isn't kept is given back before the first step, not in it
         return (*hooks, _GatheredAtTheEnd(state))
 
     def _engine(self) -> LayerMajor:
         job, config = self._job, self._job.config
         return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
 
-    def _dealt_out(self) -> Sequence[Sequence[nn.Parameter]]:
-        return self.engine.own_parameters
+    def _limits(self, sharded: bool) -> Sequence[float] | None:
+        """Plans who owns what, once it is measured what passes take."""
+        job, world, own = self._job, self._world, self.engine.own_parameters
+        if not sharded:
+            return None
+        costs, order = self.measure(), run_order(self._order, len(own))
+        self._owned = own_in_job(
+            world,
+            self._cluster,
+            costs,
+            job_model(job.model, [own[index] for index in order], job.optimizer),
+            job_ranks(self._cluster, world, job.model, described=bool(cluster_path(job.config))),
+            JobTokens(step=job.config.batch_tokens, longest=max(job.reader.lengths), bytes=self._tokens),
+            order,
+        )
+        return self._owned.plan.fractions
+
+    def _bounded(self, costs: Costs) -> Costs:
+        if self._owned is None:
+            return costs
+        return self._owned.bounded(costs, self._cluster, given=self._job.config.tokens_per_device is not None)
+
+    def resolved(self) -> dict[str, Any]:
+        """See Mode."""
+        return super().resolved() | {"ownership": self._owned.resolved() if self._owned is not None else None}
+
+    def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
+        """See Mode."""
+        if self._owned is None:
+            return super().memory(of_pass, of_step)
+        return self._owned.memory(of_pass, of_step)
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
+        self._tokens = self._world.once(lambda: _layer_tokens(engine, reader, device, self._order))
         if not self._order.mappings:
             engine.recompute()
         last_first = dict.fromkeys(reversed(self._order.layers))
@@ -230,7 +293,15 @@ class LayerByLayer(WholeModel):
         if not sharded:
             return super()._state(sharded)
         job = self._job
-        return ShardedWeights(job.optimizer, job.model, self.exchange.buckets, self._world, self.engine.own_parameters)
+        assert self._owned is not None
+        return ShardedWeights(
+            job.optimizer,
+            job.model,
+            self.exchange.buckets,
+            self._world,
+            self.engine.own_parameters,
+            resident=self._owned.resident,
+        )
 
 
 class Stages(Mode):
@@ -329,6 +400,14 @@ class _GatheredAtTheEnd(Hook):
 
     def end(self, report: TrainingReport) -> None:
         self._state.weights_ready()
+
+
+def _layer_tokens(engine: LayerMajor, reader: Reader, device: torch.device, order: LayerOrder) -> TokenBytes:
+    weights = StashedWeights(engine.own_parameters)
+    try:
+        return layer_token_bytes(engine, reader, device, order, weights)
+    finally:
+        weights.close()
 
 
 def _compression(world: World) -> str:

@@ -1,0 +1,142 @@
+"""What a rank of a running job holds, by kind, from the model's real sizes: as many bytes as it has, layer by layer.
+
+With sharded weights what a rank holds changes in the course of a step, and its largest moment counts:
+
+    head          all layers' inputs of its passes, the loss of one pass, gradients of what is outside layers
+    back at i     layers i and i - 1 gathered; inputs up to layer i; layer i of one pass computed again; its gradients,
+                  those of layer i + 1 on their way to their owners, and its own part of the later ones
+    end           gradients of the first layer and of what is outside layers on their way, and its own part of all
+    update        its part of gradients, and what the optimizer makes of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobModel:
+    """A model's bytes as their owners hold them; layers in the order in which passes go through them."""
+
+    layers: tuple[float, ...]
+    """By layer, of the weights that are its alone."""
+    trained: tuple[float, ...]
+    """Of these, those that get gradients."""
+    outside: float
+    """Of weights outside layers."""
+    outside_trained: float
+    largest: float
+    """Of the largest parameter: its gradient exists twice while it is added."""
+    state: float
+    """Bytes of optimizer state for each byte of trained weights."""
+    gathered: float = 1.0
+    """Bytes of a gathered weight for each byte at its owner; less than 1: the owner keeps a master beside it."""
+
+    @property
+    def whole(self) -> float:
+        """Bytes of all weights."""
+        return sum(self.layers) + self.outside
+
+    @property
+    def whole_trained(self) -> float:
+        """Bytes of all weights that get gradients."""
+        return sum(self.trained) + self.outside_trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRank:
+    """A rank's memory."""
+
+    memory: float
+    """Bytes that the process may use; infinite: not known."""
+    context: float
+    """Bytes that it holds anyway."""
+    speed: float = 1.0
+    device: str = ""
+    """What people call it."""
+    senders: int = 1
+    """Other ranks or hosts whose contributions to what it owns it receives, each into a buffer."""
+
+
+def replicated_in_job(
+    model: JobModel, rank: JobRank, *, optimizer: float, pass_bytes: float, ranks: int
+) -> MemoryByKind:
+    """Returns what a rank holds at the most where weights are whole on it.
+
+    optimizer: its fraction of the state. pass_bytes: activations of its largest pass.
+    """
+    in_flight = min(model.whole_trained, 2 * model.largest) * (1 + optimizer * rank.senders) if ranks > 1 else 0.0
+    return MemoryByKind(
+        weights=model.whole,
+        gradients=model.whole_trained,
+        moments=optimizer * model.state * model.whole_trained,
+        activations=pass_bytes,
+        collective_buffers=in_flight,
+        context=rank.context,
+    )
+
+
+def sharded_in_job(
+    model: JobModel, rank: JobRank, fraction: float, resident: int, tokens: TokenBytes, *, of_pass: float, of_step: float
+) -> MemoryByKind:
+    """Returns what a rank of sharded weights holds at the moment of a step at which that is most."""
+    moments = _moments(model, rank, fraction, resident, tokens.per_pass * of_pass, tokens.per_step * of_step)
+    return max(moments, key=lambda memory: memory.total)
+
+
+def _moments(
+    model: JobModel, rank: JobRank, fraction: float, resident: int, activations: float, inputs: float
+) -> Iterator[MemoryByKind]:
+    count, layers, trained = len(model.layers), model.layers, model.trained
+    dropped = count - resident
+    kept, masters = model.gathered * (sum(layers[dropped:]) + model.outside), 0.0
+    own = fraction * sum(layers[:dropped])
+    if model.gathered < 1:
+        masters, own = fraction * model.whole, 0.0
+    base = MemoryByKind(
+        weights=kept + own,
+        masters=masters,
+        moments=fraction * model.state * model.whole_trained,
+        context=rank.context,
+    )
+
+    def gathered(*positions: int) -> float:
+        return model.gathered * sum(layers[i] for i in positions if 0 <= i < dropped)
+
+    def under_way(size: float) -> float:
+        """Gradients that are being summed: this rank's contribution, and the others' to its part."""
+        return size * (1 + fraction * rank.senders)
+
+    outside, staged = model.outside_trained, fraction * rank.senders
+    yield replace(
+        base,
+        gradients=outside + min(model.largest, outside),
+        gather_buffers=gathered(count - 1),
+        activations=activations,
+        layer_inputs=inputs,
+    )
+    for i in range(count - 1, -1, -1):
+        following = trained[i + 1] if i + 1 < count else 0.0
+        done = replace(base, gradients=outside + trained[i] + fraction * sum(trained[i + 2 :]))
+        yield replace(
+            done,
+            gather_buffers=gathered(i, i - 1),
+            collective_buffers=under_way(following),
+            activations=activations,
+            layer_inputs=inputs * (i + 2) / (count + 1),
+        )
+        yield replace(
+            done,
+            gather_buffers=gathered(i - 1),
+            collective_buffers=under_way(following) + staged * trained[i],
+            layer_inputs=inputs * (i + 1) / (count + 1),
+        )
+    yield replace(
+        base,
+        gradients=fraction * sum(trained[1:]) + min(model.largest, outside),
+        collective_buffers=under_way(outside + trained[0]),
+    )
+    # an element-wise update makes a few temporaries of one parameter's part
+    yield replace(base, gradients=fraction * (model.whole_trained + 2 * model.largest))

@@ -1,0 +1,220 @@
+"""Who owns how much of sharded weights in a running job, and which layers stay gathered where.
+
+A rank owns no larger fraction than fits beside what it needs to work; links decide within these limits
+(planner/reduction). What memory is left then keeps layers gathered, the last ones first, which serve soonest after they
+were gathered; the rest is room for tokens. What a rank holds: planner/ownership/in_job.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
+from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+from heteromesh.planner.participation.layout import SHARDED
+from heteromesh.planner.participation.shortage import DoesNotFit, Short
+
+LEVELS = (1.0, 0.5, 0.25, 0.0)
+"""Of the tokens that a rank's speed would give it: what it is left room for, the first at which the weights fit."""
+SLACK = 1.0 + 1e-6
+"""Of all weights, what must fit at least: fractions are found by halving."""
+HALVINGS = 8
+
+Choose = Callable[[Sequence[float] | None], Sequence[float]]
+"""Returns fractions that add up to 1, none above its limit (None: no limits), as links would have them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobTokens:
+    """What a step works on."""
+
+    step: int
+    """Tokens of all ranks."""
+    longest: int
+    """Of a sequence."""
+    bytes: TokenBytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOwnership:
+    """Who owns what, and how many tokens each rank has room for."""
+
+    fractions: tuple[float, ...]
+    resident: tuple[int, ...]
+    """By rank, how many layers stay gathered: the last ones."""
+    pass_tokens: tuple[int, ...]
+    """By rank, tokens that a pass may have beside those that the step gives it; empty where memory is not known."""
+    step_tokens: tuple[int, ...]
+    """By rank, tokens that all its passes of a step may have; empty where memory is not known."""
+    memory: tuple[MemoryByKind, ...]
+    """By rank, with the tokens that its speed gives it."""
+
+
+def plan_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership:
+    """Returns who owns what and keeps which layers; nothing is kept where memory is not known.
+
+    Raises DoesNotFit where the ranks together can't hold the model or a step.
+    """
+    if all(math.isinf(rank.memory) for rank in ranks):
+        expected = [_expected(ranks, tokens, number, LEVELS[0]) for number in range(len(ranks))]
+        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose(None), strict=True)]
+        return JobOwnership(
+            fractions=tuple(each.fraction for each in held),
+            resident=(0,) * len(ranks),
+            pass_tokens=(),
+            step_tokens=(),
+            memory=tuple(each.memory(0, *n) for each, n in zip(held, expected, strict=True)),
+        )
+    found = _planned(model, ranks, tokens, choose)
+    if found is None:
+        raise _does_not_fit(model, ranks, tokens)
+    return found
+
+
+def _planned(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership | None:
+    for level in LEVELS:
+        expected = [_expected(ranks, tokens, number, level) for number in range(len(ranks))]
+        most = _largest_fractions(model, ranks, tokens, expected)
+        if min(most) < 0 or sum(most) < SLACK:
+            continue
+        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose(most), strict=True)]
+        found = _filled(held, tokens, expected)
+        if min(found.pass_tokens) > 0 and sum(found.step_tokens) >= tokens.step:
+            return found
+    return None
+
+
+def _expected(ranks: Sequence[JobRank], tokens: JobTokens, number: int, level: float) -> tuple[float, float]:
+    """Returns tokens of a rank's largest pass and of its step: a tenth more than its speed gives it, times the level.
+
+    Both are at least the rank's even part of the longest sequence.
+    """
+    share = ranks[number].speed / sum(rank.speed for rank in ranks)
+    step, least = min(1.0, 1.1 * share) * tokens.step, math.ceil(tokens.longest / len(ranks))
+    return max(level * min(step, tokens.longest), least), max(level * step, least)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """A rank that owns a fraction."""
+
+    model: JobModel
+    rank: JobRank
+    fraction: float
+    bytes: TokenBytes
+
+    def memory(self, resident: int, of_pass: float, of_step: float) -> MemoryByKind:
+        return sharded_in_job(
+            self.model, self.rank, self.fraction, resident, self.bytes, of_pass=of_pass, of_step=of_step
+        )
+
+    def fits(self, resident: int, of_pass: float, of_step: float) -> bool:
+        return self.memory(resident, of_pass, of_step).total <= self.rank.memory
+
+
+def _largest_fractions(
+    model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, expected: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Returns by rank the largest fraction that it can own, at most 1; -1 where it can't even work."""
+
+    def largest(rank: JobRank, of_pass: float, of_step: float) -> float:
+        def fits(fraction: float) -> bool:
+            return _Rank(model, rank, fraction, tokens.bytes).fits(0, of_pass, of_step)
+
+        if not fits(0.0):
+            return -1.0
+        low, high = 0.0, 1.0
+        if fits(high):
+            return high
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    return [largest(r, *n) for r, n in zip(ranks, expected, strict=True)]
+
+
+def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[float, float]]) -> JobOwnership:
+    """Returns what the memory that is left beside these fractions is used for."""
+    resident, of_pass, of_step, memory = [], [], [], []
+    for rank, (pass_, step) in zip(held, expected, strict=True):
+        layers = _most(lambda n, rank=rank, p=pass_, t=step: rank.fits(n, p, t), len(rank.model.layers))
+        kept = max(0, layers)
+        resident.append(kept)
+        of_pass.append(_most(lambda n, rank=rank, k=kept, t=step: rank.fits(k, n, t), max(tokens.longest, tokens.step)))
+        # the room for a long pass is not given away to more of them
+        of_step.append(_most(lambda n, rank=rank, k=kept, p=of_pass[-1]: rank.fits(k, p, n), tokens.step))
+        memory.append(rank.memory(kept, pass_, step))
+    return JobOwnership(
+        fractions=tuple(rank.fraction for rank in held),
+        resident=tuple(resident),
+        pass_tokens=tuple(of_pass),
+        step_tokens=tuple(of_step),
+        memory=tuple(memory),
+    )
+
+
+def _most(fits: Callable[[int], bool], high: int) -> int:
+    """Returns the largest number from 0 to `high` that fits; -1: none."""
+    low = -1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _does_not_fit(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> DoesNotFit:
+    """Returns the error: who is short by how much, and what helps."""
+    lacks = _missing(model, ranks, tokens)
+    short = [
+        Short(layout=SHARDED, ranks=(number,), device=ranks[number].device, gigabytes=round(size / 1e9, 3))
+        for number, size in enumerate(lacks)
+        if size > 0
+    ]
+    size = model.whole + model.whole_trained * (1 + model.state)
+    ways = [*_smaller(model, ranks, tokens), "give these ranks more memory (memory_gb of the cluster file)", "add ranks"]
+    told = "; ".join(f"{each.gigabytes:.3f} GB on rank {each.ranks[0]} ({each.device})" for each in short)
+    return DoesNotFit(
+        f"the model ({size / 1e9:.2f} GB with gradients and optimizer state) does not fit on these ranks even with "
+        f"sharded weights, with sequences of up to {tokens.longest} tokens and {tokens.step} a step: they lack {told}; "
+        f"what helps: {'; '.join(ways)}",
+        short,
+        (),
+    )
+
+
+def _missing(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> list[float]:
+    """Returns by rank the bytes that it lacks to work at all, or else the bytes that each would have to have more."""
+    expected = [_expected(ranks, tokens, number, LEVELS[-1]) for number in range(len(ranks))]
+    own = [
+        _Rank(model, r, 0.0, tokens.bytes).memory(0, *n).total - r.memory for r, n in zip(ranks, expected, strict=True)
+    ]
+    if max(own) > 0:
+        return own
+    low, high = 0.0, 2 * (model.whole + model.whole_trained * (2 + model.state)) + tokens.bytes.per_step * tokens.step
+    for _ in range(30):
+        middle = (low + high) / 2
+        more = [replace(rank, memory=rank.memory + middle) for rank in ranks]
+        low, high = (low, middle) if _planned(model, more, tokens, _as_they_fit) is not None else (middle, high)
+    return [high] * len(ranks)
+
+
+def _smaller(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> Iterator[str]:
+    """Yields the nearest smaller steps and shorter sequences with which the model fits."""
+    for what in ("step", "longest"):
+        for halved in range(1, HALVINGS):
+            number = getattr(tokens, what) >> halved
+            smaller = replace(tokens, **{what: number})
+            if what == "step" and number < tokens.longest:
+                break
+            if number and _planned(model, ranks, smaller, _as_they_fit) is not None:
+                yield f"batch_tokens={number}" if what == "step" else f"max_length={number}"
+                break
+
+
+def _as_they_fit(limits: Sequence[float] | None) -> Sequence[float]:
+    """Deals out in proportion to what fits."""
+    assert limits is not None
+    return [n / sum(limits) for n in limits]

@@ -1,0 +1,112 @@
+"""The ownership of a job's sharded weights: planned once, from what was measured, equal on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from heteromesh.comm.world import World
+from heteromesh.parallel.layer_major.schedule import LayerOrder
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.cluster.links import cluster_links
+from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
+from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+from heteromesh.planner.participation.in_job import JobOwnership, JobTokens, plan_ownership
+from heteromesh.planner.participation.in_job_traffic import job_traffic
+from heteromesh.planner.reduction.nics import over_one_nic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnedJob:
+    """What the ranks of a job own, keep and hold."""
+
+    model: JobModel
+    ranks: tuple[JobRank, ...]
+    tokens: TokenBytes
+    order: tuple[int, ...]
+    """Indices of the layers, each once, in the order in which passes go through them first."""
+    plan: JobOwnership
+
+    @property
+    def resident(self) -> list[Collection[int]]:
+        """By rank, the indices of the layers that stay gathered there."""
+        count = len(self.order)
+        return [frozenset(self.order[count - kept :]) for kept in self.plan.resident]
+
+    def bounded(self, costs: Costs, cluster: Cluster, *, given: bool) -> Costs:
+        """Returns the costs with the limits of these ranks' memory, and with what their transfers take.
+
+        given: the user has said what a pass may hold.
+        """
+        plan, capacity = self.plan, costs.capacity
+        if plan.pass_tokens and not given:
+            capacity = tuple(min(known, own) for known, own in zip(capacity, plan.pass_tokens, strict=True))
+        return replace(
+            costs,
+            capacity=capacity,
+            step_capacity=plan.step_tokens,
+            traffic=job_traffic(self.model, plan, *_uplinks(costs, cluster)),
+        )
+
+    def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
+        """Returns by rank what it holds at the most in a step of so many tokens by rank."""
+        plan = self.plan
+        return tuple(
+            sharded_in_job(self.model, rank, fraction, kept, self.tokens, of_pass=p, of_step=t)
+            for rank, fraction, kept, p, t in zip(
+                self.ranks, plan.fractions, plan.resident, of_pass, of_step, strict=True
+            )
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns what config.json has of it."""
+        return {
+            "fractions": list(self.plan.fractions),
+            "resident_layers": list(self.plan.resident),
+            "pass_tokens": list(self.plan.pass_tokens),
+            "step_tokens": list(self.plan.step_tokens),
+            "bytes_per_token": asdict(self.tokens),
+            "memory": [asdict(kinds) for kinds in self.plan.memory],
+        }
+
+
+def own_in_job(
+    world: World,
+    cluster: Cluster,
+    costs: Costs,
+    model: JobModel,
+    ranks: Sequence[JobRank],
+    tokens: JobTokens,
+    order: tuple[int, ...],
+) -> OwnedJob:
+    """Returns the job's ownership, equal on every rank. costs: whose speeds say what tokens a rank is given. order: see
+    `run_order`, in which the model's layers are too.
+
+    Raises DoesNotFit on every rank where the ranks' memory can't hold the model.
+    """
+    quick = tuple(replace(rank, speed=speed) for rank, speed in zip(ranks, costs.speeds, strict=True))
+
+    def plan() -> JobOwnership:
+        return plan_ownership(model, quick, tokens, lambda most: over_one_nic(cluster, max_fraction=most).fractions)
+
+    return OwnedJob(model=model, ranks=quick, tokens=tokens.bytes, order=order, plan=world.once(plan))
+
+
+def run_order(order: LayerOrder, count: int) -> tuple[int, ...]:
+    """Returns the indices of so many layers in the order in which passes go through them first; unused ones before."""
+    used = tuple(dict.fromkeys(order.layers))
+    return (*(index for index in range(count) if index not in used), *used)
+
+
+def _uplinks(costs: Costs, cluster: Cluster) -> tuple[tuple[int, ...], list[float]]:
+    """Returns per rank its host, and by host bytes per second each way: of the cluster's links where it describes
+    several hosts, else as measured, every rank for itself.
+    """
+    hosts = sorted(set(costs.hosts))
+    if len(hosts) == len(cluster.hosts) > 1:
+        links = cluster_links(cluster)
+        return costs.hosts, [links.uplink(host, hosts) for host in hosts]
+    ranks = tuple(range(costs.ranks))
+    return ranks, [costs.rate(ranks)] * costs.ranks

@@ -1,0 +1,110 @@
+"""A model's real sizes, and what memory the ranks of a job have."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from heteromesh.comm.world import World
+from heteromesh.errors import UserError
+from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.planner.cluster.catalog import CATALOG
+from heteromesh.planner.cluster.cluster import Cluster
+from heteromesh.planner.ownership.in_job import JobModel, JobRank
+from heteromesh.runtime.process.memory import give_back, resident_bytes
+
+SPARE = 0.05
+"""Of a rank's memory, that is left free: allocators keep some of what is freed."""
+ADAM = 2.0
+"""Bytes of state for a byte of weights, where an optimizer can't be tried."""
+
+
+def job_model(
+    model: nn.Module, layers: Sequence[Sequence[nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> JobModel:
+    """Returns the sizes of a model. layers: in the order in which they run, the parameters that are a layer's alone."""
+    inside = {p for own in layers for p in own}
+    outside = [p for p in model.parameters() if p not in inside]
+    updated = {p for group in optimizer.param_groups for p in group["params"]}
+    every = list(model.parameters())
+    trained = _bytes(p for p in every if p.requires_grad)
+    return JobModel(
+        layers=tuple(_bytes(own) for own in layers),
+        trained=tuple(_bytes(p for p in own if p.requires_grad) for own in layers),
+        outside=_bytes(outside),
+        outside_trained=_bytes(p for p in outside if p.requires_grad),
+        largest=max((float(_size(p)) for p in every if p.requires_grad), default=0.0),
+        state=state_bytes(optimizer) * _bytes(p for p in every if p in updated and p.requires_grad) / (trained or 1.0),
+    )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> float:
+    """Returns bytes of optimizer state for each byte of trained weights."""
+    like = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
+    if like is None:
+        return 0.0
+    try:
+        return check_elementwise(optimizer) / like.element_size()
+    except UserError:
+        return ADAM
+
+
+def job_ranks(cluster: Cluster, world: World, model: nn.Module, *, described: bool) -> list[JobRank]:
+    """Returns what memory each rank of the world has, and holds already beside the model; equal on every rank.
+
+    described: whether the cluster's devices are the user's. Elsewhere only CUDA devices say what they have.
+    """
+    give_back(world.device)
+    own = _usable(cluster, world, described), _context(world.device, model)
+    counts = Counter(cluster.rank_hosts)
+    return [
+        JobRank(
+            memory=memory,
+            context=context,
+            device=cluster.device_name(rank),
+            # contributions come from the ranks of the owner's host, and summed up from each other host
+            senders=counts[cluster.rank_hosts[rank]] - 1 + len(counts) - 1,
+        )
+        for rank, (memory, context) in enumerate(world.gather(own))
+    ]
+
+
+def _usable(cluster: Cluster, world: World, described: bool) -> float:
+    """Returns the bytes that this rank may use; infinite where nobody has said."""
+    found = math.inf
+    device = cluster.device_of(world.rank)
+    # the catalogue's `cpu` is a guess, which must not decide
+    if described and device != CATALOG["cpu"]:
+        found = device.memory_gb * 1e9
+    if world.device.type == "cuda":
+        found = min(found, float(torch.cuda.get_device_properties(world.device).total_memory))
+    return found * (1 - SPARE)
+
+
+def _context(device: torch.device, model: nn.Module) -> float:
+    """Returns the bytes that the process holds beside the model: code, libraries, the device's context."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return float(total - free - torch.cuda.memory_reserved(device))
+    here = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(model) if _is_here(t)}
+    return max(0.0, resident_bytes(device) - sum(here.values()))
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _is_here(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> float:
+    return float(sum(map(_size, parameters)))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return parameter.numel() * parameter.element_size()

@@ -1,0 +1,58 @@
+"""How much memory this process has now, and has had at the most since it was last asked to forget."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_PEAK_ONLY = "5"
+"""To clear_refs: VmHWM begins anew at what is resident now."""
+
+
+def resident_bytes(device: torch.device) -> float:
+    """Returns what the process holds now: of the device's memory what torch has reserved, else what is resident."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_reserved(device))
+    return _status("VmRSS") or peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Returns the most that the process has held since `forget_peak`; where the kernel can't tell, since it began."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return _status("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Counts the most from here on; memory that was freed is given back first."""
+    give_back(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _FORGET.write_text(_PEAK_ONLY)
+
+
+def give_back(device: torch.device) -> None:
+    """Gives the memory of what is no longer used back: allocators keep it for what comes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(key: str) -> float:
+    """Returns a size of the process in bytes, 0 where the kernel has no such file."""
+    with suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return float(line.split()[1]) * 1024
+    return 0.0
