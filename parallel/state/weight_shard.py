@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -20,30 +21,51 @@ OUTSIDE = -1
 
 
 class WeightShard:
-    """A bucket: this rank's range of its weights, and the whole of them while it is gathered."""
+    """A bucket: this rank's range of its weights, and the whole of them while it is gathered.
 
-    def __init__(self, number: int, bucket: Bucket, layer: int, world: World, resident: bool) -> None:
+    Which ranks have all of it follows from the calls, which are the same on all ranks.
+    """
+
+    def __init__(self, number: int, bucket: Bucket, layer: int, world: World, keepers: Collection[int]) -> None:
+        """keepers: the ranks that keep what has been gathered, and the memory for it."""
         assert world.collectives is not None
         self.number, self.bucket, self.layer = number, bucket, layer
-        self.resident = resident or layer == OUTSIDE
+        self._everybody = frozenset(range(world.size))
+        self._keepers = self._everybody if layer == OUTSIDE else frozenset(keepers)
+        self._keeps = world.rank in self._keepers
         self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
         self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
+        self._holders = self._everybody
+        """The ranks whose flat tensor has, or gets from the gather under way, what the owners have."""
         own = self.flat[self.low : self.high]
-        self.own = own if self.resident else own.clone()
+        self.own = own if self._keeps else own.clone()
         """(high - low,): what this rank owns, up to date always."""
         self.work: Work | None = None
         """The gather under way."""
+        self._only_sends = False
+        """Whether that brings nothing here."""
         self._started_ns = 0
         self._shown = False
         self.show()
 
+    @property
+    def arriving(self) -> bool:
+        """Returns whether weights are on their way here."""
+        return self.work is not None and not self._only_sends
+
     def gather(self, collectives: Collectives) -> None:
-        """Starts to bring the whole bucket here."""
+        """Starts to bring the whole bucket to the ranks that don't have it."""
+        lacking = self._everybody - self._holders
+        if not lacking:
+            return
+        self._only_sends = collectives.rank in self._holders
         if self.flat is None:
             self.flat = self.own.new_empty(self.bucket.numel)
-        if not self.resident:
+        if not self._keeps:
             self.flat[self.low : self.high].copy_(self.own)
-        self.work, self._started_ns = collectives.all_gather(self.flat), time.time_ns()
+        receivers = None if lacking == self._everybody else lacking
+        self.work, self._started_ns = collectives.all_gather(self.flat, receivers), time.time_ns()
+        self._holders = self._everybody
 
     def wait(self, collectives: Collectives, recorder: Recorder) -> float:
         """Returns when the gather is done, how many seconds that took."""
@@ -74,9 +96,19 @@ class WeightShard:
                 take_out(parameter)
 
     def drop(self) -> None:
-        """Gives the memory of gathered weights back."""
+        """Takes the weights out of the parameters, and gives their memory back where this rank does not keep them."""
         self.hide()
+        self._holders &= self._keepers
+        if not self._keeps:
+            self.free()
+
+    def free(self) -> None:
+        """Gives the memory of gathered weights back."""
         self.flat = None
+
+    def outdate(self) -> None:
+        """Takes note that owners have changed their ranges: nobody has the whole."""
+        self._holders = frozenset()
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """Returns what this rank has of a parameter, in the memory that it is in."""

@@ -28,7 +28,8 @@ class ShardedSteps:
 
     def __init__(
         self, model: nn.Module, world: World, optimizer: torch.optim.Optimizer, *, order: LayerOrder | None = None,
-        resident: Collection[int] = (), bucket_bytes: int = 8 << 20, seed: int = 0, speeds: Sequence[float] = (),
+        resident: Sequence[Collection[int]] = (), bucket_bytes: int = 8 << 20, seed: int = 0,
+        speeds: Sequence[float] = (),
     ) -> None:  # fmt: skip
         self.world, self.engine = world, LayerMajor(model, seed=seed)
         own = self.engine.own_parameters
