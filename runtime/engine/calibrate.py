@@ -108,8 +108,12 @@ class Calibration:
 
     def measure(self, tokens_per_device: int | None = None, rate: LinkModel | None = None) -> Costs:
         """Returns the fitted costs, equal on every rank. rate: of exchanges, where it is known (`Costs.rate`)."""
-        with undisturbed(self._executor.model):
-            return self._measure(tokens_per_device, rate)
+        try:
+            with undisturbed(self._executor.model):
+                return self._measure(tokens_per_device, rate)
+        finally:
+            for parameter in self._executor.model.parameters():
+                parameter.grad = None  # as much memory as the weights
 
     def _measure(self, tokens_per_device: int | None, rate: LinkModel | None) -> Costs:
         shape = self.attention_shape()

@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+LARGE_BLOCK = 1 << 20
 _PEAK_ONLY = "5"
 """To clear_refs: VmHWM begins anew at what is resident now."""
 
@@ -47,6 +50,19 @@ def give_back(device: torch.device) -> None:
         return
     with suppress(OSError, AttributeError):  # other C libraries have no such call
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_at_once(device: torch.device) -> None:
+    """Has the C library give large blocks back as they are freed, from here on.
+
+    glibc raises the size from which it does so to that of what was freed last, up to 32 MB, and keeps what is smaller:
+    of gathered layers that come and go, a rank of 0.71 GB kept 75 MB.
+    """
+    if device.type == "cpu":
+        with suppress(OSError, AttributeError):
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+            library.mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK)
 
 
 def _status(key: str) -> float:

@@ -58,8 +58,11 @@ class Checkpoints:
     whole: the model that a rank's model is a stage of; it is what checkpoints are of.
     """
 
-    def __init__(self, directory: Path, world: World, keep: int, whole: nn.Module | None = None) -> None:
-        self._directory, self._world, self._keep = directory, world, keep
+    def __init__(
+        self, directory: Path, world: World, keep: int, whole: nn.Module | None = None, *, copied: bool = True
+    ) -> None:
+        """copied: whether training goes on, on other values, while a copy is written; else it waits."""
+        self._directory, self._world, self._keep, self._copy = directory, world, keep, copied
         # now: weights may be elsewhere later
         self._shapes = _shapes(whole) if whole is not None else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
@@ -71,13 +74,14 @@ class Checkpoints:
         """Checkpoints that this process has written or checked."""
 
     def save(self, step: int, model: nn.Module, owner: StateOwner, trainer: Mapping[str, Any]) -> None:
-        """Starts writing the state after `step` updates; returns when it has been copied.
+        """Starts writing the state after `step` updates; returns when it has been copied, or else written.
 
-        Waits for an earlier checkpoint first, and raises UserError if that could not be written.
+        Waits for an earlier checkpoint first. Raises UserError for one that could not be written.
         """
         self.wait()
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
-            state = _copied(_state(model, owner))
+            state = _state(model, owner)
+            state = _copied(state) if self._copy else state
         meta = {
             "schema": 2,
             "step": step,
@@ -85,6 +89,8 @@ class Checkpoints:
             "trainer": dict(trainer),
         }
         self._pending = self._thread.submit(self._write, step, state, meta)
+        if not self._copy:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is whole; raises UserError if it can't be written."""

@@ -15,9 +15,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -36,6 +36,8 @@ from heteromesh.planner.files import make_durable
 META, METADATA, PART = "meta.json", ".metadata", ".part"
 _KEYS = {"step": int, "parameters": dict, "trainer": dict}
 """What every meta.json has."""
+FILE_BYTES, MOST_FILES = 16 << 20, 16
+"""What a rank writes goes into files of so many bytes, or into so many files where these would be more."""
 _TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
@@ -72,7 +74,10 @@ class PartWriter(FileSystemWriter):
         return prepared
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        written: list[WriteResult] = super().write_data(plan, planner).wait()
+        written: list[WriteResult] = []
+        for part in _parts(plan):
+            # torch holds what it copies, each part of a tensor, until its file is written
+            written += super().write_data(part, planner).wait()
         for name in sorted({result.storage_data.relative_path for result in written}):
             digest = digest_of_file(self._part / name)
             written.append(WriteResult(MetadataIndex(name), digest.size, digest))
@@ -103,6 +108,30 @@ class PartWriter(FileSystemWriter):
         if descriptor >= 0:
             shutil.rmtree(self._part, ignore_errors=True)
             os.close(descriptor)
+
+
+def _parts(plan: SavePlan) -> Iterator[SavePlan]:
+    """Yields the plan in parts, a file each: of FILE_BYTES, or more where that would be many."""
+    sizes = [_size(item) for item in plan.items]
+    limit = max(FILE_BYTES, sum(sizes) / MOST_FILES)
+    prefix, items, filled, count = plan.storage_data, list[WriteItem](), 0, 0
+    for item, size in zip(plan.items, sizes, strict=True):
+        if items and filled + size > limit:
+            yield replace(plan, items=items, storage_data=_named(prefix, count))
+            items, filled, count = [], 0, count + 1
+        items.append(item)
+        filled += size
+    yield replace(plan, items=items, storage_data=_named(prefix, count))
+
+
+def _named(prefix: Any, count: int) -> Any:
+    """Returns the prefix of a part's file names, which differ from those of the others."""
+    return type(prefix)(f"{prefix.prefix}{count}_") if count else prefix
+
+
+def _size(item: WriteItem) -> int:
+    data = item.tensor_data
+    return data.chunk.sizes.numel() * data.properties.dtype.itemsize if data is not None else 0
 
 
 class MetadataReader(FileSystemReader):

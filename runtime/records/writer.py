@@ -31,14 +31,17 @@ class CheckpointWriter:
         keep: int,
         together: World | None,
         whole: nn.Module | None = None,
+        copied: bool = True,
     ) -> None:
         """`together`: the world of ranks that stay, which write a checkpoint each its part. `whole`: the model that
-        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed."""
+        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed. `copied`: see
+        `Checkpoints`."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state
         self._recorder, self._together, self._whole = recorder, together, whole
         self._checkpoints: Checkpoints | None = None
+        self._copied = copied
         if together is not None:
             self._opened()
 
@@ -88,5 +91,5 @@ class CheckpointWriter:
     def _opened(self) -> Checkpoints:
         if self._checkpoints is None:
             world = self._together or World(recorder=self._recorder)
-            self._checkpoints = Checkpoints(self._directory, world, self._keep, self._whole)
+            self._checkpoints = Checkpoints(self._directory, world, self._keep, self._whole, copied=self._copied)
         return self._checkpoints

@@ -198,6 +198,7 @@ class FixedJob:
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             together=self.world,
+            copied=not self.mode.is_tight,
         )
         self._stack.callback(writer.close)
         return writer

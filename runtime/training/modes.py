@@ -48,6 +48,7 @@ from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.memory.ownership import OwnedJob, own_in_job, run_order
 from heteromesh.runtime.memory.sizes import job_model, job_ranks
+from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
 from heteromesh.runtime.training.layer_trial import try_layers
@@ -69,6 +70,8 @@ class Mode(ABC):
     buffers: PassBuffers
     held: nn.Module
     """What this rank writes into checkpoints: the model, or its part of it."""
+    is_tight: bool = False
+    """Whether memory is planned for: then nothing is held that need not be."""
 
     def measure(self) -> Costs | None:
         """Measures what passes cost on this world's ranks; None where the plan has fixed who works."""
@@ -261,6 +264,9 @@ class LayerByLayer(WholeModel):
             JobTokens(step=job.config.batch_tokens, longest=max(job.reader.lengths), bytes=self._tokens),
             order,
         )
+        self.is_tight = bool(self._owned.plan.step_tokens)
+        if self.is_tight:
+            give_back_at_once(world.device)
         return self._owned.plan.fractions
 
     def _bounded(self, costs: Costs) -> Costs:
