@@ -56,8 +56,9 @@ class Correction:
 
     def applied(self, costs: Costs) -> Costs:
         """Returns the corrected cost model."""
-        # what was measured beyond passes has the exposed transfers in it
-        costs = replace(costs, seconds_per_step=self.seconds_per_step, traffic=StepTraffic())
+        # what was measured beyond passes has the exposed transfers in it, but where these are counted layer by layer
+        traffic = costs.traffic if costs.traffic.layer_major else StepTraffic()
+        costs = replace(costs, seconds_per_step=self.seconds_per_step, traffic=traffic)
         if not self.slowness:
             return costs
         speeds = [v / slow for v, slow in zip(costs.speeds, self.slowness, strict=True)]

@@ -31,8 +31,23 @@ class JobModel:
     """Of the largest parameter: its gradient exists twice while it is added."""
     state: float
     """Bytes of optimizer state for each byte of trained weights."""
-    gathered: float = 1.0
-    """Bytes of a gathered weight for each byte at its owner; less than 1: the owner keeps a master beside it."""
+    gathered: tuple[float, ...] = ()
+    """By layer, of its weights where it is gathered; empty: as at their owners."""
+    apart: tuple[float, ...] = ()
+    """By layer, of weights that owners keep beside those gathered, in another precision; empty: none."""
+    outside_gathered: float | None = None
+    """Of weights outside layers where they are gathered; None: as at their owners."""
+    outside_apart: float = 0.0
+    """Of weights outside layers that owners keep beside them."""
+
+    @property
+    def outside_here(self) -> float:
+        """Bytes of what is outside layers, which every rank has."""
+        return self.outside if self.outside_gathered is None else self.outside_gathered
+
+    def gathered_bytes(self, position: int) -> float:
+        """Returns the bytes of a layer that is gathered."""
+        return self.gathered[position] if self.gathered else self.layers[position]
 
     @property
     def whole(self) -> float:
@@ -61,21 +76,20 @@ class JobRank:
 
 
 def replicated_in_job(
-    model: JobModel, rank: JobRank, *, optimizer: float, pass_bytes: float, ranks: int
+    model: JobModel, rank: JobRank, *, optimizer: float, pass_bytes: float, ranks: int, copied: bool = False
 ) -> MemoryByKind:
     """Returns what a rank holds at the most where weights are whole on it.
 
-    optimizer: its fraction of the state. pass_bytes: activations of its largest pass.
+    optimizer: its fraction of the state. pass_bytes: activations of its largest pass. copied: whether checkpoints are
+    copies of weights and state. Gradients are kept from step to step, but where each rank has its part of their sum.
     """
     in_flight = min(model.whole_trained, 2 * model.largest) * (1 + optimizer * rank.senders) if ranks > 1 else 0.0
-    return MemoryByKind(
-        weights=model.whole,
-        gradients=model.whole_trained,
-        moments=optimizer * model.state * model.whole_trained,
-        activations=pass_bytes,
-        collective_buffers=in_flight,
-        context=rank.context,
-    )
+    state = optimizer * model.state * model.whole_trained
+    base = MemoryByKind(weights=model.whole, moments=state, context=rank.context)
+    works = replace(base, gradients=model.whole_trained, activations=pass_bytes, collective_buffers=in_flight)
+    kept = model.whole_trained if optimizer == 1 and ranks > 1 else 0.0
+    saves = replace(base, gradients=kept, copies=(model.whole + state) * copied)
+    return max(works, saves, key=lambda memory: memory.total)
 
 
 def sharded_in_job(
@@ -91,19 +105,17 @@ def _moments(
 ) -> Iterator[MemoryByKind]:
     count, layers, trained = len(model.layers), model.layers, model.trained
     dropped = count - resident
-    kept, masters = model.gathered * (sum(layers[dropped:]) + model.outside), 0.0
-    own = fraction * sum(layers[:dropped])
-    if model.gathered < 1:
-        masters, own = fraction * model.whole, 0.0
+    kept = sum(model.gathered_bytes(i) for i in range(dropped, count)) + model.outside_here
     base = MemoryByKind(
-        weights=kept + own,
-        masters=masters,
+        # of what is kept, the own part is a part, but for what owners keep in another precision
+        weights=kept + fraction * (sum(layers[:dropped]) - sum(model.apart[:dropped])),
+        masters=fraction * (sum(model.apart) + model.outside_apart),
         moments=fraction * model.state * model.whole_trained,
         context=rank.context,
     )
 
     def gathered(*positions: int) -> float:
-        return model.gathered * sum(layers[i] for i in positions if 0 <= i < dropped)
+        return sum(model.gathered_bytes(i) for i in positions if 0 <= i < dropped)
 
     def under_way(size: float) -> float:
         """Gradients that are being summed: this rank's contribution, and the others' to its part."""

@@ -60,8 +60,10 @@ class MemoryByKind:
     """Two gathered layers and one layer's gradient."""
     collective_buffers: float = 0.0
     """Gradients under way."""
+    copies: float = 0.0
+    """Of weights and state, that a checkpoint is written from."""
     context: float = 0.0
-    """What can't be used."""
+    """What can't be used; of a process, what it holds beside all this."""
 
     @property
     def total(self) -> float:

@@ -35,11 +35,9 @@ def job_bytes(model: JobModel, ownership: JobOwnership, hosts: Sequence[int]) ->
     """Returns by host the bytes between hosts. hosts: per rank, its host."""
     count, ranks = len(model.layers), range(len(hosts))
     last = count - 1
-    gathered = model.gathered * model.whole
-    again = [
-        model.gathered * sum(w for i, w in enumerate(model.layers) if i < count - ownership.resident[r] and i != last)
-        for r in ranks
-    ]
+    sizes = [model.gathered_bytes(i) for i in range(count)]
+    gathered = sum(sizes) + model.outside_here
+    again = [sum(w for i, w in enumerate(sizes) if i < count - ownership.resident[r] and i != last) for r in ranks]
     found = []
     for host in sorted(set(hosts)):
         own, others = ([r for r in ranks if (hosts[r] == host) is mine] for mine in (True, False))

@@ -12,7 +12,7 @@ from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.files import unknown_key
 from heteromesh.planner.ownership.memory import FP32, KINDS, MIXED, MemoryByKind
 from heteromesh.planner.participation.effects import Effect
-from heteromesh.planner.participation.layout import Setting, WeightLayout
+from heteromesh.planner.participation.layout import GROUPED, Setting, WeightLayout
 from heteromesh.planner.participation.search import Participation, PlannedLayout, step_tokens
 from heteromesh.planner.plan import Pass, Plan, Step
 
@@ -115,8 +115,11 @@ def not_executed(setting: Setting, layout: WeightLayout) -> str:
     words = []
     if layout.sharded:
         words.append(
-            "16-bit sharded weights with resident layers (shard_weights=True keeps fp32 and gathers every layer)"
+            "these fractions and resident layers (it shards weights by a plan of its own, from measured sizes and "
+            "memory; gathers are in 16 bits with precision='bf16')"
         )
+    if layout.kind == GROUPED:
+        words.append("a copy of the weights in each group of hosts")
     if layout.on_host or layout.inputs_on_host:
         words.append("state or layer inputs in host memory")
     if layout.holders:

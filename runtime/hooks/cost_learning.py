@@ -80,7 +80,9 @@ class CostLearning(Hook):
         members = step.world.members
         spent = [sum(p.seconds for p in report.measured.passes) for report in step.reports]
         if step.metrics.step > 1:  # the first step has allocations that no other has
-            self._overheads.append(max(0.0, step.work_seconds - max(spent)))
+            traffic = self.of(members).traffic
+            known = traffic.at_least(max(spent)) if traffic.layer_major else max(spent)
+            self._overheads.append(max(0.0, step.work_seconds - known))
         if self._learns and len(step.rounds) == 1 and step.rounds[0].members == members:
             passes = [p for report in step.reports for p in report.measured.passes]
             seconds = {(p.rank, p.position): p.seconds for p in passes}

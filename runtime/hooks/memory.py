@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 
 from heteromesh.comm.world import World
 from heteromesh.planner.ownership.memory import MemoryByKind
-from heteromesh.planner.sequences.timeline import tokens_of
 from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
 from heteromesh.runtime.process.memory import forget_peak, peak_bytes
 
@@ -33,8 +32,8 @@ class MemoryRecord(Hook):
     ) -> None:
         """predicted: see `Predicted`. say, write: take a line for people and a JSON value, on the rank that writes."""
         self._world, self._predicted, self._say, self._write = world, predicted, say, write
-        self._steps: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        """(tokens of each rank's largest pass, tokens of each rank in all) of the steps so far."""
+        self._steps: list[list[tuple[int, int]]] = [[] for _ in range(world.size)]
+        """By rank, (tokens of its largest pass, tokens in all) of those steps that none had more of both than."""
 
     def begin(self) -> None:
         """The most counts from here."""
@@ -42,29 +41,31 @@ class MemoryRecord(Hook):
 
     def step_committed(self, step: StepCommitted) -> None:
         ranks = step.world.size
-        largest = [0] * ranks
+        largest, in_all = [0] * ranks, [0] * ranks
         for each in step.rounds:
             for p in each.plan.passes:
                 for rank, row in zip(p.ranks, p.shards, strict=True):
                     largest[rank] = max(largest[rank], sum(row))
-        in_all = [sum(counts) for counts in zip(*(tokens_of(r.plan.passes, ranks) for r in step.rounds), strict=True)]
-        self._steps.add((tuple(largest), tuple(in_all)))
+                    in_all[rank] += sum(row)
+        for known, pass_, all_ in zip(self._steps, largest, in_all, strict=True):
+            if not any(p >= pass_ and t >= all_ for p, t in known):
+                known[:] = [(p, t) for p, t in known if p > pass_ or t > all_] + [(pass_, all_)]
 
     def end(self, report: TrainingReport) -> None:
         measured = self._world.gather(peak_bytes(self._world.device))
-        if not self._steps or not self._world.writes:
+        if not any(self._steps) or not self._world.writes:
             return
-        predicted = self._most(len(measured))
-        found = [RankMemory(measured=m, predicted=p) for m, p in zip(measured, predicted, strict=True)]
+        found = [RankMemory(measured=m, predicted=self._most(rank)) for rank, m in enumerate(measured)]
         self._write([asdict(each) for each in found])
         self._say(told(found))
 
-    def _most(self, ranks: int) -> list[MemoryByKind | None]:
-        """Returns by rank the prediction for the step that takes it most."""
-        every = [made for steps in self._steps if (made := self._predicted(*steps))]
-        if not every:
-            return [None] * ranks
-        return [max((made[rank] for made in every), key=lambda kinds: kinds.total) for rank in range(ranks)]
+    def _most(self, rank: int) -> MemoryByKind | None:
+        """Returns the prediction for the rank's step that takes most."""
+        found = []
+        for pass_, in_all in self._steps[rank]:
+            tokens = [[n if r == rank else 0 for r in range(len(self._steps))] for n in (pass_, in_all)]
+            found += self._predicted(*tokens)[rank : rank + 1]
+        return max(found, key=lambda kinds: kinds.total, default=None)
 
 
 def told(ranks: Sequence[RankMemory]) -> str:

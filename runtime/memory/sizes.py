@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -24,9 +24,15 @@ ADAM = 2.0
 
 
 def job_model(
-    model: nn.Module, layers: Sequence[Sequence[nn.Parameter]], optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    layers: Sequence[Sequence[nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    working: Mapping[nn.Parameter, torch.dtype] | None = None,
 ) -> JobModel:
-    """Returns the sizes of a model. layers: in the order in which they run, the parameters that are a layer's alone."""
+    """Returns the sizes of a model. layers: in the order in which they run, the parameters that are a layer's alone.
+    working: the dtype in which weights are gathered where it isn't their own.
+    """
+    dtypes = working or {}
     inside = {p for own in layers for p in own}
     outside = [p for p in model.parameters() if p not in inside]
     updated = {p for group in optimizer.param_groups for p in group["params"]}
@@ -38,6 +44,10 @@ def job_model(
         outside=_bytes(outside),
         outside_trained=_bytes(p for p in outside if p.requires_grad),
         largest=max((float(_size(p)) for p in every if p.requires_grad), default=0.0),
+        gathered=tuple(_gathered(own, dtypes) for own in layers),
+        apart=tuple(_apart(own, dtypes) for own in layers),
+        outside_gathered=_gathered(outside, dtypes),
+        outside_apart=_apart(outside, dtypes),
         state=state_bytes(optimizer) * _bytes(p for p in every if p in updated and p.requires_grad) / (trained or 1.0),
     )
 
@@ -100,6 +110,14 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 def _is_here(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.layout is torch.strided
+
+
+def _gathered(parameters: Iterable[nn.Parameter], dtypes: Mapping[nn.Parameter, torch.dtype]) -> float:
+    return float(sum(p.numel() * dtypes.get(p, p.dtype).itemsize for p in parameters))
+
+
+def _apart(parameters: Iterable[nn.Parameter], dtypes: Mapping[nn.Parameter, torch.dtype]) -> float:
+    return _bytes(p for p in parameters if dtypes.get(p, p.dtype) != p.dtype)
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.source import WorkSource
+
+
+_FINE = 1 << 30
+"""Elements by which fractions are told."""
 
 
 class Mode(ABC):
@@ -137,6 +142,7 @@ class WholeModel(Mode):
         """See Mode."""
         config, world, base = self._job.config, self._world, self._bounded(self.measure())
         self._ranks = job_ranks(self._cluster, world, self._job.model, described=bool(cluster_path(config)))
+        self._sizes = job_model(self._job.model, (), self._job.optimizer)
         world.collectives = self._stack.enter_context(build_compression(config, world, self.exchange.buckets, base))
         self._costs = CostLearning(
             FixedCosts(base),
@@ -169,13 +175,19 @@ class WholeModel(Mode):
 
     def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
         """See Mode."""
-        job, world, size = self._job, self._world, self._world.size
-        model, shards = job_model(job.model, (), job.optimizer), (1.0,) * size
-        if job.config.shards_state and world.collectives is not None:
-            shards = fractions_of(world.collectives)
+        size, collectives, shards = self._world.size, self._world.collectives, [1.0] * self._world.size
+        if self._job.config.shards_state and collectives is not None:
+            shards = [(high - low) / _FINE for low, high in pairwise(collectives.bounds(_FINE))]
         return tuple(
-            replicated_in_job(model, rank, optimizer=f, pass_bytes=self._tokens.per_pass * p, ranks=size)
-            for rank, f, p in zip(self._ranks, shards, of_pass, strict=True)
+            replicated_in_job(
+                self._sizes,
+                rank,
+                optimizer=f,
+                pass_bytes=self._tokens.per_pass * p + self._tokens.per_step * t,
+                ranks=size,
+                copied=True,
+            )
+            for rank, f, p, t in zip(self._ranks, shards, of_pass, of_step, strict=True)
         )
 
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
