@@ -75,11 +75,7 @@ class ShardedWeights(StateOwner):
         self._shards = []
         for number, bucket in enumerate((*buckets, *frozen)):
             layer = homes.get(bucket.parameters[0], OUTSIDE)
-            dtype, *others = {working.get(p) for p in bucket.parameters}
-            if others:
-                raise ValueError(
-                    "a bucket's weights are gathered in several dtypes: give its reducer the same `working`"
-                )
+            dtype = _working_dtype(bucket, working)
             self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype))
         self._trained = trained = self._shards[: len(buckets)]
         self._starts = [shard.low for shard in trained]
@@ -229,6 +225,13 @@ class ShardedWeights(StateOwner):
 def _plain(name: str) -> str:
     """Returns a name without torch.compile's wrapper, as in torch's own checkpoints."""
     return name.replace("_orig_mod.", "")
+
+
+def _working_dtype(bucket: Bucket, working: Mapping[nn.Parameter, torch.dtype]) -> torch.dtype | None:
+    dtype, *others = {working.get(p) for p in bucket.parameters}
+    if others:
+        raise ValueError("a bucket's weights are gathered in several dtypes: give its reducer the same `working`")
+    return dtype
 
 
 def _outside(model: nn.Module, layers: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:

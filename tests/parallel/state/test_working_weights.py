@@ -61,7 +61,8 @@ def of_its_dtype(linear: Any, x: torch.Tensor) -> torch.Tensor:
 
 def lora(dropout: float) -> nn.Module:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False, lora_dropout=dropout)
-    adapted: nn.Module = peft.get_peft_model(tiny_model("llama", "heteromesh"), config)  # type: ignore[arg-type]
+    model: Any = tiny_model("llama", "heteromesh")
+    adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 
