@@ -236,7 +236,7 @@ class GradientReducer(GradientExchange):
         if parameter.grad.is_sparse and self._scatter:
             raise UserError(
                 f"a parameter of shape {tuple(parameter.shape)} got a sparse gradient, which can't be sharded: "
-                "build its embedding with sparse=False or turn shard_optimizer off"
+                "build its embedding with sparse=False or turn shard_optimizer and shard_weights off"
             )
         self._open.put(number, self.buckets[number], index)
         attempt = self._attempt

@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 class CastNotes(TorchDispatchMode):
     """Notes, while it is active, what becomes of the weights that are watched.
 
-    One pass is to go through each layer. Biases don't count: they are small, and a compiled layer need not round the
-    sum that is their gradient.
+    One pass is to go through a layer from one `watch` to the next. Biases don't count: they are small, and a compiled
+    layer need not round the sum that is their gradient.
     """
 
     supports_higher_order_operators = True
@@ -32,13 +32,15 @@ class CastNotes(TorchDispatchMode):
         self._dtype = dtype
         self._watched: list[tuple[int, int, nn.Parameter]] = []
         """(first address, end, parameter)."""
-        self._cast: dict[nn.Parameter, list[tuple[int, int]]] = defaultdict(list)
-        """Those that were cast; the spans of addresses for which gradients come back."""
+        self._spans: dict[nn.Parameter, list[tuple[int, int]]] = defaultdict(list)
+        """Addresses of what has been cast since and gets a gradient."""
         self._used: set[nn.Parameter] = set()
-        """Those that something else has used."""
+        self._others: set[nn.Parameter] = set()
+        """Those that were used otherwise, too."""
 
     def watch(self, parameters: Iterable[nn.Parameter]) -> None:
         """Looks out for these from now on, where they are now, and for no others."""
+        self._spans.clear()
         self._watched = [
             (p.data_ptr(), p.data_ptr() + p.nbytes, p) for p in parameters if p.dtype == torch.float32 and p.dim() > 1
         ]
@@ -46,7 +48,7 @@ class CastNotes(TorchDispatchMode):
     @property
     def only_cast(self) -> set[nn.Parameter]:
         """Returns the matrices that were used, each element cast at most once where it gets a gradient."""
-        return set(self._cast) - self._used
+        return self._used - self._others
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -64,12 +66,12 @@ class CastNotes(TorchDispatchMode):
         parameter = next((p for low, high, p in self._watched if low <= first < high), None)
         if parameter is None:
             return
-        spans = self._cast[parameter]
+        self._used.add(parameter)
         if parameter.requires_grad and torch.is_grad_enabled():
             reach = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)) + 1
             last = first + reach * value.element_size()
             # gradients of two casts of the same elements are added up in 32 bit
-            cast = cast and not any(first < high and low < last for low, high in spans)
-            spans.append((first, last))
+            cast = cast and not any(first < high and low < last for low, high in self._spans[parameter])
+            self._spans[parameter].append((first, last))
         if not cast:
-            self._used.add(parameter)
+            self._others.add(parameter)

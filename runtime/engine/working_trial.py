@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, untimed
 _NOISE = 4.0
 """Times the difference of two runs with the same weights: kernels of some devices add up in changing order."""
 
+Watch = Callable[[Sequence[nn.Parameter]], None]
 Found = list[torch.Tensor]
 """The losses, and the gradients of all parameters that have one."""
 
@@ -28,35 +30,33 @@ def try_working_weights(
     """Returns the parameters of layers with which, in the engine's autocast dtype, a pass has the same numbers.
 
     The engine is not attached, before and after; the model is as it was. Where the numbers of a pass differ (code that
-    asks a weight for its dtype), frozen weights alone are tried, then there are none.
+    asks a weight for its dtype), frozen weights alone are tried, then there are none, as where the trial itself fails.
     """
     assert engine.autocast is not None
     assert engine.forwards == 1, "what is put back afterwards would include layers that recompute"
     notes = CastNotes(engine.autocast)
+
+    def numbers(some: Collection[nn.Parameter] = (), watch: Watch = lambda _: None) -> Found | None:
+        try:
+            return _numbers(engine, work, order, device, _TrialWeights(engine, some, watch))
+        except Exception:  # operands of two dtypes, kernels that no mode may look at: nothing that training must know
+            return None
+
     with eagerly(engine.model), gradients_kept(engine.model):
         with notes:
-            expected = _numbers(engine, work, order, device, _TrialWeights(engine, (), notes.watch))
-        noise = _off(expected, _numbers(engine, work, order, device, _TrialWeights(engine, ())))
-        found = [p for p in engine.model.parameters() if p in notes.only_cast]
-        for some in (found, [p for p in found if not p.requires_grad]):
-            try:
-                numbers = _numbers(engine, work, order, device, _TrialWeights(engine, some))
-            except Exception:  # whatever the model's code says to operands of two dtypes
-                continue
-            if _off(expected, numbers) <= _NOISE * noise:
-                return tuple(some)
-    return ()
+            seen = numbers(watch=notes.watch)
+        found = tuple(p for p in engine.model.parameters() if seen and p in notes.only_cast)
+        frozen = tuple(p for p in found if not p.requires_grad)
+        expected = numbers() if found else None
+        noise = _off(expected, numbers())
+        tried = (some for some in dict.fromkeys((found, frozen)) if _off(expected, numbers(some)) <= _NOISE * noise)
+        return next(tried, ()) if math.isfinite(noise) else ()
 
 
 class _TrialWeights(StashedWeights):
     """Weights that are all here, in a layer's parameters only while it runs; some of them in 16 bit."""
 
-    def __init__(
-        self,
-        engine: LayerMajor,
-        working: Collection[nn.Parameter],
-        watch: Callable[[Sequence[nn.Parameter]], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, engine: LayerMajor, working: Collection[nn.Parameter], watch: Watch) -> None:
         super().__init__(engine.own_parameters)
         self._own, self._dtype, self._watch = engine.own_parameters, engine.autocast, watch
         self._working = set(working)
@@ -91,9 +91,9 @@ def _numbers(
     return [made[0].losses, *gradients]
 
 
-def _off(one: Found, other: Found) -> float:
+def _off(one: Found | None, other: Found | None) -> float:
     """Returns how far numbers are apart, relative to each tensor's largest; 0.0 only where all are equal."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
+    if one is None or other is None or [t.shape for t in one] != [t.shape for t in other]:
+        return math.inf
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if not torch.equal(a, b)]
     return max((float((a - b).abs().max()) / (float(a.abs().max()) or 1.0) for a, b in pairs), default=0.0)
