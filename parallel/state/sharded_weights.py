@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
+
+_NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
 
 class ShardedWeights(StateOwner):
@@ -48,9 +50,12 @@ class ShardedWeights(StateOwner):
         layers: Sequence[Sequence[nn.Parameter]],
         *,
         resident: Sequence[Collection[int]] = (),
+        working: Mapping[nn.Parameter, torch.dtype] = _NONE,
     ) -> None:
         """buckets: of the gradients, none with parameters of two layers. layers: by index, the parameters that are a
-        layer's alone. resident: by rank, the indices of layers that it keeps, the same on all ranks; empty: none."""
+        layer's alone. resident: by rank, the indices of layers that it keeps, the same on all ranks; empty: none.
+        working: the dtype in which weights are gathered for layers where it isn't their own; the optimizer updates them
+        as they are, and gradients are summed in that. None in a bucket with others (see `GradientReducer`)."""
         check_parameters(optimizer, model, buckets)
         if world.collectives is None:
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
@@ -60,15 +65,18 @@ class ShardedWeights(StateOwner):
         self._optimizer = FragmentedOptimizer(optimizer, names)
         before = optimizer.state_dict()
         frozen = [
-            b for own in (*layers, _outside(model, layers)) for b in pack(own) if not b.parameters[0].requires_grad
+            b
+            for own in (*layers, _outside(model, layers))
+            for b in pack(own, working=working)
+            if not b.parameters[0].requires_grad
         ]
         homes = {p: index for index, own in enumerate(layers) for p in own}
         keepers = {i: [rank for rank, kept in enumerate(resident) if i in kept] for i in range(len(layers))}
-        placed = [(bucket, homes.get(bucket.parameters[0], OUTSIDE)) for bucket in (*buckets, *frozen)]
-        self._shards = [
-            WeightShard(number, bucket, layer, world, keepers.get(layer, ()))
-            for number, (bucket, layer) in enumerate(placed)
-        ]
+        self._shards = []
+        for number, bucket in enumerate((*buckets, *frozen)):
+            layer = homes.get(bucket.parameters[0], OUTSIDE)
+            dtype = _working_dtype(bucket, working)
+            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype))
         self._trained = trained = self._shards[: len(buckets)]
         self._starts = [shard.low for shard in trained]
         self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
@@ -125,7 +133,7 @@ class ShardedWeights(StateOwner):
 
     def weights_ready(self) -> None:
         """Gathers all weights: every rank has the whole model until the next `begin`."""
-        self._gather(self._shards)
+        self._gather(self._shards, exact=True)
         self._show(self._shards)
         self._wait(self._shards, sent=True)
 
@@ -197,9 +205,9 @@ class ShardedWeights(StateOwner):
             shard.outdate()
         self._gather(self._outside)
 
-    def _gather(self, shards: Iterable[WeightShard]) -> None:
+    def _gather(self, shards: Iterable[WeightShard], *, exact: bool = False) -> None:
         for shard in shards:
-            shard.gather(self._collectives)
+            shard.gather(self._collectives, exact=exact)
         self.most_bytes = max(self.most_bytes, self.gathered_bytes)
 
     def _show(self, shards: Sequence[WeightShard]) -> None:
@@ -217,6 +225,13 @@ class ShardedWeights(StateOwner):
 def _plain(name: str) -> str:
     """Returns a name without torch.compile's wrapper, as in torch's own checkpoints."""
     return name.replace("_orig_mod.", "")
+
+
+def _working_dtype(bucket: Bucket, working: Mapping[nn.Parameter, torch.dtype]) -> torch.dtype | None:
+    dtype, *others = {working.get(p) for p in bucket.parameters}
+    if others:
+        raise ValueError("a bucket's weights are gathered in several dtypes: give its reducer the same `working`")
+    return dtype
 
 
 def _outside(model: nn.Module, layers: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:

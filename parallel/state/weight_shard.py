@@ -13,7 +13,6 @@ from heteromesh.comm.gradients.buckets import Bucket
 from heteromesh.comm.interfaces import Work
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
-from heteromesh.parallel.state.flats import take_out
 from heteromesh.parallel.state.fragments import Piece
 
 OUTSIDE = -1
@@ -26,8 +25,17 @@ class WeightShard:
     Which ranks have all of it follows from the calls, which are the same on all ranks.
     """
 
-    def __init__(self, number: int, bucket: Bucket, layer: int, world: World, keepers: Collection[int]) -> None:
-        """keepers: the ranks that keep what has been gathered, and the memory for it."""
+    def __init__(
+        self,
+        number: int,
+        bucket: Bucket,
+        layer: int,
+        world: World,
+        keepers: Collection[int],
+        working: torch.dtype | None = None,
+    ) -> None:
+        """keepers: the ranks that keep what has been gathered, and the memory for it. working: in which weights are
+        gathered for layers; None: as they are owned."""
         assert world.collectives is not None
         self.number, self.bucket, self.layer = number, bucket, layer
         self._everybody = frozenset(range(world.size))
@@ -35,11 +43,15 @@ class WeightShard:
         self._keeps = world.rank in self._keepers
         self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
         self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
+        self._working, self._dtype = working or bucket.dtype, bucket.dtype
+        """That of what has been gathered last: the owners' own at first, and after `gather(exact=True)`."""
         self._holders = self._everybody
         """The ranks whose flat tensor has, or gets from the gather under way, what the owners have."""
         own = self.flat[self.low : self.high]
-        self.own = own if self._keeps else own.clone()
-        """(high - low,): what this rank owns, up to date always."""
+        self._inside = self._keeps and self._working == bucket.dtype
+        self.own = own if self._inside else own.clone()
+        """(high - low,): what this rank owns, up to date always; where it keeps the whole, a part of that if dtypes are
+        equal."""
         self.work: Work | None = None
         """The gather under way."""
         self._only_sends = False
@@ -53,15 +65,20 @@ class WeightShard:
         """Returns whether weights are on their way here."""
         return self.work is not None and not self._only_sends
 
-    def gather(self, collectives: Collectives) -> None:
-        """Starts to bring the whole bucket to the ranks that don't have it."""
+    def gather(self, collectives: Collectives, *, exact: bool = False) -> None:
+        """Starts to bring the whole bucket to the ranks that don't have it; exact: as it is owned."""
+        dtype = self.own.dtype if exact else self._working
+        if dtype != self._dtype:
+            self.hide()
+            self.free()
+            self._dtype, self._holders = dtype, frozenset()
         lacking = self._everybody - self._holders
         if not lacking:
             return
         self._only_sends = collectives.rank in self._holders
         if self.flat is None:
-            self.flat = self.own.new_empty(self.bucket.numel)
-        if not self._keeps:
+            self.flat = self.own.new_empty(self.bucket.numel, dtype=dtype)
+        if not self._inside:
             self.flat[self.low : self.high].copy_(self.own)
         receivers = None if lacking == self._everybody else lacking
         self.work, self._started_ns = collectives.all_gather(self.flat, receivers), time.time_ns()
@@ -93,13 +110,13 @@ class WeightShard:
         if self._shown:
             self._shown = False
             for parameter in self.bucket.parameters:
-                take_out(parameter)
+                parameter.data = self.own.new_empty(0)
 
     def drop(self) -> None:
         """Takes the weights out of the parameters, and gives their memory back where this rank does not keep them."""
         self.hide()
-        self._holders &= self._keepers
-        if not self._keeps:
+        self._holders &= self._keepers if self._dtype == self._working else frozenset()
+        if not self._keeps or self._dtype != self._working:
             self.free()
 
     def free(self) -> None:

@@ -44,6 +44,7 @@ from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
 from heteromesh.runtime.engine.token_bytes import layer_token_bytes, pass_token_bytes
+from heteromesh.runtime.engine.working_trial import try_working_weights
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
@@ -52,7 +53,7 @@ from heteromesh.runtime.memory.sizes import job_model, job_ranks
 from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
-from heteromesh.runtime.training.layer_trial import try_layers
+from heteromesh.runtime.training.layer_trial import trial_works, try_layers
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -271,7 +272,7 @@ class LayerByLayer(WholeModel):
             world,
             self._cluster,
             costs,
-            job_model(job.model, [own[index] for index in order], job.optimizer),
+            job_model(job.model, [own[index] for index in order], job.optimizer, self._working),
             job_ranks(self._cluster, world, job.model, described=bool(cluster_path(job.config))),
             JobTokens(step=job.config.batch_tokens, longest=max(job.reader.lengths), bytes=self._tokens),
             order,
@@ -300,12 +301,28 @@ class LayerByLayer(WholeModel):
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
         self._tokens = self._world.once(lambda: _layer_tokens(engine, reader, device, self._order))
+        self._working = self._working_weights() if sharded else {}
         if not self._order.mappings:
             engine.recompute()
         last_first = dict.fromkeys(reversed(self._order.layers))
         rest = [index for index in range(len(engine.layers)) if index not in last_first]
         groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
-        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups)
+        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups, working=self._working)
+
+    def _working_weights(self) -> dict[nn.Parameter, torch.dtype]:
+        """Returns the weights that are gathered in the dtype to which autocast casts them anyway."""
+        engine, reader, device = self.engine, self._job.reader, self._world.device
+        dtype = engine.autocast
+        if dtype is None:
+            return {}
+        numbers = {p: i for i, p in enumerate(engine.model.parameters())}
+
+        def found() -> list[int]:
+            work = trial_works(reader, device)[0]
+            return [numbers[p] for p in try_working_weights(engine, work, self._order, device)]
+
+        parameters = list(numbers)
+        return {parameters[i]: dtype for i in self._world.once(found)}
 
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:
@@ -319,6 +336,7 @@ class LayerByLayer(WholeModel):
             self._world,
             self.engine.own_parameters,
             resident=self._owned.resident,
+            working=self._working,
         )
 
 
