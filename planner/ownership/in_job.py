@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobModel:
     """A model's bytes as their owners hold them; layers in the order in which passes go through them."""
@@ -93,62 +94,94 @@ def replicated_in_job(
 
 
 def sharded_in_job(
-    model: JobModel, rank: JobRank, fraction: float, resident: int, tokens: TokenBytes, *, of_pass: float, of_step: float
+    model: JobModel,
+    rank: JobRank,
+    fraction: float,
+    resident: int,
+    tokens: TokenBytes,
+    *,
+    of_pass: float,
+    of_step: float,
 ) -> MemoryByKind:
-    """Returns what a rank of sharded weights holds at the moment of a step at which that is most."""
-    moments = _moments(model, rank, fraction, resident, tokens.per_pass * of_pass, tokens.per_step * of_step)
-    return max(moments, key=lambda memory: memory.total)
+    """Returns what a rank of sharded weights holds at the moment of a step at which that is most.
+
+    resident: how many layers stay gathered, the last ones.
+    """
+    moments = _Moments(model, rank, fraction, resident)
+    every = moments.of_step(tokens.per_pass * of_pass, tokens.per_step * of_step)
+    return max(every, key=lambda memory: memory.total)
 
 
-def _moments(
-    model: JobModel, rank: JobRank, fraction: float, resident: int, activations: float, inputs: float
-) -> Iterator[MemoryByKind]:
-    count, layers, trained = len(model.layers), model.layers, model.trained
-    dropped = count - resident
-    kept = sum(model.gathered_bytes(i) for i in range(dropped, count)) + model.outside_here
-    base = MemoryByKind(
-        # of what is kept, the own part is a part, but for what owners keep in another precision
-        weights=kept + fraction * (sum(layers[:dropped]) - sum(model.apart[:dropped])),
-        masters=fraction * (sum(model.apart) + model.outside_apart),
-        moments=fraction * model.state * model.whole_trained,
-        context=rank.context,
-    )
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """The moments of a step on a rank."""
 
-    def gathered(*positions: int) -> float:
-        return sum(model.gathered_bytes(i) for i in positions if 0 <= i < dropped)
+    model: JobModel
+    rank: JobRank
+    fraction: float
+    resident: int
 
-    def under_way(size: float) -> float:
-        """Gradients that are being summed: this rank's contribution, and the others' to its part."""
-        return size * (1 + fraction * rank.senders)
+    def of_step(self, activations: float, inputs: float) -> Iterator[MemoryByKind]:
+        """Yields them in their order. inputs: of all layers together."""
+        model, base, count = self.model, self._base(), len(self.model.layers)
+        outside = model.outside_trained
+        yield replace(
+            base,
+            gradients=outside + min(model.largest, outside),
+            gather_buffers=self._gathered(count - 1),
+            activations=activations,
+            layer_inputs=inputs,
+        )
+        for i in range(count - 1, -1, -1):
+            yield from self._backward(i, base, activations, inputs)
+        first = model.trained[0] if count else 0.0
+        yield replace(
+            base,
+            gradients=self.fraction * sum(model.trained[1:]) + min(model.largest, outside),
+            collective_buffers=self._under_way(outside + first),
+        )
+        # an element-wise update makes a few temporaries of one parameter's part
+        yield replace(base, gradients=self.fraction * (model.whole_trained + 2 * model.largest))
 
-    outside, staged = model.outside_trained, fraction * rank.senders
-    yield replace(
-        base,
-        gradients=outside + min(model.largest, outside),
-        gather_buffers=gathered(count - 1),
-        activations=activations,
-        layer_inputs=inputs,
-    )
-    for i in range(count - 1, -1, -1):
+    def _base(self) -> MemoryByKind:
+        """Returns what is there throughout."""
+        model, count = self.model, len(self.model.layers)
+        dropped = count - self.resident
+        kept = sum(model.gathered_bytes(i) for i in range(dropped, count)) + model.outside_here
+        return MemoryByKind(
+            # of what is kept, the own part is a part, but for what owners keep in another precision
+            weights=kept + self.fraction * (sum(model.layers[:dropped]) - sum(model.apart[:dropped])),
+            masters=self.fraction * (sum(model.apart) + model.outside_apart),
+            moments=self.fraction * model.state * model.whole_trained,
+            context=self.rank.context,
+        )
+
+    def _backward(self, i: int, base: MemoryByKind, activations: float, inputs: float) -> Iterator[MemoryByKind]:
+        """Yields the backward of a layer: while it is computed, and when its gradients have been given away."""
+        trained, count = self.model.trained, len(self.model.layers)
         following = trained[i + 1] if i + 1 < count else 0.0
-        done = replace(base, gradients=outside + trained[i] + fraction * sum(trained[i + 2 :]))
+        own = self.fraction * sum(trained[i + 2 :])
+        done = replace(base, gradients=self.model.outside_trained + trained[i] + own)
         yield replace(
             done,
-            gather_buffers=gathered(i, i - 1),
-            collective_buffers=under_way(following),
+            gather_buffers=self._gathered(i, i - 1),
+            collective_buffers=self._under_way(following),
             activations=activations,
+            # those of the layers up to this one, and the gradients of what it has given
             layer_inputs=inputs * (i + 2) / (count + 1),
         )
         yield replace(
             done,
-            gather_buffers=gathered(i - 1),
-            collective_buffers=under_way(following) + staged * trained[i],
+            gather_buffers=self._gathered(i - 1),
+            collective_buffers=self._under_way(following) + self.fraction * self.rank.senders * trained[i],
             layer_inputs=inputs * (i + 1) / (count + 1),
         )
-    yield replace(
-        base,
-        gradients=fraction * sum(trained[1:]) + min(model.largest, outside),
-        collective_buffers=under_way(outside + trained[0]),
-    )
-    # an element-wise update makes a few temporaries of one parameter's part
-    yield replace(base, gradients=fraction * (model.whole_trained + 2 * model.largest))
+
+    def _gathered(self, *positions: int) -> float:
+        """Returns the bytes of those of these layers that don't stay."""
+        dropped = len(self.model.layers) - self.resident
+        return float(sum(self.model.gathered_bytes(i) for i in positions if 0 <= i < dropped))
+
+    def _under_way(self, size: float) -> float:
+        """Returns the bytes of gradients that are being summed: this rank's, and the others' of what it owns."""
+        return size * (1 + self.fraction * self.rank.senders)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
@@ -96,6 +97,15 @@ def _expected(ranks: Sequence[JobRank], tokens: JobTokens, number: int, level: f
     return max(level * min(step, tokens.longest), least), max(level * step, least)
 
 
+class _Filled(NamedTuple):
+    """What a rank's memory is used for."""
+
+    resident: int
+    of_pass: int
+    of_step: int
+    memory: MemoryByKind
+
+
 @dataclass(frozen=True, slots=True)
 class _Rank:
     """A rank that owns a fraction."""
@@ -112,6 +122,13 @@ class _Rank:
 
     def fits(self, resident: int, of_pass: float, of_step: float) -> bool:
         return self.memory(resident, of_pass, of_step).total <= self.rank.memory
+
+    def filled(self, tokens: JobTokens, of_pass: float, of_step: float) -> _Filled:
+        """Keeps as many layers as fit beside these tokens; then makes room for longer passes, then for more tokens."""
+        kept = max(0, _most(lambda n: self.fits(n, of_pass, of_step), len(self.model.layers)))
+        longest = _most(lambda n: self.fits(kept, n, of_step), max(tokens.longest, tokens.step))
+        most = _most(lambda n: self.fits(kept, longest, n), tokens.step)
+        return _Filled(kept, longest, most, self.memory(kept, of_pass, of_step))
 
 
 def _largest_fractions(
@@ -138,21 +155,13 @@ def _largest_fractions(
 
 def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[float, float]]) -> JobOwnership:
     """Returns what the memory that is left beside these fractions is used for."""
-    resident, of_pass, of_step, memory = [], [], [], []
-    for rank, (pass_, step) in zip(held, expected, strict=True):
-        layers = _most(lambda n, rank=rank, p=pass_, t=step: rank.fits(n, p, t), len(rank.model.layers))
-        kept = max(0, layers)
-        resident.append(kept)
-        of_pass.append(_most(lambda n, rank=rank, k=kept, t=step: rank.fits(k, n, t), max(tokens.longest, tokens.step)))
-        # the room for a long pass is not given away to more of them
-        of_step.append(_most(lambda n, rank=rank, k=kept, p=of_pass[-1]: rank.fits(k, p, n), tokens.step))
-        memory.append(rank.memory(kept, pass_, step))
+    found = [rank.filled(tokens, *numbers) for rank, numbers in zip(held, expected, strict=True)]
     return JobOwnership(
         fractions=tuple(rank.fraction for rank in held),
-        resident=tuple(resident),
-        pass_tokens=tuple(of_pass),
-        step_tokens=tuple(of_step),
-        memory=tuple(memory),
+        resident=tuple(each.resident for each in found),
+        pass_tokens=tuple(each.of_pass for each in found),
+        step_tokens=tuple(each.of_step for each in found),
+        memory=tuple(each.memory for each in found),
     )
 
 
@@ -174,7 +183,11 @@ def _does_not_fit(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) 
         if size > 0
     ]
     size = model.whole + model.whole_trained * (1 + model.state)
-    ways = [*_smaller(model, ranks, tokens), "give these ranks more memory (memory_gb of the cluster file)", "add ranks"]
+    ways = [
+        *_smaller(model, ranks, tokens),
+        "give these ranks more memory (memory_gb of the cluster file)",
+        "add ranks",
+    ]
     told = "; ".join(f"{each.gigabytes:.3f} GB on rank {each.ranks[0]} ({each.device})" for each in short)
     return DoesNotFit(
         f"the model ({size / 1e9:.2f} GB with gradients and optimizer state) does not fit on these ranks even with "

@@ -1,14 +1,11 @@
 """What the transfers of a job's sharded weights take in a step: the formulas of planner/ownership/weights.py, counted.
 
-Bytes of a step over the uplink of host h, with W all weights, D gradients, f_h what the host's ranks own, and of a layer
-l whether rank r keeps it (k_rl):
+Bytes of a step over the uplink of host h, with W all weights, A_r those that rank r gathers again for the backward (of
+the layers that it doesn't keep all but the last), D gradients, f_h what the host's ranks own, H hosts:
 
-    under forward   in   what is not kept of W, but its own part      out  f_h of every layer for each other rank that
-                                                                          doesn't keep it, and of all that is renewed
-    under backward  in   the same of layers but the last + others' D for what it owns
-                    out  the same of layers but the last + D (1 - f_h)
-
-Layers that a rank keeps reach it once a step, when they have been updated.
+    under forward   in   W (1 - f_h) for each of its ranks           out  W f_h for each rank elsewhere
+    under backward  in   A_r (1 - f_h) for each of its ranks         out  A_r f_h for each rank r elsewhere
+                         + D f_h (H - 1)                                  + D (1 - f_h)
 """
 
 from __future__ import annotations
@@ -47,7 +44,8 @@ def job_bytes(model: JobModel, ownership: JobOwnership, hosts: Sequence[int]) ->
                 # once a step everything reaches every rank: before it runs, or where it is kept when it is updated
                 forward_in=gathered * (1 - inside) * len(own),
                 forward_out=gathered * inside * len(others),
-                backward_in=sum(again[r] for r in own) * (1 - inside) + model.whole_trained * inside * _hosts(hosts, host),
+                backward_in=sum(again[r] for r in own) * (1 - inside)
+                + model.whole_trained * inside * _hosts(hosts, host),
                 backward_out=sum(again[r] for r in others) * inside + model.whole_trained * (1 - inside),
             )
         )

@@ -1,9 +1,9 @@
 """Steps whose ranks hold something of every token until the step ends: no rank's total may exceed its limit.
 
-In layer-major order a rank keeps the layers' inputs of all its passes (`Costs.step_capacity`). Where the plan that looks
-at passes alone gives a rank too much, it is made again as if ranks were as fast as they may hold tokens, and compared
-with a list that is sure to fit: the longest sequence first, each to the rank that is done with it first among those
-that can still hold it, or split over the fewest that can together.
+In layer-major order a rank keeps the layers' inputs of all its passes (`Costs.step_capacity`). Where the plan that
+looks at passes alone gives a rank too much, it is made again as if ranks were as fast as they may hold tokens, and
+compared with a list that is sure to fit: the longest sequence first, each to the rank that is done with it first among
+those that can still hold it, or split over the fewest that can together.
 """
 
 from __future__ import annotations

@@ -21,14 +21,16 @@ class LiveBytes(Protocol):
 
     @property
     def now(self) -> int:
-        """Bytes that were made in the block and live."""
+        """Returns the bytes that were made in the block and live."""
 
     def peak_since(self) -> int:
         """Returns the most since the last call, and begins anew with what lives now."""
 
     def __enter__(self) -> object: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def live_bytes(device: torch.device) -> LiveBytes:
@@ -40,7 +42,7 @@ class _Followed(TorchDispatchMode):
     """Of this thread's operations; enter it on each thread that works."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self._peak = 0
         self._known: set[int] = set()
 

@@ -1,7 +1,7 @@
 """What a token adds to a rank's memory, measured on the model itself: passes of two sizes, and the difference.
 
-Weights and everything else that doesn't grow with tokens cancel out. A pass before them leaves its gradients: where they
-are made at the end of a backward, they would hide what activations take before.
+Weights and everything else that doesn't grow with tokens cancel out. A pass before them leaves its gradients: where
+they are made at the end of a backward, they would hide what activations take before.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from heteromesh.runtime.hooks.api import Hook, StepCommitted, TrainingReport
 from heteromesh.runtime.process.memory import forget_peak, peak_bytes
 
 Predicted = Callable[[Sequence[float], Sequence[float]], Sequence[MemoryByKind]]
-"""Returns by rank what it holds in a step of so many tokens, in its largest pass and in all, by rank; empty: not known."""
+"""Returns by rank what it holds in a step of so many tokens, in its largest pass and in all; empty: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,7 @@ class MemoryRecord(Hook):
 
     def _most(self, rank: int) -> MemoryByKind | None:
         """Returns the prediction for the rank's step that takes most."""
-        found = []
+        found: list[MemoryByKind] = []
         for pass_, in_all in self._steps[rank]:
             tokens = [[n if r == rank else 0 for r in range(len(self._steps))] for n in (pass_, in_all)]
             found += self._predicted(*tokens)[rank : rank + 1]

@@ -21,7 +21,7 @@ from heteromesh.runtime.memory.sizes import job_model, job_ranks
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ShardingDecision:
     """Whether weights are sharded, and a line for people where there is something to say."""
 
     shard: bool
@@ -36,7 +36,7 @@ def decide(
     cluster: Cluster,
     *,
     described: bool,
-) -> Decision:
+) -> ShardingDecision:
     """Returns what `shard_weights` comes to in this world; equal on every rank.
 
     auto: sharded where the whole weights, their gradients and the optimizer's state don't fit a rank whose memory is
@@ -45,19 +45,21 @@ def decide(
     """
     asked = config.shard_weights
     if asked != "auto":
-        return Decision(asked)
+        return ShardingDecision(asked)
     ranks = job_ranks(cluster, world, model, described=described)
     if world.size == 1 or all(math.isinf(rank.memory) for rank in ranks):
-        return Decision(False)
+        return ShardingDecision(False)
     short = world.once(lambda: _short(job_model(model, (), optimizer), ranks, sharded=config.shard_optimizer))
     if not short:
-        return Decision(False)
+        return ShardingDecision(False)
     where = ", ".join(f"rank {rank} ({size / 1e9:.2f} GB)" for rank, size in short)
     told = f"whole weights, gradients and optimizer state exceed the memory of {where}"
     obstacle = world.once(lambda: _obstacle(config, model, optimizer))
     if obstacle:
-        return Decision(False, f"{told}, and weights can't be sharded: {obstacle}; the job may run out of memory")
-    return Decision(True, f"{told}: weights are sharded (shard_weights=False keeps them whole)")
+        return ShardingDecision(
+            False, f"{told}, and weights can't be sharded: {obstacle}; the job may run out of memory"
+        )
+    return ShardingDecision(True, f"{told}: weights are sharded (shard_weights=False keeps them whole)")
 
 
 def _short(model: JobModel, ranks: Sequence[JobRank], *, sharded: bool) -> list[tuple[int, float]]:

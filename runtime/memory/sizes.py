@@ -58,9 +58,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     if like is None:
         return 0.0
     try:
-        return check_elementwise(optimizer) / like.element_size()
+        each = check_elementwise(optimizer)
     except UserError:
         return ADAM
+    return each / float(like.element_size())
 
 
 def job_ranks(cluster: Cluster, world: World, model: nn.Module, *, described: bool) -> list[JobRank]:

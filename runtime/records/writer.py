@@ -34,8 +34,8 @@ class CheckpointWriter:
         copied: bool = True,
     ) -> None:
         """`together`: the world of ranks that stay, which write a checkpoint each its part. `whole`: the model that
-        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed. `copied`: see
-        `Checkpoints`."""
+        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed.
+        `copied`: see `Checkpoints`."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state

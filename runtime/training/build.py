@@ -220,9 +220,7 @@ def _closing(collectives: UnevenCollectives, world: World) -> Iterator[UnevenCol
     collectives.transport.close()
 
 
-def _limits(
-    config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer
-) -> tuple[float, ...] | None:
+def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
     """Per rank, the largest fraction of optimizer state that it has memory for; None: no limits."""
     # without a cluster file the devices' memory is a guess, which must not refuse what would fit
     if not config.shards_state or not cluster_path(config):

@@ -31,10 +31,10 @@ from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.json import costs_from_json, costs_to_json
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
+from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.ownership.in_job import replicated_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.participation.in_job import JobTokens
-from heteromesh.planner.model.constants import load_constants
 from heteromesh.planner.plan import Plan
 from heteromesh.planner.stages.json import Basis
 from heteromesh.runtime.engine.api import Engine
@@ -61,7 +61,6 @@ from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.source import WorkSource
-
 
 _FINE = 1 << 30
 """Elements by which fractions are told."""
@@ -220,7 +219,9 @@ class WholeModel(Mode):
 
     def _limits(self, sharded: bool) -> Sequence[float] | None:
         """Returns by rank the largest fraction of what is dealt out that it may own; None: as memory has it."""
-        engine, reader, device = self.engine, self._job.reader, self._world.device
+        reader, device = self._job.reader, self._world.device
+        engine = self.engine
+        assert isinstance(engine, PassMajor)
         self._tokens: TokenBytes = self._world.once(lambda: pass_token_bytes(engine, reader, device))
         return None
 
