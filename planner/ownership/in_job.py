@@ -11,10 +11,14 @@ With sharded weights what a rank holds changes in the course of a step, and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+import numpy as np
+
+from heteromesh.planner.ownership.memory import KINDS, MemoryByKind, TokenBytes
+from heteromesh.planner.solver import Floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,81 +111,111 @@ def sharded_in_job(
 
     resident: how many layers stay gathered, the last ones.
     """
-    moments = _Moments(model, rank, fraction, resident)
-    every = moments.of_step(tokens.per_pass * of_pass, tokens.per_step * of_step)
-    return max(every, key=lambda memory: memory.total)
+    moments = StepMoments(model, rank, resident)
+    return moments.largest(fraction, tokens.per_pass * of_pass, tokens.per_step * of_step)
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    """The moments of a step on a rank."""
+class StepMoments:
+    """The moments of a step on a rank that keeps some layers.
 
-    model: JobModel
-    rank: JobRank
-    fraction: float
-    resident: int
+    What it holds at each is a constant, plus so much for the fraction that it owns, and shares of the activations of
+    its largest pass and of the inputs of all layers: so the most of each that fits follows by a division.
+    """
 
-    def of_step(self, activations: float, inputs: float) -> Iterator[MemoryByKind]:
-        """Yields them in their order. inputs: of all layers together."""
-        model, base, count = self.model, self._base(), len(self.model.layers)
-        outside = model.outside_trained
-        yield replace(
-            base,
-            gradients=outside + min(model.largest, outside),
-            gather_buffers=self._gathered(count - 1),
-            activations=activations,
-            layer_inputs=inputs,
-        )
-        for i in range(count - 1, -1, -1):
-            yield from self._backward(i, base, activations, inputs)
-        first = model.trained[0] if count else 0.0
-        yield replace(
-            base,
-            gradients=self.fraction * sum(model.trained[1:]) + min(model.largest, outside),
-            collective_buffers=self._under_way(outside + first),
-        )
+    def __init__(self, model: JobModel, rank: JobRank, resident: int) -> None:
+        self._memory = rank.memory
+        count, dropped = len(model.layers), len(model.layers) - resident
+        self._constant = {kind: np.zeros(2 * count + 3) for kind in KINDS}
+        self._per_fraction = {kind: np.zeros(2 * count + 3) for kind in KINDS}
+        self._activations, self._inputs = np.zeros(2 * count + 3), np.zeros(2 * count + 3)
+        self._throughout(model, rank, dropped)
+        self._gradients(model, rank.senders)
+        self._gathered(model, dropped)
+        self._tokens(count)
+
+    def largest(self, fraction: float, activations: float, inputs: float) -> MemoryByKind:
+        """Returns the memory at the moment at which it is most. Bytes of activations and of all layers' inputs."""
+        held = self._constants + fraction * self._slopes + activations * self._activations + inputs * self._inputs
+        at = int(held.argmax())
+        kinds = {k: float(self._constant[k][at] + fraction * self._per_fraction[k][at]) for k in KINDS}
+        kinds["activations"] = float(activations * self._activations[at])
+        kinds["layer_inputs"] = float(inputs * self._inputs[at])
+        return MemoryByKind(**kinds)
+
+    def most_fraction(self, activations: float, inputs: float) -> float:
+        """Returns the largest fraction that fits, at most 1; negative where none does."""
+        free = self._memory - self._constants - activations * self._activations - inputs * self._inputs
+        return -1.0 if free.min() < 0 else min(1.0, _least_ratio(free, self._slopes))
+
+    def most_activations(self, fraction: float, inputs: float) -> float:
+        """Returns the most bytes of activations that fit; negative where none do."""
+        free = self._memory - self._constants - fraction * self._slopes - inputs * self._inputs
+        return -1.0 if free.min() < 0 else _least_ratio(free, self._activations)
+
+    def most_inputs(self, fraction: float, activations: float) -> float:
+        """Returns the most bytes of layers' inputs that fit; negative where none do."""
+        free = self._memory - self._constants - fraction * self._slopes - activations * self._activations
+        return -1.0 if free.min() < 0 else _least_ratio(free, self._inputs)
+
+    @cached_property
+    def _constants(self) -> Floats:
+        return np.sum(list(self._constant.values()), axis=0)
+
+    @cached_property
+    def _slopes(self) -> Floats:
+        return np.sum(list(self._per_fraction.values()), axis=0)
+
+    def _throughout(self, model: JobModel, rank: JobRank, dropped: int) -> None:
+        kept = sum(model.gathered_bytes(i) for i in range(dropped, len(model.layers))) + model.outside_here
+        self._constant["weights"] += kept
+        # of what is kept, the own part is a part, but for what owners keep in another precision
+        self._per_fraction["weights"] += sum(model.layers[:dropped]) - sum(model.apart[:dropped])
+        self._per_fraction["masters"] += sum(model.apart) + model.outside_apart
+        self._per_fraction["moments"] += model.state * model.whole_trained
+        self._constant["context"] += rank.context
+
+    def _gradients(self, model: JobModel, senders: int) -> None:
+        """Adds gradients: those of a layer, those of the one after it on their way, the own part of all later ones.
+
+        What is summed is held once here, and the own part of it once more for each other sender.
+        """
+        outside, trained = model.outside_trained, np.array((*model.trained, 0.0, 0.0))
+        own = np.cumsum(trained[::-1])[::-1]
+        here, per_fraction = self._constant["gradients"], self._per_fraction["gradients"]
+        sent, staged = self._constant["collective_buffers"], self._per_fraction["collective_buffers"]
+        here[0] = outside + min(model.largest, outside)
+        # the last layer's backward comes first
+        layers = np.arange(len(model.layers))[::-1]
+        for first in (1, 2):
+            here[first:-2:2] = outside + trained[layers]
+            per_fraction[first:-2:2] = own[layers + 2]
+            sent[first:-2:2] = trained[layers + 1]
+            staged[first:-2:2] = senders * trained[layers + 1]
+        staged[2:-2:2] += senders * trained[layers]
+        here[-2], per_fraction[-2] = min(model.largest, outside), own[1]
+        sent[-2] = outside + trained[0]
+        staged[-2] = senders * sent[-2]
         # an element-wise update makes a few temporaries of one parameter's part
-        yield replace(base, gradients=self.fraction * (model.whole_trained + 2 * model.largest))
+        per_fraction[-1] = model.whole_trained + 2 * model.largest
 
-    def _base(self) -> MemoryByKind:
-        """Returns what is there throughout."""
-        model, count = self.model, len(self.model.layers)
-        dropped = count - self.resident
-        kept = sum(model.gathered_bytes(i) for i in range(dropped, count)) + model.outside_here
-        return MemoryByKind(
-            # of what is kept, the own part is a part, but for what owners keep in another precision
-            weights=kept + self.fraction * (sum(model.layers[:dropped]) - sum(model.apart[:dropped])),
-            masters=self.fraction * (sum(model.apart) + model.outside_apart),
-            moments=self.fraction * model.state * model.whole_trained,
-            context=self.rank.context,
-        )
+    def _gathered(self, model: JobModel, dropped: int) -> None:
+        """Adds layers that don't stay: the last one under the head, two under a backward, one after it."""
+        count = len(model.layers)
+        sizes = np.array([model.gathered_bytes(i) if i < dropped else 0.0 for i in range(count)])
+        before = np.concatenate(([0.0], sizes[:-1])) if count else sizes
+        buffers = self._constant["gather_buffers"]
+        buffers[0] = sizes[-1] if count else 0.0
+        buffers[1:-2:2], buffers[2:-2:2] = (sizes + before)[::-1], before[::-1]
 
-    def _backward(self, i: int, base: MemoryByKind, activations: float, inputs: float) -> Iterator[MemoryByKind]:
-        """Yields the backward of a layer: while it is computed, and when its gradients have been given away."""
-        trained, count = self.model.trained, len(self.model.layers)
-        following = trained[i + 1] if i + 1 < count else 0.0
-        own = self.fraction * sum(trained[i + 2 :])
-        done = replace(base, gradients=self.model.outside_trained + trained[i] + own)
-        yield replace(
-            done,
-            gather_buffers=self._gathered(i, i - 1),
-            collective_buffers=self._under_way(following),
-            activations=activations,
-            # those of the layers up to this one, and the gradients of what it has given
-            layer_inputs=inputs * (i + 2) / (count + 1),
-        )
-        yield replace(
-            done,
-            gather_buffers=self._gathered(i - 1),
-            collective_buffers=self._under_way(following) + self.fraction * self.rank.senders * trained[i],
-            layer_inputs=inputs * (i + 1) / (count + 1),
-        )
+    def _tokens(self, count: int) -> None:
+        """Adds the shares of inputs that are left: of the layers up to this one, and gradients of what it has given."""
+        left = np.arange(count, 0, -1)
+        self._activations[0] = self._inputs[0] = 1.0
+        self._activations[1:-2:2] = 1.0
+        self._inputs[1:-2:2], self._inputs[2:-2:2] = (left + 1) / (count + 1), left / (count + 1)
 
-    def _gathered(self, *positions: int) -> float:
-        """Returns the bytes of those of these layers that don't stay."""
-        dropped = len(self.model.layers) - self.resident
-        return float(sum(self.model.gathered_bytes(i) for i in positions if 0 <= i < dropped))
 
-    def _under_way(self, size: float) -> float:
-        """Returns the bytes of gradients that are being summed: this rank's, and the others' of what it owns."""
-        return size * (1 + self.fraction * self.rank.senders)
+def _least_ratio(free: Floats, each: Floats) -> float:
+    """Returns the largest number of which no moment has too much."""
+    grows = each > 0
+    return float((free[grows] / each[grows]).min()) if grows.any() else math.inf

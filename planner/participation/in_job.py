@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, StepMoments, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.participation.layout import SHARDED
 from heteromesh.planner.participation.shortage import DoesNotFit, Short
@@ -20,8 +20,10 @@ from heteromesh.planner.participation.shortage import DoesNotFit, Short
 LEVELS = (1.0, 0.5, 0.25, 0.0)
 """Of the tokens that a rank's speed would give it: what it is left room for, the first at which the weights fit."""
 SLACK = 1.0 + 1e-6
-"""Of all weights, what must fit at least: fractions are found by halving."""
+"""Fractions are this much smaller than what fits, so that rounding makes none too large."""
 HALVINGS = 8
+MANY = 1 << 40
+"""Tokens where nothing limits them."""
 
 Choose = Callable[[Sequence[float] | None], Sequence[float]]
 """Returns fractions that add up to 1, none above its limit (None: no limits), as links would have them."""
@@ -78,9 +80,9 @@ def _planned(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choos
     for level in LEVELS:
         expected = [_expected(ranks, tokens, number, level) for number in range(len(ranks))]
         most = _largest_fractions(model, ranks, tokens, expected)
-        if min(most) < 0 or sum(most) < SLACK:
+        if min(most) < 0 or sum(most) < SLACK**2:
             continue
-        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose(most), strict=True)]
+        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose([n / SLACK for n in most]), strict=True)]
         found = _filled(held, tokens, expected)
         if min(found.pass_tokens) > 0 and sum(found.step_tokens) >= tokens.step:
             return found
@@ -120,15 +122,31 @@ class _Rank:
             self.model, self.rank, self.fraction, resident, self.bytes, of_pass=of_pass, of_step=of_step
         )
 
-    def fits(self, resident: int, of_pass: float, of_step: float) -> bool:
-        return self.memory(resident, of_pass, of_step).total <= self.rank.memory
-
     def filled(self, tokens: JobTokens, of_pass: float, of_step: float) -> _Filled:
         """Keeps as many layers as fit beside these tokens; then makes room for longer passes, then for more tokens."""
-        kept = max(0, _most(lambda n: self.fits(n, of_pass, of_step), len(self.model.layers)))
-        longest = _most(lambda n: self.fits(kept, n, of_step), max(tokens.longest, tokens.step))
-        most = _most(lambda n: self.fits(kept, longest, n), tokens.step)
-        return _Filled(kept, longest, most, self.memory(kept, of_pass, of_step))
+        acts, inputs = self.bytes.per_pass * of_pass, self.bytes.per_step * of_step
+        kept = max(0, self._most_kept(acts, inputs))
+        moments = StepMoments(self.model, self.rank, kept)
+        longest = _whole(moments.most_activations(self.fraction, inputs), self.bytes.per_pass)
+        longest = min(longest, max(tokens.longest, tokens.step))
+        most = _whole(moments.most_inputs(self.fraction, self.bytes.per_pass * longest), self.bytes.per_step)
+        return _Filled(kept, longest, min(most, tokens.step), self.memory(kept, of_pass, of_step))
+
+    def _most_kept(self, activations: float, inputs: float) -> int:
+        """Returns how many layers fit; -1: not even none."""
+        low, high = -1, len(self.model.layers)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = StepMoments(self.model, self.rank, middle).most_fraction(activations, inputs) >= self.fraction
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+
+def _whole(nbytes: float, each: float) -> int:
+    """Returns how many tokens of so many bytes fit; -1: memory is short without any."""
+    if nbytes < 0:
+        return -1
+    return int(min(nbytes / each, MANY)) if each else MANY
 
 
 def _largest_fractions(
@@ -136,21 +154,10 @@ def _largest_fractions(
 ) -> list[float]:
     """Returns by rank the largest fraction that it can own, at most 1; -1 where it can't even work."""
 
-    def largest(rank: JobRank, of_pass: float, of_step: float) -> float:
-        def fits(fraction: float) -> bool:
-            return _Rank(model, rank, fraction, tokens.bytes).fits(0, of_pass, of_step)
-
-        if not fits(0.0):
-            return -1.0
-        low, high = 0.0, 1.0
-        if fits(high):
-            return high
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
-
-    return [largest(r, *n) for r, n in zip(ranks, expected, strict=True)]
+    return [
+        StepMoments(model, rank, 0).most_fraction(tokens.bytes.per_pass * p, tokens.bytes.per_step * t)
+        for rank, (p, t) in zip(ranks, expected, strict=True)
+    ]
 
 
 def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[float, float]]) -> JobOwnership:
@@ -163,15 +170,6 @@ def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[f
         step_tokens=tuple(each.of_step for each in found),
         memory=tuple(each.memory for each in found),
     )
-
-
-def _most(fits: Callable[[int], bool], high: int) -> int:
-    """Returns the largest number from 0 to `high` that fits; -1: none."""
-    low = -1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def _does_not_fit(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> DoesNotFit:

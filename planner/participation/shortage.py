@@ -52,6 +52,10 @@ class DoesNotFit(UserError):
         super().__init__(message)
         self.short, self.remedies = tuple(short), tuple(remedies)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # ranks tell each other, and an exception is made anew from its message alone
+        return type(self), (str(self), self.short, self.remedies)
+
     def document(self) -> dict[str, Any]:
         """Returns the error as a JSON object."""
         return {
