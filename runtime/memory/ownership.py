@@ -104,9 +104,9 @@ def _uplinks(costs: Costs, cluster: Cluster) -> tuple[tuple[int, ...], list[floa
     """Returns per rank its host, and by host bytes per second each way: of the cluster's links where it describes
     several hosts, else as measured, every rank for itself.
     """
-    hosts = sorted(set(costs.hosts))
-    if len(hosts) == len(cluster.hosts) > 1:
+    hosts = range(len(cluster.hosts))
+    if len(hosts) > 1:
         links = cluster_links(cluster)
-        return costs.hosts, [links.uplink(host, hosts) for host in hosts]
+        return cluster.rank_hosts, [links.uplink(host, hosts) for host in hosts]
     ranks = tuple(range(costs.ranks))
     return ranks, [costs.rate(ranks)] * costs.ranks

@@ -13,6 +13,7 @@ import heteromesh as hm
 from heteromesh.runtime.process.memory import resident_bytes
 from llama import Llama, LlamaConfig
 from ranks import World, run_ranks
+from trainers import gather_costs
 
 SIZES = LlamaConfig(vocab=2000, layers=8, hidden=384, heads=6, kv_heads=2, intermediate=1536)
 """About 70 MB of weights."""
@@ -36,7 +37,15 @@ def write_cluster(folder: Path, gigabytes: tuple[float, float]) -> Path:
 def trained(folder: Path, **changes: Any) -> tuple[tuple[float, ...], list[float]]:
     torch.manual_seed(3)
     model = Llama(SIZES)
-    settings = {"batch_tokens": 260, "max_steps": 3, "run_dir": folder / "run", "idle_hosts": False, "print_plans": 0}
+    (folder / "cost.toml").write_text(gather_costs(128))  # measuring takes long
+    settings = {
+        "cost": folder / "cost.toml",
+        "batch_tokens": 260,
+        "max_steps": 3,
+        "run_dir": folder / "run",
+        "idle_hosts": False,
+        "print_plans": 0,
+    }
     config = hm.TrainerConfig(**settings | changes, plan_seconds=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     losses = hm.Trainer(model, optimizer, [torch.tensor(s) for s in DATA], config).fit().losses
@@ -52,6 +61,7 @@ def in_little_memory(world: World, folder: Path) -> tuple[Any, ...]:
 
 def test_memory_that_is_known_and_short_shards_weights_as_predicted(tmp_path: Path) -> None:
     """The small rank can't hold weights, gradients and state (300 MB), nor half of them beside what it works with."""
+    (tmp_path / "alone").mkdir()
     expected = trained(tmp_path / "alone")
     for losses, norms in run_ranks(2, in_little_memory, tmp_path):
         assert losses == pytest.approx(expected[0], rel=1e-4)

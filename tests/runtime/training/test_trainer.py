@@ -157,6 +157,9 @@ def write_cluster(folder: Path, gigabytes: float = 4, gbit: float = 1) -> Path:
 def test_state_that_fits_nowhere_is_told(tmp_path: Path) -> None:
     changes = {"shard_optimizer": True, "cluster": write_cluster(tmp_path, gigabytes=0.0003), "max_steps": 2}
     messages = run_ranks(2, train_and_error, tmp_path / "run", changes)
+    assert all("does not fit on these ranks even with sharded weights" in m for m in messages), messages
+    changes |= {"shard_weights": False}
+    messages = run_ranks(2, train_and_error, tmp_path / "whole", changes)
     assert all("the ranks have memory for 0" in m for m in messages), messages
 
 
