@@ -25,6 +25,7 @@ _HEADS = {
     "layer_inputs": "layer inputs",
     "gather_buffers": "gather",
     "collective_buffers": "collectives",
+    "copies": "copies",
     "context": "unusable",
 }
 
