@@ -159,11 +159,13 @@ class StepMoments:
 
     @cached_property
     def _constants(self) -> Floats:
-        return np.sum(list(self._constant.values()), axis=0)
+        summed: Floats = np.sum(list(self._constant.values()), axis=0)
+        return summed
 
     @cached_property
     def _slopes(self) -> Floats:
-        return np.sum(list(self._per_fraction.values()), axis=0)
+        summed: Floats = np.sum(list(self._per_fraction.values()), axis=0)
+        return summed
 
     def _throughout(self, model: JobModel, rank: JobRank, dropped: int) -> None:
         kept = sum(model.gathered_bytes(i) for i in range(dropped, len(model.layers))) + model.outside_here

@@ -99,8 +99,7 @@ def _usable(cluster: Cluster, world: World, described: bool) -> float:
 def _context(device: torch.device, model: nn.Module) -> float:
     """Returns the bytes that the process holds beside the model: code, libraries, the device's context."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return float(total - free - torch.cuda.memory_reserved(device))
+        return resident_bytes(device) - float(torch.cuda.memory_reserved(device))
     here = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(model) if _is_here(t)}
     return max(0.0, resident_bytes(device) - sum(here.values()))
 

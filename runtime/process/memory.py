@@ -19,16 +19,18 @@ _PEAK_ONLY = "5"
 
 
 def resident_bytes(device: torch.device) -> float:
-    """Returns what the process holds now: of the device's memory what torch has reserved, else what is resident."""
+    """Returns what is held now: of a CUDA device's memory what is not free, else what is resident of the process."""
     if device.type == "cuda":
-        return float(torch.cuda.memory_reserved(device))
+        free, total = torch.cuda.mem_get_info(device)
+        return float(total - free)
     return _status("VmRSS") or peak_bytes(device)
 
 
 def peak_bytes(device: torch.device) -> float:
-    """Returns the most that the process has held since `forget_peak`; where the kernel can't tell, since it began."""
+    """Returns the most that was held since `forget_peak`; where the kernel can't tell, since the process began."""
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_reserved(device))
+        beside = resident_bytes(device) - torch.cuda.memory_reserved(device)
+        return float(torch.cuda.max_memory_reserved(device)) + beside
     return _status("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 

@@ -62,10 +62,9 @@ def in_little_memory(world: World, folder: Path) -> tuple[Any, ...]:
 def test_memory_that_is_known_and_short_shards_weights_as_predicted(tmp_path: Path) -> None:
     """The small rank can't hold weights, gradients and state (300 MB), nor half of them beside what it works with."""
     (tmp_path / "alone").mkdir()
-    expected = trained(tmp_path / "alone")
-    for losses, norms in run_ranks(2, in_little_memory, tmp_path):
-        assert losses == pytest.approx(expected[0], rel=1e-4)
-        assert norms == pytest.approx(expected[1], rel=1e-4)
+    expected = trained(tmp_path / "alone", max_steps=4)
+    for losses, _ in run_ranks(2, in_little_memory, tmp_path):
+        assert losses == pytest.approx(expected[0][:3], rel=1e-4)
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["trainer"]["shard_weights"] is True
     owned = config["ownership"]
@@ -78,6 +77,11 @@ def test_memory_that_is_known_and_short_shards_weights_as_predicted(tmp_path: Pa
     for rank in json.loads((tmp_path / "run/memory.json").read_text())["ranks"]:
         predicted = sum(rank["predicted"].values())
         assert 0.9 * predicted < rank["measured"] < 1.1 * predicted
+    # its checkpoint was written in several files, from where weights and state were
+    assert len(list((tmp_path / "run/checkpoints/step-00000003").glob("__0_*"))) > 1
+    losses, norms = trained(tmp_path, resume=True, max_steps=4)
+    assert losses == pytest.approx(expected[0][3:], rel=1e-4)
+    assert norms == pytest.approx(expected[1], rel=1e-4)
 
 
 def in_ample_memory(world: World, folder: Path) -> tuple[Any, ...]:
