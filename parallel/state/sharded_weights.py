@@ -21,19 +21,21 @@ from heteromesh.comm.gradients.buckets import Bucket, pack
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.flats import check_parameters, fragments_of
+from heteromesh.parallel.state.flats import check_parameters, fragments_of, take_out
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
+from heteromesh.parallel.state.weight_source import WeightSource
 
 
 class ShardedWeights(StateOwner):
     """Keeps this rank's range of every bucket of weights and of their optimizer state.
 
-    It begins with whole weights, as the model has them; the first `begin` leaves what is outside layers. A parameter
-    whose weights are not here has no elements: what uses it fails. Frozen weights are dealt out too.
+    It begins with whole weights, as the model has them, until the first `begin` leaves what is outside layers; from a
+    source it begins with this rank's ranges alone. A parameter whose weights are not here has no elements: what uses it
+    fails. Frozen weights are dealt out too.
 
     Raises UserError as `Sharded` does.
     """
@@ -47,9 +49,11 @@ class ShardedWeights(StateOwner):
         layers: Sequence[Sequence[nn.Parameter]],
         *,
         resident: Collection[int] = (),
+        source: WeightSource | None = None,
     ) -> None:
         """buckets: of the gradients, none with parameters of two layers. layers: by index, the parameters that are a
-        layer's alone. resident: numbers of buckets that stay gathered on all ranks."""
+        layer's alone. resident: numbers of buckets that stay gathered on all ranks. source: of the weights, each rank
+        reads its own ranges; None: the model has them."""
         check_parameters(optimizer, model, buckets)
         if world.collectives is None:
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
@@ -62,8 +66,11 @@ class ShardedWeights(StateOwner):
             b for own in (*layers, _outside(model, layers)) for b in pack(own) if not b.parameters[0].requires_grad
         ]
         homes = {p: index for index, own in enumerate(layers) for p in own}
+        if source is not None:
+            for parameter in model.parameters():
+                take_out(parameter)  # whatever stood in for its weights
         self._shards = [
-            WeightShard(number, bucket, homes.get(bucket.parameters[0], OUTSIDE), world, number in resident)
+            WeightShard(number, bucket, homes.get(bucket.parameters[0], OUTSIDE), world, number in resident, source)
             for number, bucket in enumerate((*buckets, *frozen))
         ]
         trained = self._shards[: len(buckets)]
@@ -76,6 +83,8 @@ class ShardedWeights(StateOwner):
             if not shard.resident:
                 self._layers[shard.layer].append(shard)
         self._exposed = 0.0
+        self._stale = source is not None
+        """Whether what is resident has not been gathered yet."""
         self.most_bytes = 0
         """The most that has been in gathered buffers at once, what is resident included."""
 
@@ -98,6 +107,7 @@ class ShardedWeights(StateOwner):
         """Returns when what is resident is here; all else is taken away."""
         for layer in self._layers:
             self.drop(layer)
+        self._gather_resident()
         self._wait(shard for shard in self._shards if shard.resident)
 
     def fetch(self, layer: int) -> None:
@@ -122,6 +132,7 @@ class ShardedWeights(StateOwner):
 
     def weights_ready(self) -> None:
         """Gathers all weights: every rank has the whole model until the next `begin`."""
+        self._gather_resident()
         self._gather(self._shards)
         self._wait(self._shards)
 
@@ -169,10 +180,9 @@ class ShardedWeights(StateOwner):
         return self._optimizer.checkpoint_buffers(stored)
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """Gathers the loaded weights, too: every rank has the whole model until the next `begin`."""
+        """Gathers nothing but what is resident: layers' weights are with their owners from here on."""
         self._optimizer.load_entries(entries)
         self._renew()
-        self.weights_ready()
 
     def take_exposed_seconds(self) -> float:
         seconds, self._exposed = self._exposed, 0.0
@@ -189,7 +199,14 @@ class ShardedWeights(StateOwner):
         """Drops gathered weights that are no longer those of their owners; starts to gather what is resident."""
         for layer in self._layers:
             self.drop(layer)
-        self._gather((shard for shard in self._shards if shard.resident), again=True)
+        self._stale = True
+        self._gather_resident()
+
+    def _gather_resident(self) -> None:
+        """Starts to gather what is resident, where it is no longer, or not yet, that of its owners."""
+        if self._stale:
+            self._stale = False
+            self._gather((shard for shard in self._shards if shard.resident), again=True)
 
     def _gather(self, shards: Iterable[WeightShard], *, again: bool = False) -> None:
         for shard in shards:

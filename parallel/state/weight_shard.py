@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.flats import take_out
 from heteromesh.parallel.state.fragments import Piece
+from heteromesh.parallel.state.weight_source import WeightSource
 
 OUTSIDE = -1
 """The layer of what is in no layer."""
@@ -22,20 +24,36 @@ OUTSIDE = -1
 class WeightShard:
     """A bucket: this rank's range of its weights, and the whole of them while it is gathered."""
 
-    def __init__(self, number: int, bucket: Bucket, layer: int, world: World, resident: bool) -> None:
+    def __init__(
+        self,
+        number: int,
+        bucket: Bucket,
+        layer: int,
+        world: World,
+        resident: bool,
+        source: WeightSource | None = None,
+    ) -> None:
+        """source: of this rank's range; None: the parameters have their weights."""
         assert world.collectives is not None
         self.number, self.bucket, self.layer = number, bucket, layer
         self.resident = resident or layer == OUTSIDE
         self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
-        self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
-        own = self.flat[self.low : self.high]
-        self.own = own if self.resident else own.clone()
-        """(high - low,): what this rank owns, up to date always."""
+        self.flat: torch.Tensor | None = None
+        if source is None:
+            self.flat = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
+            own = self.flat[self.low : self.high]
+            self.own = own if self.resident else own.clone()
+            """(high - low,): what this rank owns, up to date always."""
+        else:
+            if self.resident:
+                self.flat = bucket.empty()
+            self.own = self._read(source)
         self.work: Work | None = None
         """The gather under way."""
         self._started_ns = 0
         self._shown = False
-        self.show()
+        if source is None:
+            self.show()
 
     def gather(self, collectives: Collectives) -> None:
         """Starts to bring the whole bucket here."""
@@ -77,6 +95,18 @@ class WeightShard:
         """Gives the memory of gathered weights back."""
         self.hide()
         self.flat = None
+
+    def _read(self, source: WeightSource) -> torch.Tensor:
+        """Returns the range that this rank owns, from elsewhere."""
+        like = self.bucket.parameters[0]
+        own = torch.empty(self.high - self.low, dtype=like.dtype, device=like.device)
+        if self.flat is not None:
+            own = self.flat[self.low : self.high]
+        for parameter, (start, stop) in zip(self.bucket.parameters, pairwise(self.bucket.offsets), strict=True):
+            first, last = max(self.low, start), min(self.high, stop)
+            if first < last:
+                own[first - self.low : last - self.low].copy_(source.read(parameter, first - start, last - start))
+        return own
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """Returns what this rank has of a parameter, in the memory that it is in."""

@@ -87,6 +87,7 @@ class ElasticJob:
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
         check_job(job)
+        job.initial.fill(torch.device("cpu"))
         unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())

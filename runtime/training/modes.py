@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from heteromesh.comm.gradients.exchange import GradientExchange
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
@@ -51,6 +52,8 @@ from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
 from heteromesh.runtime.work.source import WorkSource
 
+T = TypeVar("T")
+
 
 class Mode(ABC):
     """The parts of a step that depend on where the model is. What it opens is closed by the stack that it is given."""
@@ -65,6 +68,15 @@ class Mode(ABC):
     def measure(self) -> Costs | None:
         """Measures what passes cost on this world's ranks; None where the plan has fixed who works."""
         return None
+
+    @property
+    def dealt_out(self) -> bool:
+        """Whether no rank ever has the whole model, at the end neither."""
+        return False
+
+    def evaluate(self, act: Callable[[], T], world: World) -> T:
+        """Returns what an evaluation finds, of a model that is dealt out."""
+        raise NotImplementedError("a model that is whole is evaluated as it is")
 
     @abstractmethod
     def start(self, done: int) -> Sequence[Hook]:
@@ -94,10 +106,9 @@ class WholeModel(Mode):
         self._base = costs
         config = job.config
         self._service = self._open_service(plan)
-        unexpand(job.model)
-        self.held = job.model.to(world.device)
-        world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
         sharded = config.shards_state and world.size > 1
+        self._fill(sharded)
+        self.held = job.model
         self.engine = self._engine()
         stack.callback(self.engine.close)
         world.once(lambda: try_model(job.model, job.reader, job.loss))
@@ -159,6 +170,14 @@ class WholeModel(Mode):
         self._executor.speeds = costs.speeds
         return compare(self._executor, self._job.reader, self._recent.steps, costs, asked)
 
+    def _fill(self, sharded: bool) -> None:
+        """Gives the model its first weights, the same on all ranks."""
+        model, world = self._job.model, self._world
+        self._job.initial.fill(world.device)
+        unexpand(model)
+        model.to(world.device)
+        world.broadcast_tensors((*model.parameters(), *model.buffers()))
+
     def _open_service(self, plan: Plan | None) -> PlanService | None:
         if self._world.rank != 0:
             return None
@@ -195,10 +214,22 @@ class WholeModel(Mode):
 class LayerByLayer(WholeModel):
     """The weights dealt out too: a layer is whole on every rank while all passes go through it.
 
-    The model is whole until the first step begins, as it is tried and measured pass by pass.
+    The model is whole until it is dealt out, as it is tried and measured pass by pass. One that had no weights at the
+    start never is: others stand in for its layers' until then, and each rank reads its own part of its weights.
     """
 
     engine: LayerMajor
+    _sketches: GradientSketches | None = None
+    """Of gradients, while weights have stand-ins."""
+
+    @property
+    def dealt_out(self) -> bool:
+        """See Mode."""
+        return self._job.initial.on_meta and isinstance(self.state, ShardedWeights)
+
+    def evaluate(self, act: Callable[[], T], world: World) -> T:
+        """See Mode."""
+        return self.engine.forwards_of(act, world)
 
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
@@ -207,7 +238,18 @@ class LayerByLayer(WholeModel):
             self.engine.attach(self._world.device, self._order)
             return hooks
         self.engine.attach(self._world.device, self._order, state)
-        return (*hooks, _GatheredAtTheEnd(state))
+        return (*hooks, _SettledAtTheEnd(state) if self.dealt_out else _GatheredAtTheEnd(state))
+
+    def _fill(self, sharded: bool) -> None:
+        job, world = self._job, self._world
+        if not (sharded and job.initial.on_meta):
+            super()._fill(sharded)
+            return
+        self._sketches = job.initial.stand_in(world.device)
+        self._stack.callback(self._sketches.close)
+        unexpand(job.model)
+        job.model.to(world.device)
+        world.broadcast_tensors((*job.initial.own, *job.model.buffers()))
 
     def _engine(self) -> LayerMajor:
         job, config = self._job, self._job.config
@@ -218,7 +260,7 @@ class LayerByLayer(WholeModel):
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
-        self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
+        self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device, self._sketches))
         if not self._order.mappings:
             engine.recompute()
         last_first = dict.fromkeys(reversed(self._order.layers))
@@ -229,8 +271,15 @@ class LayerByLayer(WholeModel):
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:
             return super()._state(sharded)
-        job = self._job
-        return ShardedWeights(job.optimizer, job.model, self.exchange.buckets, self._world, self.engine.own_parameters)
+        self.measure()  # while weights, or what stands in for them, are here
+        job, initial, source = self._job, self._job.initial, None
+        if self._sketches is not None:
+            self._sketches.close()
+            source = initial
+        layers = self.engine.own_parameters
+        state = ShardedWeights(job.optimizer, job.model, self.exchange.buckets, self._world, layers, source=source)
+        initial.forget()
+        return state
 
 
 class Stages(Mode):
@@ -245,6 +294,7 @@ class Stages(Mode):
                 "token's cross-entropy is known: leave loss= out, or train without this plan file"
             )
         check_placement(job.model, placement, world.size)
+        job.initial.fill(torch.device("cpu"))
         unexpand(job.model)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
         world.once(lambda: try_model(job.model, job.reader, None))
@@ -319,6 +369,16 @@ class _WholeAtTheEnd(Hook):
         self._state.weights_ready()
         self._runner.world.barrier()
         self._runner.groups.close()
+
+
+class _SettledAtTheEnd(Hook):
+    """Leaves every rank what is outside layers; the others' weights are on their owners, and in the checkpoint."""
+
+    def __init__(self, state: ShardedWeights) -> None:
+        self._state = state
+
+    def end(self, report: TrainingReport) -> None:
+        self._state.begin()
 
 
 class _GatheredAtTheEnd(Hook):
