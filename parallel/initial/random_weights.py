@@ -92,8 +92,9 @@ class RandomWeights(WeightSource):
                 # not torch.manual_seed, which would seed devices too
                 torch.default_generator.manual_seed(_seed(self._seed, plain_name(name)))
                 self._initialise(path)
-                if _unfilled(fresh) and hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+                reset: Any = getattr(module, "reset_parameters", None)
+                if reset is not None and _unfilled(fresh):
+                    reset()
         finally:
             module._parameters.update(before)
             module._buffers = buffers

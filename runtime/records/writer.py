@@ -33,7 +33,8 @@ class CheckpointWriter:
         shapes: Shapes | None = None,
     ) -> None:
         """`together`: the world of ranks that stay, which write a checkpoint each its part. `shapes`: of the
-        whole model's parameters, where `model` has a part only. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed."""
+        whole model's parameters, where `model` has a part only. `every`: steps, 0: never but at the end. `keep`: older
+        checkpoints are removed."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state
