@@ -28,8 +28,13 @@ def give_memory(parameter: nn.Parameter, data: torch.Tensor, name: str) -> None:
         ) from error
 
 
-def check_hooks(parameter: nn.Parameter, name: str) -> None:
-    """Raises UserError where a parameter of the meta device has hooks, which it would lose."""
+def check_parameter(parameter: nn.Parameter, name: str) -> None:
+    """Raises UserError for a parameter that can't begin on the meta device: one with hooks, or without floats."""
+    if not parameter.is_floating_point():
+        raise UserError(
+            f"parameter {name} is on the meta device and {str(parameter.dtype).removeprefix('torch.')}, and only float "
+            "weights can begin there: build the model with real weights"
+        )
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise UserError(
             f"parameter {name} is on the meta device and has hooks on its gradient, which it would lose when it gets "

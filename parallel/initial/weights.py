@@ -10,7 +10,7 @@ from torch import nn
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.initial.files import FileWeights
-from heteromesh.parallel.initial.memory import check_hooks, give_memory
+from heteromesh.parallel.initial.memory import check_parameter, give_memory
 from heteromesh.parallel.initial.random_weights import RandomWeights
 from heteromesh.parallel.initial.stand_ins import GradientSketches, stand_in
 from heteromesh.parallel.model.call import plain_name, uncompiled
@@ -65,7 +65,7 @@ class InitialWeights(WeightSource):
             if self._files is not None:
                 self._files.refuse_absent(absent)
             for parameter in self._meta:
-                check_hooks(parameter, self._names[parameter])
+                check_parameter(parameter, self._names[parameter])
             self._check_buffers()
             self._check_ties()
             if self._files is not None:
