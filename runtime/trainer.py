@@ -104,7 +104,7 @@ class Trainer:
         if self._initial is None:
             files = Path(self._weights) if self._weights is not None else None
             self._initial = InitialWeights(self.model, files, self.config.seed)
-        elif not self._initial.whole:
+        elif self._initial.tried:
             raise UserError(
                 "this model began on the meta device and its weights have been dealt out by the fit() before: build "
                 "model, optimizer and Trainer anew (resume=True goes on from the last checkpoint)"

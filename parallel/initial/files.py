@@ -1,8 +1,8 @@
 """First weights from safetensors files, as Transformers' `save_pretrained` writes them: only what is asked for is read.
 
 A folder has `model.safetensors`, or several files and `model.safetensors.index.json`, which says what is where. Names
-are those of the model's own tensors, tied ones once; a prefix that only a base model's files lack is allowed for, and
-what PEFT puts around names.
+are those of the model's own tensors, tied ones once; a prefix that only a base model's files lack is allowed for, what
+PEFT puts around names, and experts that Transformers merges.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.initial.converted import StoredWeight, converted
 from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.state.weight_source import WeightSource
 
@@ -34,17 +35,15 @@ class FileWeights(WeightSource):
     """The weights of a model in files."""
 
     def __init__(self, model: nn.Module, path: Path) -> None:
-        """Raises UserError where the path has no such files, and where they lack what the model has or have more.
-
-        Parameters of PEFT's adapters may be absent: see `absent`.
-        """
-        self._path = path
+        """Raises UserError where the path has no such files, and for tensors of other shapes; `refuse` for others."""
+        self._path, self._kind = path, type(model).__name__
         self._files = _files(path)
-        self._shapes: dict[str, tuple[list[int], str]] = {}
+        self._found: dict[str, tuple[list[int], str]] = {}
         self._open: tuple[Path, Any] | None = None
         for name, file in self._files.items():
             part = self._opened(file).get_slice(name)
-            self._shapes[name] = part.get_shape(), part.get_dtype()
+            self._found[name] = part.get_shape(), part.get_dtype()
+        self._stored = converted(model, self._found)
         self._names: dict[torch.Tensor, str] = {}
         self.absent: dict[torch.Tensor, str] = {}
         """Parameters and buffers of the model that the files don't have, and their names."""
@@ -52,8 +51,18 @@ class FileWeights(WeightSource):
 
     def read(self, parameter: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """See WeightSource; also for a buffer."""
-        name = self._names[parameter]
-        (shape, _), file = self._shapes[name], self._opened(self._files[name])
+        made, before = [], 0
+        for name in self._stored[self._names[parameter]].parts:
+            size = math.prod(self._found[name][0])
+            first, last = max(start - before, 0), min(stop - before, size)
+            if first < last:
+                made.append(self._read(name, first, last))
+            before += size
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Returns elements [start, stop) of a tensor in the files: only the rows that cover them are read."""
+        (shape, _), file = self._found[name], self._opened(self._files[name])
         if not shape:
             whole: torch.Tensor = file.get_tensor(name)
             return whole.view(-1)[start:stop]
@@ -72,7 +81,7 @@ class FileWeights(WeightSource):
 
     def fingerprint(self) -> str:
         """Returns a digest of names, shapes and dtypes, and of the ends of the files."""
-        digest = hashlib.sha256(json.dumps(sorted(self._shapes.items())).encode())
+        digest = hashlib.sha256(json.dumps(sorted(self._found.items())).encode())
         for file in sorted(set(self._files.values())):
             with file.open("rb") as opened:
                 size = opened.seek(0, 2)
@@ -82,44 +91,43 @@ class FileWeights(WeightSource):
                     digest.update(opened.read(_EDGE))
         return digest.hexdigest()[:12]
 
-    def refuse_absent(self, tensors: Mapping[torch.Tensor, str]) -> None:
-        """Raises UserError where there are any tensors; by tensor its name."""
-        if tensors:
+    def refuse(self, lacking: Mapping[torch.Tensor, str]) -> None:
+        """Raises UserError for what the files lack, by tensor its name, else for what they have beside the model's."""
+        if lacking:
             raise UserError(
-                f"the weights in {self._path} lack {_listed(list(tensors.values()))} of {len(self._names)} found for "
-                "this model: give the files of this very model, as save_pretrained writes them (names and layout as "
-                "in model.state_dict(): models whose files Transformers converts as it loads them must be saved with "
-                "save_original_format=False)"
+                f"the weights in {self._path} lack {_listed(list(lacking.values()))} of {self._kind}: give the files "
+                "of this very model, with names as in model.state_dict() (where Transformers has others in its files: "
+                "model.save_pretrained(folder, save_original_format=False))"
+            )
+        if self._more:
+            raise UserError(
+                f"the weights in {self._path} have {_listed(self._more)}, which {self._kind} does not have: give the "
+                "files of this very model, or leave these out of them"
             )
 
     def _match(self, model: nn.Module) -> None:
         """Finds out which name in the files is which tensor's."""
         used: set[str] = set()
         for tensor, names in _tensors(model).items():
-            found = [name for own in names for name in _spellings(model, own) if name in self._shapes]
+            found = [name for own in names for name in _spellings(model, own) if name in self._stored]
             if not found:
                 self.absent[tensor] = names[0]
                 continue
             self._names[tensor] = found[0]
             used.update(found)
-            self._check(names[0], tensor, *self._shapes[found[0]])
+            self._check(names[0], tensor, self._stored[found[0]])
         ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-        more = [name for name in self._shapes if name not in used and not any(p.search(name) for p in ignored)]
-        if more:
-            raise UserError(
-                f"the weights in {self._path} have {_listed(more)}, which {type(model).__name__} does not have: give "
-                "the files of this very model, or leave these out of them"
-            )
+        self._more = [name for name in self._stored if name not in used and not any(p.search(name) for p in ignored)]
 
-    def _check(self, name: str, tensor: torch.Tensor, shape: list[int], dtype: str) -> None:
-        if list(tensor.shape) != shape:
+    def _check(self, name: str, tensor: torch.Tensor, stored: StoredWeight) -> None:
+        if tuple(tensor.shape) != stored.shape:
             raise UserError(
-                f"the weights in {self._path} have {name} of shape {tuple(shape)}, and the model's is "
+                f"the weights in {self._path} have {name} of shape {stored.shape}, and the model's is "
                 f"{tuple(tensor.shape)}: build the model from the config that the files came with"
             )
-        if tensor.is_floating_point() and dtype not in _FLOATS:
+        if tensor.is_floating_point() and not set(stored.dtype.split(", ")) <= set(_FLOATS):
             raise UserError(
-                f"the weights in {self._path} have {name} as {dtype}, and the model's is "
+                f"the weights in {self._path} have {name} as {stored.dtype}, and the model's is "
                 f"{str(tensor.dtype).removeprefix('torch.')}: give files in float32, bfloat16 or float16"
             )
 

@@ -38,12 +38,9 @@ class InitialWeights(WeightSource):
         self._source_of: dict[nn.Parameter, FileWeights | RandomWeights] = {}
         self._kept: dict[nn.Parameter, torch.Tensor] = {}
         self._fingerprint: str | None = None
-        self._whole = not self.on_meta and files is None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the model has all its weights."""
-        return self._whole
+        self.tried = False
+        """Whether the model has had stand-ins for its weights."""
+        self._whole = False
 
     @property
     def own(self) -> list[nn.Parameter]:
@@ -63,7 +60,7 @@ class InitialWeights(WeightSource):
                 drawn += [p for p in adapters if p.is_meta]
                 absent = {t: name for t, name in absent.items() if t not in adapters}
             if self._files is not None:
-                self._files.refuse_absent(absent)
+                self._files.refuse(absent)
             for parameter in self._meta:
                 check_parameter(parameter, self._names[parameter])
             self._check_buffers()
@@ -88,7 +85,7 @@ class InitialWeights(WeightSource):
         self.check()
         if self._whole:
             return
-        self._whole = True
+        self._whole, self.tried = True, False
         self._fill_buffers(device)
         for parameter in self._source_of:
             name, shape = self._names[parameter], self._shapes[parameter]
@@ -110,7 +107,7 @@ class InitialWeights(WeightSource):
         stand_in({p: (self._names[p], self._shapes[p]) for p in self._source_of}, layers, device)
         for parameter, kept in self._kept.items():
             parameter.data = kept
-        self._whole = False
+        self._whole, self.tried = False, True
         return GradientSketches(self._names)
 
     def forget(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedModel
 
 import heteromesh as hm
 from heteromesh.errors import UserError
@@ -74,6 +74,34 @@ def test_files_of_the_base_model_and_adapters_of_peft(tmp_path: Path) -> None:
     assert torch.equal(found[f"{where}.base_layer.weight"], real.transformer.h[2].attn.c_attn.weight)
     assert found[f"{where}.lora_A.default.weight"].std() > 0
     assert not found[f"{where}.lora_B.default.weight"].any(), "an adapter begins by changing nothing"
+
+
+def mixtral() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=20, num_local_experts=11)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_experts_that_transformers_merges_are_read_one_by_one(tmp_path: Path) -> None:
+    real = mixtral()
+    real.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.10.w1.weight" in stored
+    with accelerate.init_empty_weights():
+        model = mixtral()
+    weights = InitialWeights(model, tmp_path, 0)
+    weights.check()
+    for (name, whole), parameter in zip(real.named_parameters(), model.parameters(), strict=True):
+        size = whole.numel()
+        for start, stop in ((0, size), (size // 3 + 1, size - size // 5), (size // 2, size // 2 + 1)):
+            read = weights.read(parameter, start, stop)
+            assert torch.equal(read, whole.detach().reshape(-1)[start:stop]), (name, start)
+    stored.pop("model.layers.1.block_sparse_moe.experts.10.w1.weight")
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"layers.1.*w1.weight, which Transformers converts .* \(MergeModulelist, Concat"
+    ):
+        InitialWeights(model, tmp_path, 0).check()
 
 
 class Own(nn.Module):
@@ -150,7 +178,10 @@ def indexed(files: dict[str, str] | None) -> Callable[[Path], None]:
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "none": (missing, r"a folder with neither model.safetensors nor"),
     "damaged": (lambda f: (f / "model.safetensors").write_bytes(b"abc" * 9), r"can't be read as safetensors"),
-    "missing": (changed(lambda t: [t.pop(k) for k in list(t)[:5]]), r"lack embed.weight, .* and 2 more of"),
+    "missing": (
+        changed(lambda t: [t.pop(k) for k in list(t)[:5]]),
+        r"lack embed.weight, .* and 2 more of Llama: .*save_original_format",
+    ),
     "unexpected": (changed(lambda t: t.update(more=torch.ones(1))), r"have more, which Llama does not have"),
     "shape": (
         changed(lambda t: t.update({"norm.weight": torch.ones(3)})),
