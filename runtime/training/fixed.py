@@ -78,7 +78,9 @@ class FixedJob:
         timeout = timedelta(seconds=self.job.config.timeout_seconds)
         part = self._stack.enter_context(join_subset(self.everyone, ranks, timeout))
         self.works = part is not None
-        if part is not None:
+        if part is None:
+            vars(self).pop("mode", None)  # weights that were dealt out to this rank to be measured
+        else:
             self.world = self.records.together = part
             self.cluster = self.cluster.subset(ranks)
             self.mode = self._mode(self._stack, costs and working_costs(costs, ranks))
