@@ -3,10 +3,10 @@
     python benchmarks/yardstick.py [--turns 3] [--steps 6] [...]
 
 Root on Linux (docs/sandbox.md). Three clusters of four hosts in the sandbox, all with the same sum of speeds: equal
-ones; unlike ones in the ratio 8:5:4:3; and these with the links of two at 0.2 Gbit/s in place of 1. Each trains the same
-model on the same long-tailed batches (`training_peers.py`, which takes all further flags), in turns. Reported are tokens
-per second without the first step, motley over uniform, and what the slow links cost beside the least seconds that the
-gradient sum takes on them: max(2 (p - 1) S / sum of rates, S / slowest rate), full duplex.
+ones; unlike ones in the ratio 8:5:4:3; and these with the links of two at 0.2 Gbit/s in place of 1. Each trains the
+same model on the same long-tailed batches (`training_peers.py`, which takes all further flags), in turns. Reported are
+tokens per second without the first step, motley over uniform, and what the slow links cost beside the least seconds
+that the gradient sum takes on them: max(2 (p - 1) S / sum of rates, S / slowest rate), full duplex.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from cluster_training import WORKLOADS, Layout, Run, launch
-from training_peers import make_model, options
+from training_peers import make_model, open_data, options
 
 from heteromesh.planner.cluster.catalog import Device
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
@@ -80,13 +80,13 @@ def tell_links(
 ) -> None:
     """Says what a step loses by slow links, and what a sum of gradients takes on them at least."""
     sizes = options(["--system", "heteromesh", "--output", "-", *WORKLOADS[chosen.workload], *model])
-    nbytes = sum(p.nbytes for p in make_model(sizes, 8192).parameters())
+    nbytes = sum(p.nbytes for p in make_model(sizes, open_data(sizes)[1]).parameters())
     seconds = {name: statistics.median(s for run in several for s in run.seconds[1:]) for name, several in runs.items()}
     least = {name: least_seconds(cluster, nbytes) for name, cluster in clusters.items()}
     print(
         f"a step: {seconds['motley']:.2f} s, with two slow links {seconds['slow links']:.2f} s; the gradient sum of "
-        f"{nbytes / 1e6:.0f} MB takes at least {least['motley']:.2f} s and {least['slow links']:.2f} s, of which passes "
-        "can hide all but their first part"
+        f"{nbytes / 1e6:.0f} MB takes at least {least['motley']:.2f} s and {least['slow links']:.2f} s, of which the "
+        "passes can hide all but the first part"
     )
 
 
