@@ -22,7 +22,7 @@ from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.model.self_check import exactly
-from heteromesh.parallel.model.undisturbed import modes_kept, undisturbed
+from heteromesh.parallel.model.undisturbed import gradients_kept, modes_kept, undisturbed
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, untimed
 from heteromesh.runtime.work.reader import Reader
@@ -44,10 +44,10 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
     naming the layer, and where the model can't be run layer by layer.
     """
     model = engine.model
-    works = _works(reader, device)
+    works = trial_works(reader, device)
     autocast, engine.autocast = engine.autocast, None  # of rounding in halves nothing could be told
     try:
-        with undisturbed(model), exactly(model), _gradients_kept(model):
+        with undisturbed(model), exactly(model), gradients_kept(model):
             with _calls_noted(engine.layers) as (calls, mappings):
                 expected = _pass_by_pass(engine, works, device)
             with modes_kept(model), torch.no_grad(), _calls_noted(engine.layers) as (evaluated, _):
@@ -62,7 +62,8 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
     return replace(order, first_backward=first, mappings=bool(mappings))
 
 
-def _works(reader: Reader, device: torch.device) -> list[PassWork]:
+def trial_works(reader: Reader, device: torch.device) -> list[PassWork]:
+    """Returns passes of a few tokens of the data, to be tried on one device."""
     works, world = [], World(device=device)
     for place, size in enumerate(_SIZES):
         count = min(size, max(reader.lengths))
@@ -151,18 +152,6 @@ def _taken(model: nn.Module) -> Gradients:
     for parameter in model.parameters():
         parameter.grad = None
     return found
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    before = [(p, p.grad) for p in model.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient
 
 
 @contextmanager
