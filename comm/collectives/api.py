@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -36,8 +36,11 @@ class Collectives(Protocol):
     def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
         """Starts the sum of which each rank gets its own range; the rest of `flat` is undefined afterwards."""
 
-    def all_gather(self, flat: torch.Tensor) -> Work:
-        """Starts to copy every rank's own range to all."""
+    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+        """Starts to copy every rank's own range to all, or only to these receivers: the others' `flat` is only read.
+
+        receivers: the same on all ranks, also on those that are none.
+        """
 
     def commit(self) -> None:
         """Takes note that the sums since the last commit were applied; without it they may be repeated alike."""

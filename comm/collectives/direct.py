@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 
@@ -40,11 +40,12 @@ class DirectCollectives(Collectives):
     def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
         return self._sum(flat, gather=False)
 
-    def all_gather(self, flat: torch.Tensor) -> Work:
+    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
         cuts = self.bounds(flat.numel())
         parts = [flat[low:high] for low, high in pairwise(cuts)]
-        sent = parts[self.rank].nbytes * (self.size - 1)
-        return self._submit("all_gather", lambda: all_gather(self._transport, parts, Tag.DIRECT + 3), sent)
+        takers = range(self.size) if receivers is None else receivers
+        sent = parts[self.rank].nbytes * sum(r != self.rank for r in takers)
+        return self._submit("all_gather", lambda: all_gather(self._transport, parts, Tag.DIRECT + 3, takers), sent)
 
     def close(self) -> None:
         self._thread.shutdown()

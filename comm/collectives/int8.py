@@ -9,7 +9,7 @@ took away stays on the rank that rounded and is added to what it sends in the ne
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
@@ -84,8 +84,8 @@ class Int8Collectives(Collectives):
             return self._through(self.inner.reduce_scatter(flat, key))
         return self._start(key, flat, gather=False)
 
-    def all_gather(self, flat: torch.Tensor) -> Work:
-        return self._through(self.inner.all_gather(flat))
+    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+        return self._through(self.inner.all_gather(flat, receivers))
 
     def commit(self) -> None:
         self._errors.commit()

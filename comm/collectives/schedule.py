@@ -17,7 +17,7 @@ import torch
 from heteromesh.comm.dtypes import accumulation_dtype, in_accumulation_dtype
 from heteromesh.comm.interfaces import Transport, Work
 from heteromesh.planner.reduction.reduction import Reduction
-from heteromesh.planner.reduction.schedule import ReductionPiece, pieces, representatives
+from heteromesh.planner.reduction.schedule import ReductionPiece, members_by_host, pieces, representatives
 
 GATHER, PARTIAL, RESULT, HAND_OUT = range(4)
 """Stages, told apart by the tags of their messages."""
@@ -47,9 +47,9 @@ class PieceStep:
 class ReductionSchedule:
     """One collective's messages on this rank.
 
-    `sources` are the ranks whose tensors are summed (None: each piece's owner alone); `spread`: everybody gets the
-    result, else only the owner has it. Results arrive in `flat` itself: an owner sends a piece's result only after
-    it has received the whole contribution that was sent from there.
+    `sources` are the ranks whose tensors are summed (None: each piece's owner alone); `receivers` those that get the
+    result, which its owner has anyway: of a sum all ranks or none. Results arrive in `flat` itself: an owner sends a
+    piece's result only after it has received the whole contribution that was sent from there.
     """
 
     transport: Transport
@@ -57,7 +57,7 @@ class ReductionSchedule:
     flat: torch.Tensor
     tag: int
     sources: frozenset[int] | None
-    spread: bool
+    receivers: frozenset[int]
     tasks: list[StageTask] = field(default_factory=list)
     steps: list[PieceStep] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
@@ -67,11 +67,11 @@ class ReductionSchedule:
 
     def post(self) -> None:
         """Posts all receives and lists the tasks and the steps."""
-        members: dict[int, list[int]] = {}
-        for rank, host in enumerate(self.reduction.hosts):
-            members.setdefault(host, []).append(rank)
+        among = self.receivers | (self.sources or frozenset())
         for piece in pieces(self.reduction, self.flat.numel(), self.flat.element_size()):
-            self._post(piece, members, representatives(self.reduction, piece))
+            if piece.owner == self.transport.rank or self.transport.rank in among:
+                members = members_by_host(self.reduction, piece, among)
+                self._post(piece, members, representatives(self.reduction, piece, among))
 
     def release(self) -> None:
         """Lets go of all tensors, when everything is done: its parts refer to each other, and would live on."""
@@ -94,7 +94,7 @@ class ReductionSchedule:
         host_leader = leaders[host]
         if me != host_leader:
             stage = RESULT if host_leader == piece.owner else HAND_OUT
-            arrival = self._recv(host_leader, mine, stage) if self.spread else None
+            arrival = self._recv(host_leader, mine, stage) if self.receivers else None
             self._step(mine, [(host_leader, mine, GATHER)] if me in sources else [], arrival.wait if arrival else None)
             return
         parts, waits = [], []
@@ -108,7 +108,7 @@ class ReductionSchedule:
             return
         if waits:
             self.tasks.append(StageTask(GATHER, waits, lambda: self._pass_on([piece.owner], _sum(parts), PARTIAL)))
-        arrived = self._hand_out(piece.owner, mine, [r for r in members[host] if r != me]) if self.spread else None
+        arrived = self._hand_out(piece.owner, mine, [r for r in members[host] if r != me]) if self.receivers else None
         self._step(mine, [(piece.owner, parts[0], PARTIAL)] if parts and not waits else [], arrived)
 
     def _own(
@@ -132,7 +132,7 @@ class ReductionSchedule:
                 sums.append([self._buffer(mine, mine.dtype if count == 1 else accumulation_dtype(mine.dtype))])
                 waits.append(self._recv(leaders[host], sums[-1][0], PARTIAL))
         peers: list[int] = []
-        if self.spread:
+        if self.receivers:
             peers = [r for r in members[home] if r != me] + [leaders[h] for h in sorted(members) if h != home]
         if not waits:
             self._step(mine, [(peer, mine, RESULT) for peer in peers], None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -37,14 +37,33 @@ class TorchCollectives(Collectives):
         works = [dist.reduce(part, group_dst=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
         return self._finished_by(works, sum(part.nbytes for i, part in self._parts(flat) if i != self.rank))
 
-    def all_gather(self, flat: torch.Tensor) -> Work:
-        """Starts one broadcast an owner."""
+    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+        """Starts one broadcast an owner; to some receivers, messages from owner to receiver."""
+        if receivers is not None:
+            return self._send_to(flat, receivers)
         works = [dist.broadcast(part, group_src=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
         sent = sum(part.nbytes for i, part in self._parts(flat) if i == self.rank)
         return self._finished_by(works, sent * (self.size - 1))
 
     def close(self) -> None:
         """Does nothing: the group is the caller's."""
+
+    def _send_to(self, flat: torch.Tensor, receivers: Collection[int]) -> Work:
+        parts, group = self._parts(flat), self._group
+        messages = [
+            dist.P2POp(dist.isend, part, group=group, group_peer=peer)
+            for owner, part in parts
+            for peer in sorted(receivers)
+            if owner == self.rank != peer
+        ]
+        sent = sum(message.tensor.nbytes for message in messages)
+        messages += [
+            dist.P2POp(dist.irecv, part, group=group, group_peer=owner)
+            for owner, part in parts
+            if self.rank in receivers and owner != self.rank
+        ]
+        # not all ranks come here; NCCL wants them all in a group's first call, which was the broadcast of the model
+        return self._finished_by(dist.batch_isend_irecv(messages) if messages else [], sent)
 
     def _parts(self, flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         cuts = pairwise(self.bounds(flat.numel()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,25 +54,27 @@ class UnevenCollectives(Collectives):
             self._check(flat)
             work: Any = dist.all_reduce(flat, group=self._ring, async_op=True)
             return OnceWork(lambda: self._finish_ring(work, flat.nbytes))
-        return self._start("all_reduce", flat, frozenset(range(self.size)), spread=True)
+        return self._start("all_reduce", flat, frozenset(range(self.size)), frozenset(range(self.size)))
 
     def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        return self._start("reduce_scatter", flat, frozenset(range(self.size)), spread=False)
+        return self._start("reduce_scatter", flat, frozenset(range(self.size)), frozenset())
 
-    def all_gather(self, flat: torch.Tensor) -> Work:
-        return self._start("all_gather", flat, None, spread=True)
+    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+        return self._start("all_gather", flat, None, frozenset(range(self.size) if receivers is None else receivers))
 
     def close(self) -> None:
         """Ends the threads, after what they are waiting for. The transport stays the caller's."""
         self._engine.close()
 
-    def _start(self, name: str, flat: torch.Tensor, sources: frozenset[int] | None, *, spread: bool) -> Work:
+    def _start(self, name: str, flat: torch.Tensor, sources: frozenset[int] | None, receivers: frozenset[int]) -> Work:
         self._check(flat)
         if isinstance(self._engine.error, GroupAborted):
             raise self._engine.error
         if self._engine.error is not None:
             raise RuntimeError("an earlier collective failed here: no other can follow") from self._engine.error
-        schedule = ReductionSchedule(self.transport, self.reduction, flat.view(-1), self._next_tag(), sources, spread)
+        schedule = ReductionSchedule(
+            self.transport, self.reduction, flat.view(-1), self._next_tag(), sources, receivers
+        )
         wait = self._engine.start(schedule)
 
         def finish() -> None:

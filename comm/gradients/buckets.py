@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import nn
 
 BUCKET_BYTES = 8 << 20
+_NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -21,9 +22,12 @@ class Bucket:
     """Of each parameter in the flat tensor, and its end."""
     shapes: tuple[torch.Size, ...] = ()
     """Of the parameters, which may lose their elements later (sharded weights)."""
+    dtype: torch.dtype = field(init=False)
+    """Of the gradients' sum, that of the parameters now: sharded weights may be given to layers in another one."""
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or tuple(p.shape for p in self.parameters)
+        self.dtype = self.parameters[0].dtype
 
     @property
     def numel(self) -> int:
@@ -31,8 +35,7 @@ class Bucket:
 
     def empty(self) -> torch.Tensor:
         """Returns a flat tensor for the gradients."""
-        like = self.parameters[0]
-        return torch.empty(self.numel, dtype=like.dtype, device=like.device)
+        return torch.empty(self.numel, dtype=self.dtype, device=self.parameters[0].device)
 
     def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """Returns where the gradient of a parameter lies in the flat tensor."""
@@ -43,11 +46,12 @@ def build_buckets(
     parameters: Iterable[nn.Parameter],
     bucket_bytes: int = BUCKET_BYTES,
     groups: Sequence[Sequence[nn.Parameter]] = (),
+    working: Mapping[nn.Parameter, torch.dtype] = _NONE,
 ) -> list[Bucket]:
     """Returns the buckets of the parameters that require a gradient, in reverse order, as backward fills them.
 
     A parameter of more than `bucket_bytes` has a bucket of its own. groups: parameters whose gradients are complete
-    before the others', group by group; no bucket has parameters of two groups.
+    before the others', group by group; no bucket has parameters of two groups. working: as for `pack`.
     """
     trained = [p for p in parameters if p.requires_grad]
     grouped = {p for group in groups for p in group}
@@ -55,25 +59,37 @@ def build_buckets(
     return [
         bucket
         for group in (*groups, rest)
-        for bucket in pack(group, bucket_bytes)
+        for bucket in pack(group, bucket_bytes, working)
         if bucket.parameters[0].requires_grad
     ]
 
 
-def pack(parameters: Iterable[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
-    """Returns buckets of the parameters, in reverse order; frozen ones have buckets of their own, which come last."""
+def pack(
+    parameters: Iterable[nn.Parameter],
+    bucket_bytes: int = BUCKET_BYTES,
+    working: Mapping[nn.Parameter, torch.dtype] = _NONE,
+) -> list[Bucket]:
+    """Returns buckets of the parameters, in reverse order.
+
+    Frozen ones have buckets of their own, which come last, and so have those of each `working` dtype, in which weights
+    are gathered.
+    """
     order = list(parameters)[::-1]
+    dtypes = list(dict.fromkeys(working.values()))
+    places = {p: dtypes.index(dtype) + 1 for p, dtype in working.items()}
     found: list[list[nn.Parameter]] = []
-    for parameter in sorted(order, key=lambda p: not p.requires_grad):
-        if not found or not _fits(found[-1], parameter, bucket_bytes):
+    for parameter in sorted(order, key=lambda p: (not p.requires_grad, places.get(p, 0))):
+        if not found or not _fits(found[-1], parameter, bucket_bytes, places):
             found.append([])
         found[-1].append(parameter)
     return [Bucket(tuple(own), tuple(accumulate((p.numel() for p in own), initial=0))) for own in found]
 
 
-def _fits(members: list[nn.Parameter], parameter: nn.Parameter, bucket_bytes: int) -> bool:
-    def kind(p: nn.Parameter) -> tuple[torch.dtype, torch.device, bool]:
-        return p.dtype, p.device, p.requires_grad
+def _fits(
+    members: list[nn.Parameter], parameter: nn.Parameter, bucket_bytes: int, places: Mapping[nn.Parameter, int]
+) -> bool:
+    def kind(p: nn.Parameter) -> tuple[torch.dtype, torch.device, bool, int]:
+        return p.dtype, p.device, p.requires_grad, places.get(p, 0)
 
     size = sum(p.nbytes for p in members) + parameter.nbytes
     return kind(members[0]) == kind(parameter) and size <= bucket_bytes

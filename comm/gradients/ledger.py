@@ -27,16 +27,24 @@ class LedgerShare(Share):
     """Those with a gradient."""
 
     def put(self, number: int, bucket: Bucket, index: int) -> None:
-        """Moves a parameter's first gradient to its place in the bucket; later ones are added there by autograd."""
+        """Moves a parameter's first gradient to its place in the bucket; later ones are added there by autograd.
+
+        Where the weight is held in another dtype, all are added up here, in the bucket's.
+        """
         parameter = bucket.parameters[index]
-        if parameter in self.touched:
+        first, working = parameter not in self.touched, parameter.dtype != bucket.dtype
+        if not first and not working:
             return
-        assert parameter.grad is not None
+        gradient = parameter.grad
+        assert gradient is not None
         if number not in self.flats:
             self.flats[number] = bucket.empty()
         place = bucket.view(self.flats[number], index)
-        place.copy_(parameter.grad.to_dense())
-        parameter.grad = place
+        if first:
+            place.copy_(gradient.to_dense())
+        else:
+            place.add_(gradient)
+        parameter.grad = None if working else place
         self.touched.add(parameter)
 
     def filled(self, number: int, bucket: Bucket) -> torch.Tensor:

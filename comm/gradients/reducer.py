@@ -89,9 +89,10 @@ class GradientReducer(GradientExchange):
         keep: bool = False,
         bucket_bytes: int = BUCKET_BYTES,
         groups: Sequence[Sequence[nn.Parameter]] = (),
+        working: Mapping[nn.Parameter, torch.dtype] | None = None,
     ) -> None:
-        """groups: see `build_buckets`."""
-        self.buckets = build_buckets(parameters, bucket_bytes, groups)
+        """groups, working: see `build_buckets`."""
+        self.buckets = build_buckets(parameters, bucket_bytes, groups, working or {})
         self._scatter, self._keep = scatter, keep
         self._homes = {p: (i, k) for i, bucket in enumerate(self.buckets) for k, p in enumerate(bucket.parameters)}
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._homes]
@@ -235,7 +236,7 @@ class GradientReducer(GradientExchange):
         if parameter.grad.is_sparse and self._scatter:
             raise UserError(
                 f"a parameter of shape {tuple(parameter.shape)} got a sparse gradient, which can't be sharded: "
-                "build its embedding with sparse=False or turn shard_optimizer off"
+                "build its embedding with sparse=False or turn shard_optimizer and shard_weights off"
             )
         self._open.put(number, self.buckets[number], index)
         attempt = self._attempt

@@ -9,7 +9,7 @@ that is missing or there twice ends in GroupAborted, not in a wrong sum.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,13 +74,19 @@ def all_reduce(
 
 
 @recorded
-def all_gather(transport: TcpTransport, parts: Sequence[torch.Tensor], tag: int = Tag.MOVE) -> None:
-    """Fills `parts[i]` with rank i's `parts[i]`, whose sizes may differ and may be zero."""
+def all_gather(
+    transport: TcpTransport,
+    parts: Sequence[torch.Tensor],
+    tag: int = Tag.MOVE,
+    receivers: Collection[int] | None = None,
+) -> None:
+    """Fills `parts[i]` with rank i's `parts[i]`, whose sizes may differ and may be zero; on all ranks, or on some."""
     others = [p for p in range(transport.size) if p != transport.rank]
-    works = [transport.recv(p, parts[p], tag) for p in others if parts[p].numel()]
+    takes = receivers is None or transport.rank in receivers
+    works = [transport.recv(p, parts[p], tag) for p in others if takes and parts[p].numel()]
     mine = parts[transport.rank]
     if mine.numel():
-        works += [transport.send(p, mine, tag) for p in others]
+        works += [transport.send(p, mine, tag) for p in others if receivers is None or p in receivers]
     wait_all(works)
 
 

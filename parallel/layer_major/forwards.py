@@ -37,7 +37,7 @@ def run_forwards(
 ) -> T:
     """Returns the body's result; all ranks call this. gather: a value from every rank. layers: how many there are."""
     thread, here = ForwardThread(body, device), set[int]()
-    weights.begin()
+    weights.begin(exact=True)
     try:
         waits = _resumed(thread)
         while (first := _next(gather(waits))) != _ENDED:

@@ -50,6 +50,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Takes the gradients off the model's parameters within the block, and puts them back after it."""
+    before = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+@contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Puts the model's buffers and its modules' attributes back after the block, and nothing else."""
     kept = [_Kept.of(module) for module in model.modules()]

@@ -58,13 +58,13 @@ def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: 
     except Exception as error:
         raise UserError(
             f"{name} can't be sharded, as it failed on a parameter cut in two ({_first_line(error)}): "
-            "use an element-wise optimizer such as AdamW, or turn shard_optimizer off"
+            "use an element-wise optimizer such as AdamW, or turn shard_optimizer and shard_weights off"
         ) from error
     if not torch.equal(torch.cat([p.detach() for p in parts]), whole.detach().flatten()):
         raise UserError(
             f"{name} can't be sharded, as stepping two halves of a parameter is not the same, bit for bit, as stepping "
             "the whole: use an element-wise optimizer such as AdamW (for SGD, without fused), or turn "
-            "shard_optimizer off"
+            "shard_optimizer and shard_weights off"
         )
     state = one.state[whole]
     size: int = sum(v.nbytes for k, v in state.items() if is_elementwise_state(k, v, whole.shape))

@@ -110,7 +110,7 @@ def check_parameters(optimizer: torch.optim.Optimizer, model: nn.Module, buckets
         if parameter not in names:
             raise UserError(
                 f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's: "
-                "give it the model's parameters only, or turn shard_optimizer off"
+                "give it the model's parameters only, or turn shard_optimizer and shard_weights off"
             )
         if parameter.requires_grad and parameter not in bucketed:
             raise UserError(
@@ -121,5 +121,5 @@ def check_parameters(optimizer: torch.optim.Optimizer, model: nn.Module, buckets
         if getattr(module, "sparse", False) is True and any(p in bucketed for p in module.parameters(recurse=False)):
             raise UserError(
                 f"{name or type(module).__name__} has sparse gradients, which can't be sharded: "
-                "build it with sparse=False or turn shard_optimizer off"
+                "build it with sparse=False or turn shard_optimizer and shard_weights off"
             )

@@ -2,15 +2,16 @@
 
 For worlds that stay, and an engine that goes layer by layer (ZeRO-3, arXiv 1910.02054, with uneven ranges and once a
 step instead of once a pass). A layer's weights are gathered from their owners before it runs, while the layer before
-computes, and their memory is given back after it. What is outside layers stays gathered, as do buckets that are
-resident: gathered once, when the optimizer has updated them.
+computes, and their memory is given back after it. Ranks with memory to spare keep layers from the forward to the
+backward, which are gathered only on the others then. What is outside layers stays gathered on all ranks: it is sent
+once a step, when the optimizer has updated it. What is frozen is sent only to ranks that don't keep it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +29,8 @@ from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
 from heteromesh.parallel.state.weight_source import WeightSource
+
+_NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
 
 class ShardedWeights(StateOwner):
@@ -48,12 +51,15 @@ class ShardedWeights(StateOwner):
         world: World,
         layers: Sequence[Sequence[nn.Parameter]],
         *,
-        resident: Collection[int] = (),
+        resident: Sequence[Collection[int]] = (),
+        working: Mapping[nn.Parameter, torch.dtype] = _NONE,
         source: WeightSource | None = None,
     ) -> None:
         """buckets: of the gradients, none with parameters of two layers. layers: by index, the parameters that are a
-        layer's alone. resident: numbers of buckets that stay gathered on all ranks. source: of the weights, each rank
-        reads its own ranges; None: the model has them."""
+        layer's alone. resident: by rank, the indices of layers that it keeps, the same on all ranks; empty: none.
+        working: the dtype in which weights are gathered for layers where it isn't their own; the optimizer updates them
+        as they are, and gradients are summed in that. None in a bucket with others (see `GradientReducer`). source: of
+        the weights, of which each rank reads its own ranges; None: the model has them."""
         check_parameters(optimizer, model, buckets)
         if world.collectives is None:
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
@@ -62,31 +68,30 @@ class ShardedWeights(StateOwner):
         names = {p: _plain(name) for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
         before = optimizer.state_dict()
-        frozen = [
-            b for own in (*layers, _outside(model, layers)) for b in pack(own) if not b.parameters[0].requires_grad
-        ]
+        frozen = _frozen((*layers, _outside(model, layers)), working)
         homes = {p: index for index, own in enumerate(layers) for p in own}
         if source is not None:
             for parameter in model.parameters():
                 take_out(parameter)  # whatever stood in for its weights
-        self._shards = [
-            WeightShard(number, bucket, homes.get(bucket.parameters[0], OUTSIDE), world, number in resident, source)
-            for number, bucket in enumerate((*buckets, *frozen))
-        ]
-        trained = self._shards[: len(buckets)]
+        keepers = {i: [rank for rank, kept in enumerate(resident) if i in kept] for i in range(len(layers))}
+        self._shards = []
+        for number, bucket in enumerate((*buckets, *frozen)):
+            layer = homes.get(bucket.parameters[0], OUTSIDE)
+            dtype = _working_dtype(bucket, working)
+            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype, source))
+        self._trained = trained = self._shards[: len(buckets)]
         self._starts = [shard.low for shard in trained]
         self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
         self._optimizer.hold([f for s in trained for f in fragments_of(s.bucket, s.number, s.low, s.own)])
         self._optimizer.load_state_dict(before)
         self._layers: dict[int, list[WeightShard]] = defaultdict(list)
         for shard in self._shards:
-            if not shard.resident:
-                self._layers[shard.layer].append(shard)
+            self._layers[shard.layer].append(shard)
+        self._outside = self._layers.pop(OUTSIDE, [])
         self._exposed = 0.0
-        self._stale = source is not None
-        """Whether what is resident has not been gathered yet."""
+        self._exact = False
         self.most_bytes = 0
-        """The most that has been in gathered buffers at once, what is resident included."""
+        """The most that has been in buffers for gathered weights at once, those that are kept included."""
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -100,24 +105,28 @@ class ShardedWeights(StateOwner):
 
     @property
     def gathered_bytes(self) -> int:
-        """Bytes of the buffers that hold gathered weights now."""
+        """Bytes of the buffers for gathered weights now."""
         return sum(shard.flat.nbytes for shard in self._shards if shard.flat is not None)
 
-    def begin(self) -> None:
-        """Returns when what is resident is here; all else is taken away."""
+    def begin(self, *, exact: bool = False) -> None:
+        """Returns when what is outside layers is here; the layers' weights are taken away.
+
+        exact: until the next call they are gathered as they are owned.
+        """
+        self._exact = exact
         for layer in self._layers:
             self.drop(layer)
-        self._gather_resident()
-        self._wait(shard for shard in self._shards if shard.resident)
+        self._gather(self._outside)
+        self._show(self._outside)
 
     def fetch(self, layer: int) -> None:
-        """Starts to gather a layer's weights, unless they are here or on their way; returns at once."""
-        self._gather(self._layers[layer])
+        """Starts to bring a layer's weights to the ranks that don't have them yet; returns at once."""
+        self._gather(self._layers[layer], exact=self._exact)
 
     def show(self, layer: int) -> None:
         """Returns when the layer's weights are here and in its parameters."""
         self.fetch(layer)
-        self._wait(self._layers[layer])
+        self._show(self._layers[layer])
 
     def hide(self, layer: int) -> None:
         """Takes the weights out of the layer's parameters, but keeps them here."""
@@ -125,16 +134,16 @@ class ShardedWeights(StateOwner):
             shard.hide()
 
     def drop(self, layer: int) -> None:
-        """Takes the weights out of the layer's parameters, and gives their memory back."""
-        self._wait(shard for shard in self._layers[layer] if shard.work is not None)
+        """Takes the weights out of the layer's parameters, and gives their memory back where they are not kept."""
+        self._wait(self._layers[layer], sent=True)
         for shard in self._layers[layer]:
             shard.drop()
 
     def weights_ready(self) -> None:
         """Gathers all weights: every rank has the whole model until the next `begin`."""
-        self._gather_resident()
-        self._gather(self._shards)
-        self._wait(self._shards)
+        self._gather(self._shards, exact=True)
+        self._show(self._shards)
+        self._wait(self._shards, sent=True)
 
     def refresh(self, world: World) -> str:
         return ""
@@ -151,9 +160,9 @@ class ShardedWeights(StateOwner):
         return clip_ranges(self.fragments, limit, world)
 
     def update(self) -> None:
-        """Updates, and starts to gather what is resident."""
+        """Updates, and starts to gather what is outside layers."""
         self._optimizer.step()
-        self._renew()
+        self._renew(self._trained)
 
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:
@@ -180,9 +189,9 @@ class ShardedWeights(StateOwner):
         return self._optimizer.checkpoint_buffers(stored)
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """Gathers nothing but what is resident: layers' weights are with their owners from here on."""
+        """Gathers nothing but what is outside layers: the others' weights are with their owners from here on."""
         self._optimizer.load_entries(entries)
-        self._renew()
+        self._renew(self._shards)
 
     def take_exposed_seconds(self) -> float:
         seconds, self._exposed = self._exposed, 0.0
@@ -195,35 +204,46 @@ class ShardedWeights(StateOwner):
         """
         self._optimizer.restore()
 
-    def _renew(self) -> None:
-        """Drops gathered weights that are no longer those of their owners; starts to gather what is resident."""
+    def _renew(self, changed: Iterable[WeightShard]) -> None:
+        """Drops layers whose weights are no longer those of their owners; starts to gather what is outside layers."""
         for layer in self._layers:
             self.drop(layer)
-        self._stale = True
-        self._gather_resident()
+        for shard in changed:
+            shard.outdate()
+        self._gather(self._outside)
 
-    def _gather_resident(self) -> None:
-        """Starts to gather what is resident, where it is no longer, or not yet, that of its owners."""
-        if self._stale:
-            self._stale = False
-            self._gather((shard for shard in self._shards if shard.resident), again=True)
-
-    def _gather(self, shards: Iterable[WeightShard], *, again: bool = False) -> None:
+    def _gather(self, shards: Iterable[WeightShard], *, exact: bool = False) -> None:
         for shard in shards:
-            if shard.flat is None or again:
-                shard.gather(self._collectives)
+            shard.gather(self._collectives, exact=exact)
         self.most_bytes = max(self.most_bytes, self.gathered_bytes)
 
-    def _wait(self, shards: Iterable[WeightShard]) -> None:
+    def _show(self, shards: Sequence[WeightShard]) -> None:
+        self._wait(shards)
         for shard in shards:
-            if shard.work is not None:
-                self._exposed += shard.wait(self._collectives, self._world.recorder)
             shard.show()
+
+    def _wait(self, shards: Iterable[WeightShard], *, sent: bool = False) -> None:
+        """Returns when the weights are here; sent: and are with all ranks that get them from here."""
+        for shard in shards:
+            if shard.arriving or (sent and shard.work is not None):
+                self._exposed += shard.wait(self._collectives, self._world.recorder)
 
 
 def _plain(name: str) -> str:
     """Returns a name without torch.compile's wrapper, as in torch's own checkpoints."""
     return name.replace("_orig_mod.", "")
+
+
+def _working_dtype(bucket: Bucket, working: Mapping[nn.Parameter, torch.dtype]) -> torch.dtype | None:
+    dtype, *others = {working.get(p) for p in bucket.parameters}
+    if others:
+        raise ValueError("a bucket's weights are gathered in several dtypes: give its reducer the same `working`")
+    return dtype
+
+
+def _frozen(groups: Iterable[Sequence[nn.Parameter]], working: Mapping[nn.Parameter, torch.dtype]) -> list[Bucket]:
+    buckets = [bucket for own in groups for bucket in pack(own, working=working)]
+    return [bucket for bucket in buckets if not bucket.parameters[0].requires_grad]
 
 
 def _outside(model: nn.Module, layers: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:

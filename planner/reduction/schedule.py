@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from heteromesh.planner.reduction.reduction import Reduction
@@ -45,13 +46,24 @@ def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[ReductionPi
     return tuple(ReductionPiece(low, high, owner, number) for number, (_, _, owner, low, high) in enumerate(cuts))
 
 
-def representatives(reduction: Reduction, piece: ReductionPiece) -> dict[int, int]:
-    """Returns by host the rank that speaks for it about this piece: the owner on its host, elsewhere the ranks in
-    turn.
-    """
+def members_by_host(
+    reduction: Reduction, piece: ReductionPiece, among: Collection[int] | None = None
+) -> dict[int, list[int]]:
+    """Returns by host the ranks that have to do with a piece: its owner and these ranks; None: all."""
     members: dict[int, list[int]] = {}
     for rank, host in enumerate(reduction.hosts):
-        members.setdefault(host, []).append(rank)
+        if among is None or rank in among or rank == piece.owner:
+            members.setdefault(host, []).append(rank)
+    return members
+
+
+def representatives(
+    reduction: Reduction, piece: ReductionPiece, among: Collection[int] | None = None
+) -> dict[int, int]:
+    """Returns by host the rank that speaks for it about this piece: the owner on its host, elsewhere in turn the ranks
+    that have to do with it, as in `members_by_host`.
+    """
+    members = members_by_host(reduction, piece, among)
     chosen = {host: ranks[piece.number % len(ranks)] for host, ranks in members.items()}
     chosen[reduction.hosts[piece.owner]] = piece.owner
     return chosen

@@ -23,7 +23,7 @@ from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.model.self_check import exactly
-from heteromesh.parallel.model.undisturbed import modes_kept, undisturbed
+from heteromesh.parallel.model.undisturbed import gradients_kept, modes_kept, undisturbed
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, untimed
 from heteromesh.runtime.work.reader import Reader
@@ -48,10 +48,10 @@ def try_layers(
     naming the layer, and where the model can't be run layer by layer.
     """
     model = engine.model
-    works = _works(reader, device)
+    works = trial_works(reader, device)
     autocast, engine.autocast = engine.autocast, None  # of rounding in halves nothing could be told
     try:
-        with undisturbed(model), exactly(model), _gradients_kept(model), _sketched(sketches):
+        with undisturbed(model), exactly(model), gradients_kept(model), _sketched(sketches):
             with _calls_noted(engine.layers) as (calls, mappings):
                 expected = _pass_by_pass(engine, works, device, sketches)
             with modes_kept(model), torch.no_grad(), _calls_noted(engine.layers) as (evaluated, _):
@@ -66,7 +66,8 @@ def try_layers(
     return replace(order, first_backward=first, mappings=bool(mappings))
 
 
-def _works(reader: Reader, device: torch.device) -> list[PassWork]:
+def trial_works(reader: Reader, device: torch.device) -> list[PassWork]:
+    """Returns passes of a few tokens of the data, to be tried on one device."""
     works, world = [], World(device=device)
     for place, size in enumerate(_SIZES):
         count = min(size, max(reader.lengths))
@@ -169,18 +170,6 @@ def _taken(model: nn.Module, sketches: GradientSketches | None) -> Gradients:
     for parameter in model.parameters():
         parameter.grad = None
     return found
-
-
-@contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    before = [(p, p.grad) for p in model.parameters()]
-    for parameter, _ in before:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient
 
 
 @contextmanager

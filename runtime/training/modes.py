@@ -39,12 +39,13 @@ from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
+from heteromesh.runtime.engine.working_trial import try_working_weights
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs
 from heteromesh.runtime.training.job import Job, name_of
-from heteromesh.runtime.training.layer_trial import try_layers
+from heteromesh.runtime.training.layer_trial import trial_works, try_layers
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -261,12 +262,28 @@ class LayerByLayer(WholeModel):
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device, self._sketches))
+        self._working = self._working_weights() if sharded else {}
         if not self._order.mappings:
             engine.recompute()
         last_first = dict.fromkeys(reversed(self._order.layers))
         rest = [index for index in range(len(engine.layers)) if index not in last_first]
         groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
-        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups)
+        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups, working=self._working)
+
+    def _working_weights(self) -> dict[nn.Parameter, torch.dtype]:
+        """Returns the weights that are gathered in the dtype to which autocast casts them anyway."""
+        engine, reader, device = self.engine, self._job.reader, self._world.device
+        dtype = engine.autocast
+        if dtype is None:
+            return {}
+        numbers = {p: i for i, p in enumerate(engine.model.parameters())}
+
+        def found() -> list[int]:
+            work = trial_works(reader, device)[0]
+            return [numbers[p] for p in try_working_weights(engine, work, self._order, device, self._sketches)]
+
+        parameters = list(numbers)
+        return {parameters[i]: dtype for i in self._world.once(found)}
 
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:
@@ -276,8 +293,10 @@ class LayerByLayer(WholeModel):
         if self._sketches is not None:
             self._sketches.close()
             source = initial
-        layers = self.engine.own_parameters
-        state = ShardedWeights(job.optimizer, job.model, self.exchange.buckets, self._world, layers, source=source)
+        buckets, layers = self.exchange.buckets, self.engine.own_parameters
+        state = ShardedWeights(
+            job.optimizer, job.model, buckets, self._world, layers, working=self._working, source=source
+        )
         initial.forget()
         return state
 

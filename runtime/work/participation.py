@@ -20,7 +20,7 @@ def working_ranks(
 ) -> WorkingRanks:
     """Returns who works, judged by the next batch. costs: of all ranks; buckets: of the gradients."""
     batch = copy.copy(sampler).next_batch()
-    nbytes = sum(bucket.numel * bucket.parameters[0].element_size() for bucket in buckets)
+    nbytes = sum(bucket.numel * bucket.dtype.itemsize for bucket in buckets)
     gradients = GradientSum(nbytes=nbytes, buckets=max(1, len(buckets)))
     return choose_working(costs, cluster, batch.lengths, gradients, seconds=SEARCH_SECONDS, plan_seconds=plan_seconds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,13 +28,21 @@ class ShardedSteps:
 
     def __init__(
         self, model: nn.Module, world: World, optimizer: torch.optim.Optimizer, *, order: LayerOrder | None = None,
-        resident: Collection[int] = (), bucket_bytes: int = 8 << 20, seed: int = 0, speeds: Sequence[float] = (),
+        resident: Sequence[Collection[int]] = (), bucket_bytes: int = 8 << 20, seed: int = 0,
+        speeds: Sequence[float] = (), autocast: torch.dtype | None = None,
+        working: Mapping[nn.Parameter, torch.dtype] | None = None, cast: bool = True,
     ) -> None:  # fmt: skip
-        self.world, self.engine = world, LayerMajor(model, seed=seed)
+        """cast: whether weights of `working` are gathered so, or only have buckets of their own."""
+        self.world, self.engine = world, LayerMajor(model, seed=seed, autocast=autocast)
         own = self.engine.own_parameters
         groups = [own[i] for i in reversed(range(len(own)))]
-        self.exchange = GradientReducer(model.parameters(), scatter=True, groups=groups, bucket_bytes=bucket_bytes)
-        self.state = ShardedWeights(optimizer, model, self.exchange.buckets, world, own, resident=resident)
+        self.exchange = GradientReducer(
+            model.parameters(), scatter=True, groups=groups, bucket_bytes=bucket_bytes, working=working
+        )
+        gathered = working if cast and working else {}
+        self.state = ShardedWeights(
+            optimizer, model, self.exchange.buckets, world, own, resident=resident, working=gathered
+        )
         self.engine.attach(world.device, order, self.state)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=True)
         self._executor.speeds = tuple(speeds) or self._executor.speeds

@@ -15,21 +15,27 @@ def sent_bytes(
     *,
     sources: Collection[int] | None,
     spread: bool,
+    receivers: Collection[int] | None = None,
     wide: int | None = None,
 ) -> tuple[int, ...]:
     """Returns by rank the bytes that it sends for a collective (comm/collectives/schedule.py), exactly.
 
     Args:
         sources: the ranks whose tensors are summed; None: each piece's owner alone (all-gather).
+        receivers: of an all-gather; None: all.
         spread: everybody gets the result, else only its owner does (reduce-scatter).
         wide: bytes of an element of a sum, where that is not rounded to the tensor's type on its way (bf16: 4).
     """
     sent = [0] * len(reduction.hosts)
     for piece in pieces(reduction, numel, itemsize):
         count = piece.stop - piece.start
-        speakers = representatives(reduction, piece)
+        speakers = representatives(reduction, piece, receivers)
         for host, speaker in speakers.items():
-            here = [rank for rank, its in enumerate(reduction.hosts) if its == host]
+            here = [
+                rank
+                for rank, its in enumerate(reduction.hosts)
+                if its == host and (receivers is None or rank in receivers or rank == piece.owner)
+            ]
             giving = [r for r in here if (r == piece.owner if sources is None else r in sources)]
             for rank in giving:
                 sent[rank] += count * itemsize * (rank != speaker)

@@ -78,6 +78,15 @@ def sums(world: World, weights, hosts) -> None:
             collectives.all_gather(shards).wait()
             assert torch.equal(shards, right)
             predicted += sent_bytes(reduction, *case, sources=None, spread=True)[world.rank]
+
+            for takers in ({0}, set(range(world.size // 2, world.size))):
+                shards = torch.full((numel,), torch.nan, dtype=dtype)
+                shards[own] = flat[own]
+                collectives.all_gather(shards, takers).wait()
+                assert torch.equal(shards[own], right[own])
+                others = torch.cat((shards[: own.start], shards[own.stop :]))
+                assert torch.equal(shards, right) if world.rank in takers else bool(others.isnan().all())
+                predicted += sent_bytes(reduction, *case, sources=None, spread=True, receivers=takers)[world.rank]
     assert collectives.sent_bytes == predicted
     collectives.close()
 

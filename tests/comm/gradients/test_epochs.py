@@ -125,6 +125,16 @@ def test_direct_sums_in_place_with_uneven_owners(size: int, count: int) -> None:
                 gathered = torch.full((count,), torch.nan)
                 gathered[low:high] = part[low:high]
                 collectives.all_gather(gathered).wait()
+                before, some = collectives.sent_bytes, torch.zeros(count)
+                some[low:high] = part[low:high]
+                collectives.all_gather(some, {0}).wait()
+                assert collectives.sent_bytes - before == 4 * (high - low) * (transport.rank > 0)
+                assert torch.equal(
+                    some,
+                    total
+                    if transport.rank == 0
+                    else some.new_zeros(count).index_copy_(0, torch.arange(low, high), part[low:high]),
+                )
                 return whole, part[low:high], gathered
 
         results = everywhere(pool, act, transports)

@@ -330,7 +330,7 @@ class Noisy(torch.optim.SGD):
         (lambda p: torch.optim.LBFGS(p), "LBFGS can't be sharded, as it failed"),
         (lambda p: torch.optim.Adafactor(p), "Adafactor can't be sharded"),
         (lambda p: torch.optim.SparseAdam(p), "SparseAdam can't be sharded, as it failed"),
-        (lambda p: torch.optim.Muon(p), "Muon can't be sharded"),
+        (lambda p: torch.optim.Muon(p), "Muon can't be sharded.*turn shard_optimizer and shard_weights off"),
         (lambda p: Noisy(p, lr=0.1), "Noisy can't be sharded, as stepping two halves"),
     ],
 )

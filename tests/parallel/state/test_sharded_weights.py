@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -63,9 +64,8 @@ def check_worlds(world: World, dtype: torch.dtype, cases: int) -> dict[str, int]
         data, updates = batch_of(steps[0].batch), adam(plain)
         with collectives_of(world, SHARES[case % len(SHARES)], native=case % 2 == 1) as collectives:
             world.collectives = collectives
-            sharded = ShardedSteps(
-                model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=range(case % 3)
-            )
+            resident = [[i for i in range(3) if rng.random() < 0.5] for _ in range(world.size)] if case % 3 else ()
+            sharded = ShardedSteps(model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=resident)
             for number, step in enumerate(steps):
                 loss, gradients = reference(plain, data)
                 result = sharded.run(step, data)
@@ -96,10 +96,20 @@ def nbytes(parameters: Sequence[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters)
 
 
-def count_traffic(world: World, layers: int) -> dict[str, tuple[int, int]]:
-    """By passes a rank and kind, what this rank sent in a step, and the most that was in gathered buffers."""
+def table_of(name: str, layers: int) -> tuple[tuple[int, ...], ...]:
+    """What ranks keep: all of them everything, or one everything, one nothing, and the others some."""
+    return {
+        "none": (),
+        "all": (tuple(range(layers)),) * 4,
+        "mixed": (tuple(range(layers)), (), (layers - 1,), (0,)),
+    }[name]
+
+
+def count_traffic(world: World, layers: int) -> dict[tuple[str, int], tuple[int, int]]:
+    """By what is kept and passes a rank, what this rank sent in a step, and the most that was in gathered buffers."""
     found = {}
-    for name, passes, resident in (("1", 1, ()), ("4", 4, ()), ("16", 16, ()), ("all resident", 4, range(99))):
+    for kind, passes in (("none", 1), ("none", 4), ("none", 16), ("all", 4), ("mixed", 1), ("mixed", 4)):
+        resident = table_of(kind, layers)[: world.size]
         model = tiny(0, torch.float32, layers=layers)
         sharded = ShardedSteps(model, world, adam(model), resident=resident)
         lengths = [3 + i % 4 for i in range(passes * world.size)]
@@ -109,17 +119,20 @@ def count_traffic(world: World, layers: int) -> dict[str, tuple[int, int]]:
             before = world.collectives.sent_bytes
             result = sharded.run(step, data, number)
             sharded.state.apply(result.summed, 1.0)
-            sharded.state.begin()  # what is resident is here again
-        found[name] = world.collectives.sent_bytes - before, sharded.state.most_bytes
+            sharded.state.begin()  # what is outside layers is here again
+        found[kind, passes] = world.collectives.sent_bytes - before, sharded.state.most_bytes
         sharded.close()
         world.barrier()
     return found
 
 
-def traffic_of(world: World, layers: int, fractions: Sequence[float]) -> dict[str, tuple[int, int]]:
+def traffic_of(
+    world: World, layers: int, fractions: Sequence[float]
+) -> tuple[dict[tuple[str, int], tuple[int, int]], tuple[int, ...]]:
     with collectives_of(world, fractions) as collectives:
         world.collectives = collectives
-        return count_traffic(world, layers)
+        numel = sum(p.numel() for p in tiny(0, torch.float32).layers[0].parameters())
+        return count_traffic(world, layers), tuple(collectives.bounds(numel))
 
 
 @pytest.mark.parametrize(("ranks", "layers", "fractions"), [(2, 4, ()), (3, 2, (0.5, 0.1))])
@@ -131,13 +144,19 @@ def test_what_travels_does_not_depend_on_the_number_of_passes(
     inside = nbytes(list(model.layers.parameters()))
     outside = nbytes(list(model.parameters())) - inside
     facts = 8 * (2 + len(list(model.parameters())))
-    for name in ("1", "4", "16"):
-        # each layer is gathered twice but the last, and reduced once; all else once each; facts both ways
-        expected = (3 * inside - inside // layers + 2 * outside + 2 * facts) * (ranks - 1)
-        assert sum(result[name][0] for result in results) == expected, name
-        assert all(most == outside + 2 * inside // layers for _, most in (result[name] for result in results)), name
-    expected = (2 * inside + 2 * outside + 2 * facts) * (ranks - 1)
-    assert sum(result["all resident"][0] for result in results) == expected
+    layer, n = inside // layers, ranks - 1
+    bounds = results[0][1]
+    lacks = [layer - layer // bounds[-1] * (high - low) for low, high in pairwise(bounds)]
+    for kind, passes in results[0][0]:
+        kept = table_of(kind, layers)[:ranks] or ((),) * ranks
+        # each layer is gathered, is there for the backward if it is the last, is sent else to the ranks that haven't
+        # kept it, and is reduced once; all else once each; facts both ways
+        again = sum(lacks[rank] for i in range(layers - 1) for rank in range(ranks) if i not in kept[rank])
+        expected = (2 * inside + 2 * outside + 2 * facts) * n + again
+        assert sum(found[kind, passes][0] for found, _ in results) == expected, (kind, passes)
+        for (found, _), own in zip(results, kept, strict=True):
+            most = max(len({*own, i, i + 1}) for i in range(layers - 1))
+            assert found[kind, passes][1] == outside + most * layer, (kind, passes)
 
 
 class Counted:
@@ -157,18 +176,25 @@ class Counted:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is freed is overwritten first."""
-    drop = WeightShard.drop
+    """What is freed is overwritten first, and so is what is kept when it is no longer what the owners have."""
+    free, outdate = WeightShard.free, WeightShard.outdate
 
-    def poisoned(shard: Any) -> None:
+    def freed(shard: Any) -> None:
         if shard.flat is not None:
             shard.flat.fill_(float("nan"))
-        drop(shard)
+        free(shard)
 
-    monkeypatch.setattr(WeightShard, "drop", poisoned)
+    def outdated(shard: Any) -> None:
+        if shard.flat is not None:
+            shard.flat[: shard.low] = float("nan")
+            shard.flat[shard.high :] = float("nan")
+        outdate(shard)
+
+    monkeypatch.setattr(WeightShard, "free", freed)
+    monkeypatch.setattr(WeightShard, "outdate", outdated)
 
 
-def freed(world: World) -> tuple[int, int, int]:
+def freed(world: World, resident: Sequence[Sequence[int]]) -> tuple[int, int, int]:
     with pytest.MonkeyPatch.context() as patch, collectives_of(world, ()) as collectives:
         world.collectives = collectives
         poison(patch)
@@ -176,9 +202,12 @@ def freed(world: World) -> tuple[int, int, int]:
         model, plain = tiny(0, torch.float64, layers=4), tiny(0, torch.float64, layers=4)
         lengths = [9, 14, 3, 8]
         data, step = batch_of(lengths), local_step(lengths, (0, 0, 1, 1))
-        sharded = ShardedSteps(model, world, adam(model))
+        sharded = ShardedSteps(model, world, adam(model), resident=resident)
         updates = adam(plain)
-        for _ in range(3):
+        for number in range(4):
+            if number == 2:  # as for an evaluation
+                sharded.state.weights_ready()
+                assert torch.allclose(model(data[0][None]), plain(data[0][None]))
             loss, _ = reference(plain, data)
             result = sharded.run(step, data)
             assert result.loss == pytest.approx(loss, rel=1e-10)
@@ -198,8 +227,9 @@ def freed(world: World) -> tuple[int, int, int]:
     return counted.most, layer, outside
 
 
-def test_freed_weights_are_not_used_and_gradients_are_given_back() -> None:
-    for most, layer, outside in run_ranks(2, freed):
+@pytest.mark.parametrize("resident", [(), ((0, 2, 3), ())])
+def test_freed_weights_are_not_used_and_gradients_are_given_back(resident: Sequence[Sequence[int]]) -> None:
+    for most, layer, outside in run_ranks(2, freed, resident):
         # of one layer under way to its owners and of the next one
         assert most <= 2 * layer + outside
 
@@ -223,7 +253,7 @@ def frozen_are_dealt_out(world: World) -> tuple[float, int, int]:
         order = try_layers(engine, Reader(data), world.device)
         engine.close()
         assert order.first_backward == 1
-        sharded = ShardedSteps(model, world, adam(model), order=order)
+        sharded = ShardedSteps(model, world, adam(model), order=order, resident=[(1,), (0,)])
         result = sharded.run(step, data)
         assert result.loss == pytest.approx(loss, rel=1e-10)
         pairs = list(zip(model.parameters(), gradients, strict=True))

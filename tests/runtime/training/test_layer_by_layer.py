@@ -13,10 +13,12 @@ from torch import nn
 
 import heteromesh as hm
 from heteromesh.parallel.model.loss import LossBatch
+from heteromesh.runtime.engine.working_trial import try_working_weights
+from heteromesh.runtime.training import modes
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
-from trainers import DATA, make_trainer
+from trainers import DATA, gather_costs, make_trainer
 
 MODES: tuple[dict[str, Any], ...] = (
     {"shard_weights": True},
@@ -130,3 +132,51 @@ def test_a_loss_of_ones_own_and_what_hooks_see(tmp_path: Path) -> None:
     for losses, seen in run_ranks(2, with_a_loss, tmp_path / "run", True):
         assert losses == pytest.approx(expected, rel=2e-5)
         assert seen[-4:] == [("evaluate", True), ("step", False), ("evaluate", True), ("end", True)]
+
+
+class Loss(hm.Hook):
+    """The loss of a sequence without autocast."""
+
+    evaluate_every = 1
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def evaluate(self, step: int, model: nn.Module, world: World) -> dict[str, float]:
+        tokens = torch.arange(20)[None]
+        with torch.no_grad():
+            self.seen.append(float(functional.cross_entropy(model(tokens)[0, :-1], tokens[0, 1:])))
+        return {}
+
+
+def in_halves(world: World, folder: Path) -> dict[bool, tuple[list[float], int]]:
+    """By whether weights are gathered in 16 bit, losses, and how many parameters were found to be fit for it."""
+    costs, found = folder / f"cost-{world.rank}.toml", {}
+    costs.write_text(gather_costs(64))
+    for cast in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            chosen: list[int] = []
+
+            def trial(*args: Any, cast: bool = cast, chosen: list[int] = chosen) -> tuple[nn.Parameter, ...]:
+                parameters = try_working_weights(*args)
+                chosen.append(len(parameters))
+                return parameters if cast else ()
+
+            patch.setattr(modes, "try_working_weights", trial)
+            losses, settings = list[float](), {"shard_weights": True, "precision": "bf16", "cost": costs}
+            for last in (2, 4):
+                loss = Loss()
+                made = trainer_of(folder / str(cast), max_steps=last, resume=last > 2, **settings)
+                trainer = hm.Trainer(made.model, made.optimizer, made.data, made.config, hooks=[loss])
+                losses += [*trainer.fit().losses, *loss.seen]
+            assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        found[cast] = losses, sum(chosen)
+    return found
+
+
+def test_weights_are_gathered_in_16_bit_under_autocast(tmp_path: Path) -> None:
+    first, second = run_ranks(2, in_halves, tmp_path)
+    assert first[True][1] == 2 * 4 * TINY.layers, "four matrices a layer, in two runs, tried on the first rank"
+    assert second[True][1] == 0
+    # a norm is summed bucket by bucket, and what is clipped by it may have other last bits
+    assert first[True][0] == second[True][0] == pytest.approx(first[False][0], rel=1e-6)

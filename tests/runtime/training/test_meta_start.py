@@ -205,18 +205,41 @@ def test_no_rank_ever_holds_the_model(tmp_path: Path) -> None:
         assert most - own < 0.25 * whole, f"{most:,.0f} bytes held, {own:,.0f} of them this rank's, of {whole:,.0f}"
 
 
-def twice(world: World, folder: Path) -> str:
-    trainer = trainer_of("initialised, tied", folder, shard_weights=True, max_steps=1, cost=None)
-    trainer.fit()
+NOTED: list[int] = []
+
+
+class Noted(ShardedWeights):
+    """Notes how many weights are gathered in 16 bit."""
+
+    def __init__(self, *parts: Any, working: Mapping[nn.Parameter, torch.dtype], **more: Any) -> None:
+        NOTED.append(len(working))
+        super().__init__(*parts, working=working, **more)
+
+
+def twice(world: World, folder: Path) -> tuple[tuple[float, ...], bool, str]:
+    trainer = trainer_of("Transformers, initialised", folder, shard_weights=True, max_steps=2, precision="bf16")
+    with patch.object(modes, "ShardedWeights", Noted):
+        losses = trainer.fit().losses
+    works_in_halves = min(NOTED) > 0
     try:
         trainer.fit()
     except hm.UserError as error:
-        return str(error)
-    return ""
+        return losses, works_in_halves, str(error)
+    return losses, works_in_halves, ""
 
 
-def test_a_second_fit_is_refused_when_weights_are_dealt_out(tmp_path: Path) -> None:
-    assert all("dealt out by the fit() before" in told for told in run_ranks(2, twice, tmp_path))
+def test_layers_in_16_bit_are_evaluated_as_they_are_and_a_second_fit_is_refused(tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+        (folder / "cost.toml").write_text(gather_costs(128))
+    kind = "Transformers, initialised"
+    expected = trainer_of(kind, alone, max_steps=2, precision="bf16").fit().losses
+    for losses, works_in_halves, told in run_ranks(2, twice, together):
+        assert losses == pytest.approx(expected, rel=5e-3)  # as far as bf16 goes
+        assert works_in_halves
+        assert "dealt out by the fit() before" in told
+    assert evaluations(together / kind) == pytest.approx(evaluations(alone / kind), rel=5e-3)
 
 
 def test_files_are_loaded_into_real_weights_once(tmp_path: Path) -> None:
