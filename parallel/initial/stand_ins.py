@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from heteromesh.comm.dtypes import in_accumulation_dtype
 from heteromesh.parallel.initial.memory import give_memory
 
 _SPREAD = 0.02
@@ -100,10 +101,12 @@ class GradientSketches:
 
 
 def _sketch(gradient: torch.Tensor) -> torch.Tensor:
-    """Returns (m,), at most 8192 elements of the gradient and its rows' sums, scaled as the elements are."""
-    flat = gradient.detach().reshape(-1)
+    """Returns (m,), at most 8192 elements of the gradient and its rows' sums, scaled as the elements are, in float32 at
+    least: the same for equal values in 16 and in 32 bit."""
+    gradient = in_accumulation_dtype(gradient.detach())
+    flat = gradient.reshape(-1)
     some = flat[:: max(1, -(-flat.numel() // _SAMPLE))]
     if gradient.dim() < 2:
         return some.clone()
-    rows = gradient.detach().flatten(1)
+    rows = gradient.flatten(1)
     return torch.cat([some, rows.sum(1) / rows.shape[1] ** 0.5])
