@@ -49,7 +49,7 @@ IDLE_TOKENS = 16
 """Of a rank without a sequence, in each of its steps."""
 
 
-def options() -> argparse.Namespace:
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", choices=("heteromesh", "heteromesh-sharded", *PEERS), required=True)
     parser.add_argument("--speeds", default="", help="peers: speed of each rank, comma-separated (default: equal)")
@@ -62,7 +62,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--output", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def open_data(chosen: argparse.Namespace) -> tuple[Sequences, int]:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from heteromesh.comm.world import join_world
+from heteromesh.errors import UserError
+from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.model.loss import Loss
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook, TrainingReport
@@ -37,7 +40,9 @@ class Trainer:
     ends are cut off; a `TokenStore` is read in part. optimizer: any torch optimizer over the model's parameters; None:
     AdamW. schedule: a learning-rate schedule of that optimizer, stepped once a step. hooks: called after steps, for
     evaluations, checkpoints and at the end (`Hook`). loss: of your own, `loss(outputs, batch)`, in place of the next
-    token's cross-entropy (docs/losses.md): for classification, pairs, weights by token.
+    token's cross-entropy (docs/losses.md): for classification, pairs, weights by token. weights: a folder or file of
+    safetensors that training begins with, in place of the model's own. Parameters of the model may be on the meta
+    device, for models that fit no rank (docs/sharded-weights.md): without files they are initialised at random.
 
     Works in one process, under `heteromesh run` and under plain torchrun.
     """
@@ -52,9 +57,12 @@ class Trainer:
         schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
         hooks: Sequence[Hook] = (),
         loss: Loss | None = None,
+        weights: str | Path | None = None,
     ) -> None:
         self.model, self.config, self.schedule, self.hooks = model, config, schedule, tuple(hooks)
         self.loss = loss
+        self._weights = weights
+        self._initial: InitialWeights | None = None
         self.optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
         self.data, self.reader = data, Reader(data, config.labels, examples=loss is not None)
         self.sampler = Sampler(self.reader.lengths, batch_tokens=config.batch_tokens, seed=config.seed)
@@ -92,7 +100,17 @@ class Trainer:
         return report
 
     def _job(self) -> Job:
+        # once: a second fit goes on with what the first one has trained
+        if self._initial is None:
+            files = Path(self._weights) if self._weights is not None else None
+            self._initial = InitialWeights(self.model, files, self.config.seed)
+        elif self._initial.tried:
+            raise UserError(
+                "this model began on the meta device and its weights have been dealt out by the fit() before: build "
+                "model, optimizer and Trainer anew (resume=True goes on from the last checkpoint)"
+            )
         return Job(
+            initial=self._initial,
             model=self.model,
             optimizer=self.optimizer,
             schedule=self.schedule,

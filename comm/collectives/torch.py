@@ -62,6 +62,7 @@ class TorchCollectives(Collectives):
             for owner, part in parts
             if self.rank in receivers and owner != self.rank
         ]
+        # not all ranks come here; NCCL wants them all in a group's first call, which was the broadcast of the model
         return self._finished_by(dist.batch_isend_irecv(messages) if messages else [], sent)
 
     def _parts(self, flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -15,6 +15,7 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.attention.scope import never_compiled
 from heteromesh.parallel.layer_major.arguments import WAY_OUT
 from heteromesh.parallel.layer_major.baton import PassThread
+from heteromesh.parallel.layer_major.forwards import ForwardThread
 from heteromesh.parallel.layer_major.layer_call import Layer, LayerCall
 
 _COMPILED, _CHECKPOINTED = "_compiled_call_impl", "gradient_checkpointing"
@@ -72,6 +73,9 @@ class LayerStubs:
         @wraps(layer.forward)
         def stub(*args: Any, **kwargs: Any) -> Any:
             thread = threading.current_thread()
+            if isinstance(thread, ForwardThread):
+                thread.wait(layer.index)
+                return layer.forward(*args, **kwargs)
             if isinstance(thread, PassThread):
                 call = LayerCall(layer, args, kwargs, self._device)
                 thread.wait(call)

@@ -13,8 +13,11 @@ from heteromesh.parallel.state.flats import take_out
 class LayerWeights(Protocol):
     """Brings layers' weights here and takes them away again; layers by their index. Ranks make the same calls."""
 
-    def begin(self) -> None:
-        """Returns when what is outside layers is here; the layers' weights no longer are."""
+    def begin(self, *, exact: bool = False) -> None:
+        """Returns when what is outside layers is here; the layers' weights no longer are.
+
+        exact: they come as they are trained until the next call, not in a dtype to which a pass casts them anyway.
+        """
 
     def fetch(self, layer: int) -> None:
         """Starts to bring a layer's weights here, unless they are or are on their way; returns at once."""
@@ -32,7 +35,7 @@ class LayerWeights(Protocol):
 class WholeWeights(LayerWeights):
     """The weights of a rank that has all of them."""
 
-    def begin(self) -> None:
+    def begin(self, *, exact: bool = False) -> None:
         return
 
     def fetch(self, layer: int) -> None:
@@ -55,7 +58,7 @@ class StashedWeights(LayerWeights):
         """layers: the parameters that are each layer's alone."""
         self._layers = [[(p, p.data) for p in own] for own in layers]
 
-    def begin(self) -> None:
+    def begin(self, *, exact: bool = False) -> None:
         for index in range(len(self._layers)):
             self.hide(index)
 

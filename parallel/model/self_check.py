@@ -322,19 +322,28 @@ def exactly(model: nn.Module) -> Iterator[None]:
     halves = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     if halves and halves[0].device.type == "cuda":
         free = torch.cuda.mem_get_info(halves[0].device)[0]
-        halves = halves if 4 * sum(t.numel() for t in halves) < 0.9 * free else []
+        halves = halves if 4 * sum(t.numel() for t in {_memory(t): t for t in halves}.values()) < 0.9 * free else []
     originals = [t.data for t in halves]
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
+        # what shares memory (weights that stand in for several layers') goes on sharing it
+        made = {_memory(t): t.detach().float() for t in {_memory(t): t for t in halves}.values()}
         for tensor in halves:
-            tensor.data = tensor.data.float()
+            tensor.data = made[_memory(tensor)]
+        made.clear()
         with eagerly(model):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
         for tensor, original in zip(halves, originals, strict=True):
             tensor.data = original
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    storage = tensor.untyped_storage().data_ptr()
+    # without elements there is no memory to be told apart by
+    return (storage or id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _name(model: nn.Module) -> str:

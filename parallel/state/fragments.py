@@ -31,7 +31,7 @@ class Fragment:
     """Where in the bucket's flat tensor the fragment begins."""
 
     def __post_init__(self) -> None:
-        mark_fragment(self.tensor, self.start, self.parameter.numel())
+        mark_fragment(self.tensor, self.start, self.shape.numel())
 
     @property
     def last(self) -> int:

@@ -22,12 +22,13 @@ from heteromesh.comm.gradients.buckets import Bucket, pack
 from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.flats import check_parameters, fragments_of
+from heteromesh.parallel.state.flats import check_parameters, fragments_of, take_out
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
+from heteromesh.parallel.state.weight_source import WeightSource
 
 _NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
@@ -35,8 +36,9 @@ _NONE: Mapping[nn.Parameter, torch.dtype] = {}
 class ShardedWeights(StateOwner):
     """Keeps this rank's range of every bucket of weights and of their optimizer state.
 
-    It begins with whole weights, as the model has them; the first `begin` leaves what is outside layers. A parameter
-    whose weights are not here has no elements: what uses it fails. Frozen weights are dealt out too.
+    It begins with whole weights, as the model has them, until the first `begin` leaves what is outside layers; from a
+    source it begins with this rank's ranges alone. A parameter whose weights are not here has no elements: what uses it
+    fails. Frozen weights are dealt out too.
 
     Raises UserError as `Sharded` does.
     """
@@ -51,11 +53,13 @@ class ShardedWeights(StateOwner):
         *,
         resident: Sequence[Collection[int]] = (),
         working: Mapping[nn.Parameter, torch.dtype] = _NONE,
+        source: WeightSource | None = None,
     ) -> None:
         """buckets: of the gradients, none with parameters of two layers. layers: by index, the parameters that are a
         layer's alone. resident: by rank, the indices of layers that it keeps, the same on all ranks; empty: none.
         working: the dtype in which weights are gathered for layers where it isn't their own; the optimizer updates them
-        as they are, and gradients are summed in that. None in a bucket with others (see `GradientReducer`)."""
+        as they are, and gradients are summed in that. None in a bucket with others (see `GradientReducer`). source: of
+        the weights, of which each rank reads its own ranges; None: the model has them."""
         check_parameters(optimizer, model, buckets)
         if world.collectives is None:
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
@@ -64,19 +68,17 @@ class ShardedWeights(StateOwner):
         names = {p: _plain(name) for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
         before = optimizer.state_dict()
-        frozen = [
-            b
-            for own in (*layers, _outside(model, layers))
-            for b in pack(own, working=working)
-            if not b.parameters[0].requires_grad
-        ]
+        frozen = _frozen((*layers, _outside(model, layers)), working)
         homes = {p: index for index, own in enumerate(layers) for p in own}
+        if source is not None:
+            for parameter in model.parameters():
+                take_out(parameter)  # whatever stood in for its weights
         keepers = {i: [rank for rank, kept in enumerate(resident) if i in kept] for i in range(len(layers))}
         self._shards = []
         for number, bucket in enumerate((*buckets, *frozen)):
             layer = homes.get(bucket.parameters[0], OUTSIDE)
             dtype = _working_dtype(bucket, working)
-            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype))
+            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype, source))
         self._trained = trained = self._shards[: len(buckets)]
         self._starts = [shard.low for shard in trained]
         self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
@@ -87,6 +89,7 @@ class ShardedWeights(StateOwner):
             self._layers[shard.layer].append(shard)
         self._outside = self._layers.pop(OUTSIDE, [])
         self._exposed = 0.0
+        self._exact = False
         self.most_bytes = 0
         """The most that has been in buffers for gathered weights at once, those that are kept included."""
 
@@ -105,15 +108,20 @@ class ShardedWeights(StateOwner):
         """Bytes of the buffers for gathered weights now."""
         return sum(shard.flat.nbytes for shard in self._shards if shard.flat is not None)
 
-    def begin(self) -> None:
-        """Returns when what is outside layers is here; the layers' weights are taken away."""
+    def begin(self, *, exact: bool = False) -> None:
+        """Returns when what is outside layers is here; the layers' weights are taken away.
+
+        exact: until the next call they are gathered as they are owned.
+        """
+        self._exact = exact
         for layer in self._layers:
             self.drop(layer)
+        self._gather(self._outside)
         self._show(self._outside)
 
     def fetch(self, layer: int) -> None:
         """Starts to bring a layer's weights to the ranks that don't have them yet; returns at once."""
-        self._gather(self._layers[layer])
+        self._gather(self._layers[layer], exact=self._exact)
 
     def show(self, layer: int) -> None:
         """Returns when the layer's weights are here and in its parameters."""
@@ -181,10 +189,9 @@ class ShardedWeights(StateOwner):
         return self._optimizer.checkpoint_buffers(stored)
 
     def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
-        """Gathers the loaded weights, too: every rank has the whole model until the next `begin`."""
+        """Gathers nothing but what is outside layers: the others' weights are with their owners from here on."""
         self._optimizer.load_entries(entries)
         self._renew(self._shards)
-        self.weights_ready()
 
     def take_exposed_seconds(self) -> float:
         seconds, self._exposed = self._exposed, 0.0
@@ -232,6 +239,11 @@ def _working_dtype(bucket: Bucket, working: Mapping[nn.Parameter, torch.dtype]) 
     if others:
         raise ValueError("a bucket's weights are gathered in several dtypes: give its reducer the same `working`")
     return dtype
+
+
+def _frozen(groups: Iterable[Sequence[nn.Parameter]], working: Mapping[nn.Parameter, torch.dtype]) -> list[Bucket]:
+    buckets = [bucket for own in groups for bucket in pack(own, working=working)]
+    return [bucket for bucket in buckets if not bucket.parameters[0].requires_grad]
 
 
 def _outside(model: nn.Module, layers: Sequence[Sequence[nn.Parameter]]) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from heteromesh.comm.interfaces import Work
 from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.fragments import Piece
+from heteromesh.parallel.state.weight_source import WeightSource
 
 OUTSIDE = -1
 """The layer of what is in no layer."""
@@ -33,23 +35,27 @@ class WeightShard:
         world: World,
         keepers: Collection[int],
         working: torch.dtype | None = None,
+        source: WeightSource | None = None,
     ) -> None:
         """keepers: the ranks that keep what has been gathered, and the memory for it. working: in which weights are
-        gathered for layers; None: as they are owned."""
+        gathered for layers; None: as they are owned. source: of this rank's range; None: the parameters have it."""
         assert world.collectives is not None
         self.number, self.bucket, self.layer = number, bucket, layer
         self._everybody = frozenset(range(world.size))
         self._keepers = self._everybody if layer == OUTSIDE else frozenset(keepers)
         self._keeps = world.rank in self._keepers
         self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
-        self.flat: torch.Tensor | None = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
         self._working, self._dtype = working or bucket.dtype, bucket.dtype
         """That of what has been gathered last: the owners' own at first, and after `gather(exact=True)`."""
-        self._holders = self._everybody
+        self._holders = self._everybody if source is None else frozenset()
         """The ranks whose flat tensor has, or gets from the gather under way, what the owners have."""
-        own = self.flat[self.low : self.high]
         self._inside = self._keeps and self._working == bucket.dtype
-        self.own = own if self._inside else own.clone()
+        self.flat: torch.Tensor | None = None
+        if source is None:
+            self.flat = torch.cat([p.detach().reshape(-1) for p in bucket.parameters])
+        elif self._inside:
+            self.flat = bucket.empty()
+        self.own = self._owned()
         """(high - low,): what this rank owns, up to date always; where it keeps the whole, a part of that if dtypes are
         equal."""
         self.work: Work | None = None
@@ -58,7 +64,10 @@ class WeightShard:
         """Whether that brings nothing here."""
         self._started_ns = 0
         self._shown = False
-        self.show()
+        if source is None:
+            self.show()
+        else:
+            self._read(source)
 
     @property
     def arriving(self) -> bool:
@@ -126,6 +135,22 @@ class WeightShard:
     def outdate(self) -> None:
         """Takes note that owners have changed their ranges: nobody has the whole."""
         self._holders = frozenset()
+
+    def _owned(self) -> torch.Tensor:
+        """Returns the memory of what this rank owns, with its values where these are here."""
+        if self.flat is None:
+            device = self.bucket.parameters[0].device
+            return torch.empty(self.high - self.low, dtype=self.bucket.dtype, device=device)
+        own = self.flat[self.low : self.high]
+        return own if self._inside else own.clone()
+
+    def _read(self, source: WeightSource) -> None:
+        """Takes the range that this rank owns from elsewhere."""
+        for parameter, (start, stop) in zip(self.bucket.parameters, pairwise(self.bucket.offsets), strict=True):
+            first, last = max(self.low, start), min(self.high, stop)
+            if first < last:
+                part = source.read(parameter, first - start, last - start)
+                self.own[first - self.low : last - self.low].copy_(part)
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """Returns what this rank has of a parameter, in the memory that it is in."""

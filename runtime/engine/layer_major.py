@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from heteromesh.comm.gradients.exchange import GradientExchange, Share
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import PassContext
+from heteromesh.parallel.layer_major.forwards import run_forwards
 from heteromesh.parallel.layer_major.pass_run import Head, PassBody
 from heteromesh.parallel.layer_major.schedule import LayerMajorSchedule, LayerOrder, Timed
 from heteromesh.parallel.layer_major.stubs import LayerStubs
@@ -33,6 +35,8 @@ from heteromesh.runtime.engine.api import Measurements
 from heteromesh.runtime.engine.passes import PassMajor, PassTimer, RanPass, measured, prepared
 from heteromesh.runtime.work.reader import PassInput
 from heteromesh.runtime.work.source import Assignment
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ class LayerMajor(PassMajor):
         self._own = own_parameters(inner, self.layers)
         self._stubs: LayerStubs | None = None
         self._schedule: LayerMajorSchedule | None = None
+        self._weights: LayerWeights = WholeWeights()
 
     @property
     def own_parameters(self) -> list[list[nn.Parameter]]:
@@ -92,7 +97,8 @@ class LayerMajor(PassMajor):
         self.keep()
         self._stubs = LayerStubs(self.model, dict(self.layers), device)
         order = order or LayerOrder(layers=tuple(range(len(self.layers))))
-        self._schedule = LayerMajorSchedule(self._stubs, order, weights or WholeWeights(), device)
+        self._weights = weights or WholeWeights()
+        self._schedule = LayerMajorSchedule(self._stubs, order, self._weights, device)
 
     @property
     def first_backward(self) -> int:
@@ -144,6 +150,11 @@ class LayerMajor(PassMajor):
                 for work, losses, share in zip(works, made, shares, strict=True)
             ]
         return measured(timer, ran, world.rank)
+
+    def forwards_of(self, act: Callable[[], T], world: World) -> T:
+        """Returns what comes of code that calls the model without passes, each layer's weights there only while it
+        runs. Attached; every rank must call it."""
+        return run_forwards(act, self._weights, world.gather, len(self.layers), world.device)
 
     def forward_only(self, work: PassWork, world: World) -> None:
         """Runs a pass's forward, for what is looked at meanwhile."""

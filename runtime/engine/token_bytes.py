@@ -15,7 +15,7 @@ from torch import nn
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.parallel.layer_major.schedule import LayerOrder
-from heteromesh.parallel.layer_major.weights import LayerWeights
+from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.ownership.memory import TokenBytes
 from heteromesh.planner.plan import Pass
@@ -44,13 +44,12 @@ def pass_token_bytes(engine: PassMajor, reader: Reader, device: torch.device) ->
     return TokenBytes(per_pass=_slope(peaks))
 
 
-def layer_token_bytes(
-    engine: LayerMajor, reader: Reader, device: torch.device, order: LayerOrder, weights: LayerWeights
-) -> TokenBytes:
+def layer_token_bytes(engine: LayerMajor, reader: Reader, device: torch.device, order: LayerOrder) -> TokenBytes:
     """Returns the bytes of passes in layer-major order: of what all layers are given, and of one layer or the loss.
 
-    weights: of the layers. The engine is not attached, before and after. No gradients are left.
+    The engine is not attached, before and after. No gradients are left.
     """
+    weights = StashedWeights(engine.own_parameters)
     works, world, of_pass, of_step = _works(reader, device), World(device=device), [], []
     engine.attach(device, order, weights)
     try:
@@ -63,6 +62,7 @@ def layer_token_bytes(
                 of_step.append((work.divisor, parts.kept))
             _drop_gradients(engine.model)
     finally:
+        weights.close()
         engine.detach()
     return TokenBytes(per_pass=_slope(of_pass), per_step=_slope(of_step))
 

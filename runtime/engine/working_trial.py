@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from heteromesh.comm.world import World
+from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.casts import CastNotes
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
@@ -25,12 +27,17 @@ Found = list[torch.Tensor]
 
 
 def try_working_weights(
-    engine: LayerMajor, work: PassWork, order: LayerOrder, device: torch.device
+    engine: LayerMajor,
+    work: PassWork,
+    order: LayerOrder,
+    device: torch.device,
+    sketches: GradientSketches | None = None,
 ) -> tuple[nn.Parameter, ...]:
     """Returns the parameters of layers with which, in the engine's autocast dtype, a pass has the same numbers.
 
     The engine is not attached, before and after; the model is as it was. Where the numbers of a pass differ (code that
     asks a weight for its dtype), frozen weights alone are tried, then there are none, as where the trial itself fails.
+    sketches: of the gradients of a model that has stand-ins for its weights; these are compared then.
     """
     assert engine.autocast is not None
     assert engine.forwards == 1, "what is put back afterwards would include layers that recompute"
@@ -38,7 +45,7 @@ def try_working_weights(
 
     def numbers(some: Collection[nn.Parameter] = (), watch: Watch = lambda _: None) -> Found | None:
         try:
-            return _numbers(engine, work, order, device, _TrialWeights(engine, some, watch))
+            return _numbers(engine, work, order, device, _TrialWeights(engine, some, watch), sketches)
         except Exception:  # operands of two dtypes, kernels that no mode may look at: nothing that training must know
             return None
 
@@ -75,14 +82,20 @@ class _TrialWeights(StashedWeights):
 
 
 def _numbers(
-    engine: LayerMajor, work: PassWork, order: LayerOrder, device: torch.device, weights: _TrialWeights
+    engine: LayerMajor,
+    work: PassWork,
+    order: LayerOrder,
+    device: torch.device,
+    weights: _TrialWeights,
+    sketches: GradientSketches | None,
 ) -> Found:
     """Returns what a pass comes to with these weights, which are closed then."""
-    with undisturbed(engine.model):
+    with undisturbed(engine.model), sketches.kept() if sketches is not None else nullcontext():
         engine.attach(device, order, weights)
         try:
             made = engine.work([work], World(device=device), untimed, lambda _: None)
-            gradients = [p.grad.float() for p in engine.model.parameters() if p.grad is not None]
+            taken = sketches.take() if sketches is not None else {p: p.grad for p in engine.model.parameters()}
+            gradients = [g.float() for p in engine.model.parameters() if (g := taken.get(p)) is not None]
         finally:
             weights.close()
             engine.detach()

@@ -13,6 +13,7 @@ from torch import nn
 
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
+from heteromesh.parallel.layer_major.forwards import take_turn
 from heteromesh.parallel.model.undisturbed import modes_kept
 from heteromesh.runtime.hooks.api import Hook, StepCommitted, Stop, TrainingReport
 from heteromesh.runtime.hooks.world import HookWorld, PeerRaised
@@ -54,7 +55,7 @@ class HookCalls:
         with torch.no_grad(), _as_in_use(model):
             for hook in self._evaluators(step):
                 with self._guarded(hook, "evaluate"):
-                    values = HookWorld(world).run(partial(hook.evaluate, step, model))
+                    values = HookWorld(world, take_turn).run(partial(hook.evaluate, step, model))
                     found.update(values or {})
         return found
 

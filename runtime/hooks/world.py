@@ -20,9 +20,11 @@ class PeerRaised(Exception):
 class HookWorld(World):
     """A world for one call of a hook on every rank: whatever it is used for is preceded by "still here"."""
 
-    __slots__ = ("_inner",)
+    __slots__ = ("_inner", "_turn")
 
-    def __init__(self, inner: World) -> None:
+    def __init__(self, inner: World, turn: Callable[[], None] = lambda: None) -> None:
+        """turn: returns when this rank may exchange something."""
+        self._turn = turn
         super().__init__(
             rank=inner.rank,
             size=inner.size,
@@ -42,12 +44,14 @@ class HookWorld(World):
         except (GroupAborted, PeerRaised):
             raise
         except Exception:
+            self._turn()
             self._inner.gather((False, None))
             raise
         self.barrier()
         return result
 
     def gather(self, value: Any) -> list[Any]:
+        self._turn()
         everyone = self._inner.gather((True, value))
         if not all(present for present, _ in everyone):
             raise PeerRaised("the hook has raised on another rank")

@@ -52,19 +52,22 @@ def step_directory(step: int) -> str:
     return f"step-{step:08d}"
 
 
+Shapes = dict[str, list[int]]
+"""By name of a parameter."""
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Every rank must make the same calls.
 
-    whole: the model that a rank's model is a stage of; it is what checkpoints are of.
+    shapes: of the parameters of the whole model, where a rank has a part of it only (`shapes_of`).
     """
 
     def __init__(
-        self, directory: Path, world: World, keep: int, whole: nn.Module | None = None, *, copied: bool = True
+        self, directory: Path, world: World, keep: int, shapes: Shapes | None = None, *, copied: bool = True
     ) -> None:
         """copied: whether training goes on, on other values, while a copy is written; else it waits."""
-        self._directory, self._world, self._keep, self._copy = directory, world, keep, copied
-        # now: weights may be elsewhere later
-        self._shapes = _shapes(whole) if whole is not None else None
+        self._directory, self._world, self._keep, self._shapes = directory, world, keep, shapes
+        self._copy = copied
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="heteromesh-checkpoint")
         self._pending: Future[None] | None = None
         self._token: str = world.once(lambda: secrets.token_hex(4))
@@ -85,7 +88,7 @@ class Checkpoints:
         meta = {
             "schema": 2,
             "step": step,
-            "parameters": self._shapes or _shapes(model),
+            "parameters": self._shapes or shapes_of(model),
             "trainer": dict(trainer),
         }
         self._pending = self._thread.submit(self._write, step, state, meta)
@@ -133,7 +136,7 @@ class Checkpoints:
         Raises UserError for a checkpoint that is incomplete or of another model.
         """
         meta = read_meta(path)
-        _compare(meta["parameters"], self._shapes or _shapes(model), path)
+        _compare(meta["parameters"], self._shapes or shapes_of(model), path)
         try:
             stored = stored_state(path)
             buffers = owner.checkpoint_buffers({n: {k: v.metadata for k, v in e.items()} for n, e in stored.items()})
@@ -258,7 +261,8 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
+def shapes_of(model: nn.Module) -> Shapes:
+    """Returns the parameters' shapes by name, while they have them: weights may be elsewhere later."""
     return {plain_name(name): list(p.shape) for name, p in model.named_parameters()}
 
 

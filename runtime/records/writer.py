@@ -12,7 +12,7 @@ from heteromesh.comm.records import Recorder
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.owner import StateOwner
-from heteromesh.runtime.records.checkpoint import Checkpoints, step_directory
+from heteromesh.runtime.records.checkpoint import Checkpoints, Shapes, step_directory
 from heteromesh.runtime.records.rundir import CHECKPOINTS
 
 
@@ -30,16 +30,16 @@ class CheckpointWriter:
         every: int,
         keep: int,
         together: World | None,
-        whole: nn.Module | None = None,
+        shapes: Shapes | None = None,
         copied: bool = True,
     ) -> None:
-        """`together`: the world of ranks that stay, which write a checkpoint each its part. `whole`: the model that
-        `model` is a stage of. `every`: steps, 0: never but at the end. `keep`: older checkpoints are removed.
-        `copied`: see `Checkpoints`."""
+        """`together`: the world of ranks that stay, which write a checkpoint each its part. `shapes`: of the
+        whole model's parameters, where `model` has a part only. `every`: steps, 0: never but at the end. `keep`: older
+        checkpoints are removed. `copied`: see `Checkpoints`."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state
-        self._recorder, self._together, self._whole = recorder, together, whole
+        self._recorder, self._together, self._shapes = recorder, together, shapes
         self._checkpoints: Checkpoints | None = None
         self._copied = copied
         if together is not None:
@@ -91,5 +91,5 @@ class CheckpointWriter:
     def _opened(self) -> Checkpoints:
         if self._checkpoints is None:
             world = self._together or World(recorder=self._recorder)
-            self._checkpoints = Checkpoints(self._directory, world, self._keep, self._whole, copied=self._copied)
+            self._checkpoints = Checkpoints(self._directory, world, self._keep, self._shapes, copied=self._copied)
         return self._checkpoints

@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
             cluster_file=path,
             cores=options.cores,
             quota=not options.no_quota,
+            limit_memory=options.limit_memory,
             latency_ms=options.latency_ms,
         ) as sandbox,
     ):
@@ -68,6 +69,9 @@ def _parser() -> Parser:
     parser.add_argument("cluster", type=Path, metavar="CLUSTER", help="cluster.toml (docs/cluster-file.md)")
     parser.add_argument("--cores", type=float, help="cores that the hosts share (default: 90 %% of this machine's)")
     parser.add_argument("--no-quota", action="store_true", help="don't limit what a host may compute")
+    parser.add_argument(
+        "--limit-memory", action="store_true", help="kill a host that uses more than the memory_gb of its devices"
+    )
     parser.add_argument(
         "--scale", type=_FACTOR, default=1.0, metavar="FACTOR", help="every link at 1/FACTOR of its rate in the file"
     )

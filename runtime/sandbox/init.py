@@ -1,8 +1,8 @@
-"""First process of a sandbox host: `ip netns exec NAMESPACE python init.py CONTROL CGROUP HOSTNAME HOSTS COMMAND...`.
+"""First process of a sandbox host: `ip netns exec NAMESPACE python init.py CONTROL CGROUPS HOSTNAME HOSTS COMMAND...`.
 
 It runs COMMAND in a process namespace of its own, whose end is the end of every process in it. CONTROL is a pipe from
 the sandbox: a byte is a signal for COMMAND, or with EVERYONE set for all its processes too; its end, which comes even
-when the sandbox is killed by SIGKILL, ends the host. CGROUP is an open `cgroup.procs` or -1, HOSTS the text of
+when the sandbox is killed by SIGKILL, ends the host. CGROUPS are open `cgroup.procs`, with commas, HOSTS the text of
 /etc/hosts. Standard library only: it starts in 30 ms without the package.
 """
 
@@ -25,14 +25,14 @@ _PARENT_DEATH_SIGNAL = 1
 
 def main(argv: list[str]) -> int:
     """Returns the exit status of the command; 128 + n when signal n ended it."""
-    control, cgroup, hostname, hosts, *command = argv
+    control, cgroups, hostname, hosts, *command = argv
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_NEW_UTS | _NEW_IPC | _NEW_PID), "unshare")
     socket.sethostname(hostname)
     first = os.fork()
     if first == 0:
         try:
-            status = _first(libc, int(control), int(cgroup), hosts, command)
+            status = _first(libc, int(control), [int(n) for n in cgroups.split(",") if n], hosts, command)
         except OSError as error:
             print(f"heteromesh sandbox: {error}", file=sys.stderr, flush=True)
             status = 126
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     return _status(os.waitpid(first, 0)[1])
 
 
-def _first(libc: ctypes.CDLL, control: int, cgroup: int, hosts: str, command: list[str]) -> int:
+def _first(libc: ctypes.CDLL, control: int, cgroups: list[int], hosts: str, command: list[str]) -> int:
     libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     _check(libc.mount(b"proc", b"/proc", b"proc", 0, None), "mount /proc")
     # hosts share no memory
@@ -52,7 +52,7 @@ def _first(libc: ctypes.CDLL, control: int, cgroup: int, hosts: str, command: li
     os.unlink("/dev/shm/hosts")
     child = os.fork()
     if child == 0:
-        _execute(control, cgroup, command)
+        _execute(control, cgroups, command)
     threading.Thread(target=_obey, args=(control, child), daemon=True).start()
     while True:
         process, status = os.wait()
@@ -60,11 +60,11 @@ def _first(libc: ctypes.CDLL, control: int, cgroup: int, hosts: str, command: li
             return _status(status)
 
 
-def _execute(control: int, cgroup: int, command: list[str]) -> None:
+def _execute(control: int, cgroups: list[int], command: list[str]) -> None:
     try:
         os.close(control)
         os.setsid()
-        if cgroup >= 0:
+        for cgroup in cgroups:
             os.write(cgroup, b"0")
             os.close(cgroup)
         os.execvp(command[0], command)

@@ -54,10 +54,11 @@ def _another_may_be_first(path: Path) -> Iterator[None]:
 
 
 def _groups() -> list[Path]:
-    try:
-        return list(find_controller().root.glob("hm-*"))
-    except UserError:
-        return []
+    found: set[Path] = set()
+    for kind in ("cpu", "memory"):
+        with suppress(UserError):
+            found.update(find_controller(kind).root.glob("hm-*"))
+    return list(found)
 
 
 def _is_leftover(name: str) -> bool:

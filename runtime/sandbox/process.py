@@ -15,7 +15,7 @@ from heteromesh.runtime.sandbox.init import EVERYONE
 
 
 class Process:
-    """A command in a host's namespaces and control group."""
+    """A command in a host's namespaces and control groups."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Process:
         host: str,
         namespace: str,
         hosts_file: str,
-        group: Path | None,
+        groups: Sequence[Path],
         environment: Mapping[str, str],
         piped: bool,
     ) -> None:
@@ -32,7 +32,7 @@ class Process:
         theirs, self._control = os.pipe()
         passed = [theirs]
         try:
-            if group is not None:
+            for group in groups:
                 passed.append(os.open(group / "cgroup.procs", os.O_WRONLY))
             words = [
                 "ip",
@@ -44,7 +44,7 @@ class Process:
                 "-S",
                 str(Path(__file__).with_name("init.py")),
             ]
-            words += [str(theirs), str(passed[1] if group else -1), host, hosts_file, *command]
+            words += [str(theirs), ",".join(map(str, passed[1:])), host, hosts_file, *command]
             stream = subprocess.PIPE if piped else None
             self._popen = subprocess.Popen(
                 words,

@@ -1,9 +1,10 @@
-"""Device speeds by CPU quota: a host may use a share of this machine's cores, in a control group (v1 or v2)."""
+"""What a host may use of this machine, in control groups (v1 or v2): cores for its devices' speeds, and memory."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ LEAST_US = 1_000
 """The kernel's least quota a period."""
 SHARE_OF_MACHINE = 0.9
 """The rest is for the network's and the sandbox's own work."""
+_WHAT = {"cpu": "device speeds can't be emulated", "memory": "memory can't be limited"}
+_WAY_OUT = {"cpu": "use --no-quota", "memory": "leave --limit-memory out"}
 
 
 def shares(cluster: Cluster, cores: float | None) -> tuple[float, ...]:
@@ -43,53 +46,66 @@ def shares(cluster: Cluster, cores: float | None) -> tuple[float, ...]:
     return tuple(result)
 
 
+def memory_limits(cluster: Cluster) -> tuple[int, ...]:
+    """Bytes of each host: what its devices have."""
+    return tuple(round(host.count * cluster.devices[host.device].memory_gb * 1e9) for host in cluster.hosts)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Controller:
-    """Where control groups with a CPU quota are made."""
+    """Where control groups of a kind ("cpu" or "memory") are made."""
 
     root: Path
     version: int
+    kind: str = "cpu"
+
+    def limit(self, group: Path, value: float) -> None:
+        """Sets a group's limit: cores, or bytes of memory."""
+        if self.kind == "memory":
+            name = "memory.max" if self.version == 2 else "memory.limit_in_bytes"
+            (group / name).write_text(str(int(value)))
+        elif self.version == 2:
+            (group / "cpu.max").write_text(f"{round(value * PERIOD_US)} {PERIOD_US}")
+        else:
+            (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (group / "cpu.cfs_quota_us").write_text(str(round(value * PERIOD_US)))
 
 
-def find_controller(mounts: Path = Path("/proc/mounts")) -> Controller:
-    """Returns the mounted CPU controller; raises UserError if there is none."""
+def find_controller(kind: str = "cpu", mounts: Path = Path("/proc/mounts")) -> Controller:
+    """Returns the mounted controller of a kind; raises UserError if there is none."""
     for line in mounts.read_text().splitlines():
-        _, where, kind, options, *_ = line.split()
-        if kind == "cgroup" and "cpu" in options.split(","):
-            return Controller(root=Path(where), version=1)
-        if kind == "cgroup2":
+        _, where, system, options, *_ = line.split()
+        if system == "cgroup" and kind in options.split(","):
+            return Controller(root=Path(where), version=1, kind=kind)
+        if system == "cgroup2":
             listed = Path(where) / "cgroup.controllers"
-            if listed.exists() and "cpu" in listed.read_text().split():
-                return Controller(root=Path(where), version=2)
-    raise UserError("device speeds can't be emulated: no CPU control group is mounted here; use --no-quota")
+            if listed.exists() and kind in listed.read_text().split():
+                return Controller(root=Path(where), version=2, kind=kind)
+    raise UserError(f"{_WHAT[kind]}: no {kind} control group is mounted here; {_WAY_OUT[kind]}")
 
 
-class Quotas:
-    """One control group a host, named `{name}-{index}`."""
+class ControlGroups:
+    """One control group a host, named `{name}-{index}`, that limits its cores or its memory."""
 
-    def __init__(self, name: str, shares: tuple[float, ...], controller: Controller) -> None:
-        self._shares, self._controller = shares, controller
-        self.groups = tuple(controller.root / f"{name}-{i}" for i in range(len(shares)))
+    def __init__(self, name: str, limits: Sequence[float], controller: Controller) -> None:
+        self._limits, self._controller = tuple(limits), controller
+        self.groups = tuple(controller.root / f"{name}-{i}" for i in range(len(self._limits)))
 
     def create(self) -> None:
         """Raises UserError where the groups can't be written."""
+        kind = self._controller.kind
         try:
             if self._controller.version == 2:
                 control = self._controller.root / "cgroup.subtree_control"
-                if "cpu" not in control.read_text().split():
-                    control.write_text("+cpu")
-            for group, share in zip(self.groups, self._shares, strict=True):
-                group.mkdir()
-                quota = round(share * PERIOD_US)
-                if self._controller.version == 2:
-                    (group / "cpu.max").write_text(f"{quota} {PERIOD_US}")
-                else:
-                    (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-                    (group / "cpu.cfs_quota_us").write_text(str(quota))
+                if kind not in control.read_text().split():
+                    control.write_text(f"+{kind}")
+            for group, limit in zip(self.groups, self._limits, strict=True):
+                group.mkdir(exist_ok=self._controller.version == 2)  # there one group has all limits
+                self._controller.limit(group, limit)
         except OSError as error:
             raise UserError(
-                f"device speeds can't be emulated: control groups can't be written here ({error.strerror}: "
-                f"{error.filename}); use --no-quota"
+                f"{_WHAT[kind]}: control groups can't be written here ({error.strerror}: {error.filename}); "
+                f"{_WAY_OUT[kind]}"
             ) from None
 
     def remove(self) -> None:

@@ -14,17 +14,19 @@ from heteromesh.runtime.sandbox.leftovers import free_name, remove_leftovers
 from heteromesh.runtime.sandbox.machine import check_machine
 from heteromesh.runtime.sandbox.network import VirtualNetwork, VirtualNic, check_rate, control_switch, lay_out
 from heteromesh.runtime.sandbox.process import Process
-from heteromesh.runtime.sandbox.quota import Quotas, find_controller, shares
+from heteromesh.runtime.sandbox.quota import ControlGroups, find_controller, memory_limits, shares
 
 
 class SandboxHost:
     """One host: a network namespace, interfaces of limited rate, and a share of the cores."""
 
-    def __init__(self, network: VirtualNetwork, index: int, seat: Seat, hosts_file: str, group: Path | None) -> None:
+    def __init__(
+        self, network: VirtualNetwork, index: int, seat: Seat, hosts_file: str, groups: Sequence[Path]
+    ) -> None:
         self.name, self.index = seat.names[index], index
         self.interfaces: tuple[VirtualNic, ...] = network.hosts[index]
         self.namespace = network.namespaces[index]
-        self._network, self._seat, self._hosts_file, self._group = network, seat, hosts_file, group
+        self._network, self._seat, self._hosts_file, self._groups = network, seat, hosts_file, groups
         self._processes: list[Process] = []
 
     @property
@@ -41,7 +43,7 @@ class SandboxHost:
             host=self.name,
             namespace=self.namespace,
             hosts_file=self._hosts_file,
-            group=self._group,
+            groups=self._groups,
             environment=self._seat.environment(os.environ) | dict(environment or {}),
             piped=piped,
         )
@@ -110,6 +112,7 @@ class Sandbox:
     """A context manager: the hosts of `cluster` exist inside of the block, and nothing of them after it.
 
     cores: how many of this machine's cores the hosts share (default: 90 %); quota=False: no CPU limits.
+    limit_memory: a host that uses more memory than its devices have is killed.
     latency_ms: added one way between two hosts, where the kernel has netem.
     cluster_file: what processes find in HETEROMESH_CLUSTER.
     Raises UserError for what this machine can't emulate.
@@ -122,16 +125,20 @@ class Sandbox:
         cluster_file: Path | None = None,
         cores: float | None = None,
         quota: bool = True,
+        limit_memory: bool = False,
         latency_ms: float = 0.0,
     ) -> None:
         self.cluster = cluster
         self.interfaces = lay_out(cluster)
         self.shares = shares(cluster, cores) if quota else ()
+        self._limits: dict[str, Sequence[float]] = {"cpu": self.shares} if quota else {}
+        if limit_memory:
+            self._limits["memory"] = memory_limits(cluster)
         self.hosts: tuple[SandboxHost, ...] = ()
         self._file = str(cluster_file.resolve()) if cluster_file else ""
         self._latency_ms = latency_ms
         self._network: VirtualNetwork | None = None
-        self._quotas: Quotas | None = None
+        self._groups: list[ControlGroups] = []
 
     def __enter__(self) -> Sandbox:
         check_machine()
@@ -163,9 +170,9 @@ class Sandbox:
         for host in self.hosts:
             host.close()
         self.hosts = ()
-        if self._quotas:
-            self._quotas.remove()
-            self._quotas = None
+        for groups in self._groups:
+            groups.remove()
+        self._groups = []
         if self._network:
             self._network.remove()
             self._network = None
@@ -173,9 +180,9 @@ class Sandbox:
     def _create(self, name: str) -> None:
         self._network = VirtualNetwork(name, self.interfaces, self._latency_ms)
         self._network.create()
-        if self.shares:
-            self._quotas = Quotas(name, self.shares, find_controller())
-            self._quotas.create()
+        for kind, limits in self._limits.items():
+            self._groups.append(ControlGroups(name, limits, find_controller(kind)))
+            self._groups[-1].create()
         names = tuple(host.name for host in self.cluster.hosts)
         switch = control_switch(self.interfaces)
         control = [next((i for i in host if i.switch == switch), None) for host in self.interfaces]
@@ -184,7 +191,6 @@ class Sandbox:
         # torch asks for the names of IPv4 peers of its IPv6 sockets, and warns where there is none
         lines += [f"::ffff:{address} {name}.mapped" for address, name in zip(addresses, names, strict=True)]
         hosts_file = "\n".join(["127.0.0.1 localhost", *lines, ""])
-        groups = self._quotas.groups if self._quotas else (None,) * len(names)
         self.hosts = tuple(
             SandboxHost(
                 self._network,
@@ -198,7 +204,7 @@ class Sandbox:
                     cluster_file=self._file,
                 ),
                 hosts_file,
-                group,
+                [groups.groups[index] for groups in self._groups],
             )
-            for index, (host, own, group) in enumerate(zip(self.cluster.hosts, control, groups, strict=True))
+            for index, (host, own) in enumerate(zip(self.cluster.hosts, control, strict=True))
         )

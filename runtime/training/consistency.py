@@ -126,6 +126,7 @@ def _trainer_facts(job: Job) -> Facts:
         if setting.name not in LOCAL:
             facts[setting.name] = "setting", _setting(setting.name, getattr(config, setting.name))
     content = (job.sampler.state_dict()["dataset"], job.data_fingerprint)
+    facts["the weights"] = "file", job.initial.check() or NOTHING
     facts["the loss"] = "loss", name_of(job.loss) or NOTHING
     facts["the data"] = "data", f"{len(job.reader.lengths)} sequences ({_digest(repr(content))})"
     facts.update((name, ("model", value)) for name, value in _model(job.model))

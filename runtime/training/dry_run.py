@@ -36,6 +36,9 @@ STEPS = 3
 def dry_run(job: Job) -> None:
     """Prints the plan of the first steps and writes it to RUN_DIR/plan.json; nothing is trained."""
     check_job(job)
+    # this one machine need not hold what the cluster does
+    if job.initial.on_meta:
+        job.initial.stand_in(World().device)
     try_model(job.model, job.reader, job.loss)
     ranks = int(os.environ[DRY_RUN_VARIABLE])
     file = job.config.cluster or os.environ.get(CLUSTER_VARIABLE)

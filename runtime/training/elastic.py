@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from heteromesh.comm.collectives.api import Collectives
@@ -87,6 +88,7 @@ class ElasticJob:
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
         check_job(job)
+        job.initial.fill(torch.device("cpu"))
         unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())

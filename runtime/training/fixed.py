@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heteromesh.comm.session import Fixed
 from heteromesh.comm.subset import join_subset
 from heteromesh.comm.world import World
@@ -27,6 +29,7 @@ from heteromesh.runtime.hooks.records import RunRecords
 from heteromesh.runtime.memory.decision import decide
 from heteromesh.runtime.process.interrupt import Interrupt
 from heteromesh.runtime.process.peers import SILENCE_SECONDS, PeerWatch
+from heteromesh.runtime.records.checkpoint import shapes_of
 from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_cluster, build_plan, cluster_path, plan_path
 from heteromesh.runtime.training.consistency import check_equal, job_facts
@@ -56,6 +59,7 @@ class FixedJob:
         self.console = Console(config.max_steps, config.print_plans, str(config.run_dir))
         self.records = self._records()
         self.chosen: WorkingRanks | None = None
+        self._shapes = shapes_of(job.model)
         self._open_mode()
         if self.works:
             self._begin()
@@ -77,7 +81,9 @@ class FixedJob:
         timeout = timedelta(seconds=self.job.config.timeout_seconds)
         part = self._stack.enter_context(join_subset(self.everyone, ranks, timeout))
         self.works = part is not None
-        if part is not None:
+        if part is None:
+            vars(self).pop("mode", None)  # weights that were dealt out to this rank to be measured
+        else:
             self.world = self.records.together = part
             self.cluster = self.cluster.subset(ranks)
             self.mode = self._mode(self._stack, costs and working_costs(costs, ranks))
@@ -121,11 +127,14 @@ class FixedJob:
         if self.world.size == self.everyone.size and self.works:
             assert report is not None
             return report
-        if self.works:
-            self.mode.state.weights_ready()
         shared: TrainingReport = self.everyone.broadcast(report)
         model = self.job.model
-        if not self.works:
+        if self.everyone.broadcast(self.works and self.mode.dealt_out):
+            return shared
+        if self.works:
+            self.mode.state.weights_ready()
+        else:
+            self.job.initial.fill(torch.device("cpu"))
             unexpand(model)
         self.everyone.broadcast_tensors((*model.parameters(), *model.buffers()))
         return shared
@@ -143,7 +152,7 @@ class FixedJob:
             self.job, progress, parts, asked=loop.asked, kept=self._kept, hooks=loop.step_committed, busy=session.busy
         )
         loop.transactions = [
-            Evaluate(progress, state, self.job.model, hooks),
+            Evaluate(progress, state, self.job.model, hooks, mode.evaluate if mode.dealt_out else None),
             Save(progress, state, session, self.writer, hooks),
             End(progress, session, self.writer, hooks, loop.report),
             step,
@@ -194,7 +203,7 @@ class FixedJob:
             self.mode.state,
             self.job.trainer_state,
             self.world.recorder,
-            whole=self.job.model,
+            shapes=self._shapes,
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             together=self.world,

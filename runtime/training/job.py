@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.model.loss import Loss
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.hooks.api import Hook
@@ -42,6 +43,8 @@ class Job:
     """The user's."""
     loss: Loss | None = None
     """The user's own."""
+    initial: InitialWeights
+    """Where the model's first weights come from."""
 
     def trainer_state(self, done: int, sampled: dict[str, Any]) -> dict[str, Any]:
         """Returns what a checkpoint has beside model and optimizer."""

@@ -51,6 +51,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         )
     if not any(p.requires_grad for p in held):
         raise UserError(f"all {len(held)} parameters of the optimizer ({name}) are frozen: give it trained ones")
+    if any(isinstance(v, torch.Tensor) and v.is_meta for state in optimizer.state.values() for v in state.values()):
+        raise UserError(
+            f"{name} has state on the meta device, whose values nobody knows: use an optimizer that makes its state in "
+            "its first step, such as AdamW, or build the model with real weights"
+        )
     for argument in _required(type(optimizer).step):
         raise UserError(
             f"{name}.step needs {argument!r}, which a step here does not have: use an optimizer that steps by "

@@ -7,7 +7,7 @@ has the right value and no gradient. So before the first step a few dozen tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.attention.api import prepare_pass
+from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.arguments import WAY_OUT, mappings_in
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
@@ -37,9 +38,12 @@ _SMALL = 1e-3
 Gradients = dict[nn.Parameter, torch.Tensor]
 
 
-def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> LayerOrder:
+def try_layers(
+    engine: LayerMajor, reader: Reader, device: torch.device, sketches: GradientSketches | None = None
+) -> LayerOrder:
     """Returns the order in which the model calls its layers, where gradients are those of ordinary passes.
 
+    sketches: of the gradients of a model that has stand-ins for its weights; these are compared then.
     The engine is not attached, before and after; the model is as it was. Raises UserError where gradients differ,
     naming the layer, and where the model can't be run layer by layer.
     """
@@ -47,15 +51,15 @@ def try_layers(engine: LayerMajor, reader: Reader, device: torch.device) -> Laye
     works = trial_works(reader, device)
     autocast, engine.autocast = engine.autocast, None  # of rounding in halves nothing could be told
     try:
-        with undisturbed(model), exactly(model), gradients_kept(model):
+        with undisturbed(model), exactly(model), gradients_kept(model), _sketched(sketches):
             with _calls_noted(engine.layers) as (calls, mappings):
-                expected = _pass_by_pass(engine, works, device)
+                expected = _pass_by_pass(engine, works, device, sketches)
             with modes_kept(model), torch.no_grad(), _calls_noted(engine.layers) as (evaluated, _):
                 # layers that are skipped at random in training are called here
                 model.eval()
                 engine.forward_only(works[0], World(device=device))
             order = _order(engine, max(calls[: len(calls) // len(works)], evaluated, key=len))
-            found, first = _layer_by_layer(engine, works, order, device)
+            found, first = _layer_by_layer(engine, works, order, device, sketches)
     finally:
         engine.autocast = autocast
     _compare(engine, expected, found)
@@ -75,15 +79,21 @@ def trial_works(reader: Reader, device: torch.device) -> list[PassWork]:
     return works
 
 
-def _pass_by_pass(engine: LayerMajor, works: list[PassWork], device: torch.device) -> Gradients:
+def _pass_by_pass(
+    engine: LayerMajor, works: list[PassWork], device: torch.device, sketches: GradientSketches | None
+) -> Gradients:
     world = World(device=device)
     for work in works:
         engine.forward_backward(work.context, work.batch, work.divisor, world, 0.0, work.number, work.places)
-    return _taken(engine.model)
+    return _taken(engine.model, sketches)
 
 
 def _layer_by_layer(
-    engine: LayerMajor, works: list[PassWork], order: LayerOrder, device: torch.device
+    engine: LayerMajor,
+    works: list[PassWork],
+    order: LayerOrder,
+    device: torch.device,
+    sketches: GradientSketches | None,
 ) -> tuple[Gradients, int]:
     weights = StashedWeights(engine.own_parameters)
     engine.attach(device, order, weights)
@@ -102,7 +112,7 @@ def _layer_by_layer(
     finally:
         weights.close()
         engine.detach()
-    return _taken(engine.model), first
+    return _taken(engine.model, sketches), first
 
 
 def _order(engine: LayerMajor, calls: list[int]) -> LayerOrder:
@@ -127,8 +137,10 @@ def _compare(engine: LayerMajor, expected: Gradients, found: Gradients) -> None:
         one, other = expected.get(parameter), found.get(parameter)
         if one is None and other is None:
             continue
-        one = torch.zeros_like(parameter) if one is None else one
-        other = torch.zeros_like(parameter) if other is None else other
+        if one is None:
+            assert other is not None
+            one = torch.zeros_like(other)
+        other = torch.zeros_like(one) if other is None else other
         scale = max(float(one.abs().max()), _SMALL * most) if one.numel() else 1.0
         off = float((one - other).abs().max()) / (scale or 1.0) if one.numel() else 0.0
         if off > _ALLOWED or off != off:
@@ -146,8 +158,14 @@ def _compare(engine: LayerMajor, expected: Gradients, found: Gradients) -> None:
         )
 
 
-def _taken(model: nn.Module) -> Gradients:
-    """Returns the gradients and takes them off the parameters."""
+def _sketched(sketches: GradientSketches | None) -> AbstractContextManager[None]:
+    return sketches.kept() if sketches is not None else nullcontext()
+
+
+def _taken(model: nn.Module, sketches: GradientSketches | None) -> Gradients:
+    """Returns the gradients, or their sketches, and takes them off the parameters."""
+    if sketches is not None:
+        return sketches.take()
     found = {p: p.grad.detach().clone() for p in model.parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None

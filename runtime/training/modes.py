@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,8 +17,8 @@ from heteromesh.comm.gradients.exchange import GradientExchange
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
+from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.schedule import LayerOrder
-from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -45,9 +45,10 @@ from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
 from heteromesh.runtime.engine.token_bytes import layer_token_bytes, pass_token_bytes
 from heteromesh.runtime.engine.working_trial import try_working_weights
-from heteromesh.runtime.hooks.api import Hook, TrainingReport
+from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
+from heteromesh.runtime.hooks.whole import Gathered, Settled, WholeStages
 from heteromesh.runtime.memory.ownership import OwnedJob, own_in_job, run_order
 from heteromesh.runtime.memory.sizes import job_model, job_ranks
 from heteromesh.runtime.process.memory import give_back_at_once
@@ -59,8 +60,9 @@ from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
 from heteromesh.runtime.work.plan_service import PlanService
 from heteromesh.runtime.work.planned import Planned
-from heteromesh.runtime.work.reader import Reader
 from heteromesh.runtime.work.source import WorkSource
+
+T = TypeVar("T")
 
 _FINE = 1 << 30
 """Elements by which fractions are told."""
@@ -81,6 +83,15 @@ class Mode(ABC):
     def measure(self) -> Costs | None:
         """Measures what passes cost on this world's ranks; None where the plan has fixed who works."""
         return None
+
+    @property
+    def dealt_out(self) -> bool:
+        """Whether no rank ever has the whole model, at the end neither."""
+        return False
+
+    def evaluate(self, act: Callable[[], T], world: World) -> T:
+        """Returns what an evaluation finds, of a model that is dealt out."""
+        raise NotImplementedError("a model that is whole is evaluated as it is")
 
     @abstractmethod
     def start(self, done: int) -> Sequence[Hook]:
@@ -115,10 +126,9 @@ class WholeModel(Mode):
         self._base = costs
         config = job.config
         self._service = self._open_service(plan)
-        unexpand(job.model)
-        self.held = job.model.to(world.device)
-        world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
         sharded = config.shards_state and world.size > 1
+        self._fill(sharded)
+        self.held = job.model
         self.engine = self._engine()
         stack.callback(self.engine.close)
         world.once(lambda: try_model(job.model, job.reader, job.loss))
@@ -199,6 +209,14 @@ class WholeModel(Mode):
         self._executor.speeds = costs.speeds
         return compare(self._executor, self._job.reader, self._recent.steps, costs, asked)
 
+    def _fill(self, sharded: bool) -> None:
+        """Gives the model its first weights, the same on all ranks."""
+        model, world = self._job.model, self._world
+        self._job.initial.fill(world.device)
+        unexpand(model)
+        model.to(world.device)
+        world.broadcast_tensors((*model.parameters(), *model.buffers()))
+
     def _open_service(self, plan: Plan | None) -> PlanService | None:
         if self._world.rank != 0:
             return None
@@ -243,11 +261,23 @@ class WholeModel(Mode):
 class LayerByLayer(WholeModel):
     """The weights dealt out too: a layer is whole on every rank while all passes go through it.
 
-    The model is whole until the first step begins, as it is tried and measured pass by pass.
+    The model is whole until it is dealt out, as it is tried and measured pass by pass. One that had no weights at the
+    start never is: others stand in for its layers' until then, and each rank reads its own part of its weights.
     """
 
     engine: LayerMajor
     _owned: OwnedJob | None = None
+    _sketches: GradientSketches | None = None
+    """Of gradients, while weights have stand-ins."""
+
+    @property
+    def dealt_out(self) -> bool:
+        """See Mode."""
+        return self._job.initial.on_meta and isinstance(self.state, ShardedWeights)
+
+    def evaluate(self, act: Callable[[], T], world: World) -> T:
+        """See Mode."""
+        return self.engine.forwards_of(act, world)
 
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
@@ -257,7 +287,18 @@ class LayerByLayer(WholeModel):
             return hooks
         self.engine.attach(self._world.device, self._order, state)
         state.begin()  # what isn't kept is given back before the first step, not in it
-        return (*hooks, _GatheredAtTheEnd(state))
+        return (*hooks, Settled(state) if self.dealt_out else Gathered(state))
+
+    def _fill(self, sharded: bool) -> None:
+        job, world = self._job, self._world
+        if not (sharded and job.initial.on_meta):
+            super()._fill(sharded)
+            return
+        self._sketches = job.initial.stand_in(world.device)
+        self._stack.callback(self._sketches.close)
+        unexpand(job.model)
+        job.model.to(world.device)
+        world.broadcast_tensors((*job.initial.own, *job.model.buffers()))
 
     def _engine(self) -> LayerMajor:
         job, config = self._job, self._job.config
@@ -300,8 +341,8 @@ class LayerByLayer(WholeModel):
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
-        self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device))
-        self._tokens = self._world.once(lambda: _layer_tokens(engine, reader, device, self._order))
+        self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device, self._sketches))
+        self._tokens = self._world.once(lambda: layer_token_bytes(engine, reader, device, self._order))
         self._working = self._working_weights() if sharded else {}
         if not self._order.mappings:
             engine.recompute()
@@ -320,7 +361,7 @@ class LayerByLayer(WholeModel):
 
         def found() -> list[int]:
             work = trial_works(reader, device)[0]
-            return [numbers[p] for p in try_working_weights(engine, work, self._order, device)]
+            return [numbers[p] for p in try_working_weights(engine, work, self._order, device, self._sketches)]
 
         parameters = list(numbers)
         return {parameters[i]: dtype for i in self._world.once(found)}
@@ -328,9 +369,13 @@ class LayerByLayer(WholeModel):
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:
             return super()._state(sharded)
-        job = self._job
+        self.measure()  # while weights, or what stands in for them, are here
+        job, initial, source = self._job, self._job.initial, None
+        if self._sketches is not None:
+            self._sketches.close()
+            source = initial
         assert self._owned is not None
-        return ShardedWeights(
+        state = ShardedWeights(
             job.optimizer,
             job.model,
             self.exchange.buckets,
@@ -338,7 +383,10 @@ class LayerByLayer(WholeModel):
             self.engine.own_parameters,
             resident=self._owned.resident,
             working=self._working,
+            source=source,
         )
+        initial.forget()
+        return state
 
 
 class Stages(Mode):
@@ -353,6 +401,7 @@ class Stages(Mode):
                 "token's cross-entropy is known: leave loss= out, or train without this plan file"
             )
         check_placement(job.model, placement, world.size)
+        job.initial.fill(torch.device("cpu"))
         unexpand(job.model)
         world.broadcast_tensors((*job.model.parameters(), *job.model.buffers()))
         world.once(lambda: try_model(job.model, job.reader, None))
@@ -381,7 +430,7 @@ class Stages(Mode):
 
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
-        return (_WholeAtTheEnd(self.state, self._runner),)
+        return (WholeStages(self.state, self._runner),)
 
     def work(self, done: int) -> WorkSource:
         """See Mode."""
@@ -415,36 +464,6 @@ class Stages(Mode):
         if config.cost is not None:
             return bind(load_constants(Path(config.cost)), self._cluster)
         return costs_from_json(self._plan.layout["costs"], "layout.costs")
-
-
-class _WholeAtTheEnd(Hook):
-    """Gives every rank the whole trained model."""
-
-    def __init__(self, state: StateOwner, runner: StageRunner) -> None:
-        self._state, self._runner = state, runner
-
-    def end(self, report: TrainingReport) -> None:
-        self._state.weights_ready()
-        self._runner.world.barrier()
-        self._runner.groups.close()
-
-
-class _GatheredAtTheEnd(Hook):
-    """Gives every rank the whole trained model."""
-
-    def __init__(self, state: StateOwner) -> None:
-        self._state = state
-
-    def end(self, report: TrainingReport) -> None:
-        self._state.weights_ready()
-
-
-def _layer_tokens(engine: LayerMajor, reader: Reader, device: torch.device, order: LayerOrder) -> TokenBytes:
-    weights = StashedWeights(engine.own_parameters)
-    try:
-        return layer_token_bytes(engine, reader, device, order, weights)
-    finally:
-        weights.close()
 
 
 def _compression(world: World) -> str:

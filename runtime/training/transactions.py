@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,8 @@ from heteromesh.runtime.hooks.api import Stop, TrainingReport
 from heteromesh.runtime.hooks.calls import HookCalls
 from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.progress import TrainingProgress
+
+Evaluation = Callable[[], Mapping[str, float]]
 
 
 class Transaction(ABC):
@@ -141,8 +144,17 @@ class Reshard(Transaction):
 class Evaluate(Transaction):
     """Calls the hooks that evaluate, with all parameters up to date on all ranks."""
 
-    def __init__(self, progress: TrainingProgress, state: StateOwner, model: nn.Module, hooks: HookCalls) -> None:
+    def __init__(
+        self,
+        progress: TrainingProgress,
+        state: StateOwner,
+        model: nn.Module,
+        hooks: HookCalls,
+        layerwise: Callable[[Evaluation, World], Mapping[str, float]] | None = None,
+    ) -> None:
+        """layerwise: makes an evaluation of a model that is whole on no rank; None: it is made so first."""
         self._progress, self._state, self._model, self._hooks = progress, state, model, hooks
+        self._layerwise = layerwise
 
     def due(self, world: World) -> bool:
         progress = self._progress
@@ -155,8 +167,12 @@ class Evaluate(Transaction):
 
     def attempt(self, world: World) -> Attempt[tuple[Mapping[str, float], Stop | None]]:
         parameters = self._state.refresh(world)
-        self._state.weights_ready()
-        found = self._hooks.evaluate(self._progress.done, self._model, world)
+        evaluate = partial(self._hooks.evaluate, self._progress.done, self._model, world)
+        if self._layerwise is None:
+            self._state.weights_ready()
+            found = evaluate()
+        else:
+            found = self._layerwise(evaluate, world)
         everyone = world.gather((found, self._hooks.stop))
         stop = next((stop for _, stop in everyone if stop is not None), None)
         return Attempt((everyone[0][0], stop), f"evaluated {self._progress.done}:{parameters}")

@@ -12,6 +12,7 @@ from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
+from heteromesh.parallel.state.weight_source import WeightSource
 from heteromesh.planner.plan import Pass, Step
 from heteromesh.runtime.engine.executor import StepExecutor, StepResult
 from heteromesh.runtime.engine.layer_major import LayerMajor
@@ -23,6 +24,16 @@ CPU = torch.device("cpu")
 Gradients = dict[str, torch.Tensor]
 
 
+class Copies(WeightSource):
+    """A model's weights as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {p: p.detach().clone().view(-1) for p in model.parameters()}
+
+    def read(self, parameter: nn.Parameter, start: int, stop: int) -> torch.Tensor:
+        return self._weights[parameter][start:stop]
+
+
 class ShardedSteps:
     """Runs steps of one model whose weights are dealt out as the world's collectives say."""
 
@@ -31,6 +42,7 @@ class ShardedSteps:
         resident: Sequence[Collection[int]] = (), bucket_bytes: int = 8 << 20, seed: int = 0,
         speeds: Sequence[float] = (), autocast: torch.dtype | None = None,
         working: Mapping[nn.Parameter, torch.dtype] | None = None, cast: bool = True,
+        source: WeightSource | None = None,
     ) -> None:  # fmt: skip
         """cast: whether weights of `working` are gathered so, or only have buckets of their own."""
         self.world, self.engine = world, LayerMajor(model, seed=seed, autocast=autocast)
@@ -41,7 +53,7 @@ class ShardedSteps:
         )
         gathered = working if cast and working else {}
         self.state = ShardedWeights(
-            optimizer, model, self.exchange.buckets, world, own, resident=resident, working=gathered
+            optimizer, model, self.exchange.buckets, world, own, resident=resident, working=gathered, source=source
         )
         self.engine.attach(world.device, order, self.state)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=True)

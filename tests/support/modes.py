@@ -21,6 +21,7 @@ from heteromesh.comm.world import World
 from heteromesh.faults.coordinator.server import Coordinator
 from heteromesh.faults.wire.bounds import Bounds
 from heteromesh.faults.wire.deadlines import Timing
+from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.model.constants import load_constants
@@ -52,6 +53,8 @@ class Mode:
     elastic: bool = False
     stages: tuple[int, ...] = ()
     """Layers of each pipeline stage, whose ranks are replicas of each other; empty: no stages."""
+    meta: bool = False
+    """Whether the model has no memory when the job begins; its first weights are the same."""
 
     def plan(self, folder: Path, ranks: int, cluster: Cluster | None = None) -> dict[str, Path]:
         """Writes the plan file that a run of so many ranks needs to be of this mode; returns it as a setting."""
@@ -66,8 +69,8 @@ MODES = {
     "ordinary": Mode(ranks=2, others=3),
     "sharded optimizer": Mode(ranks=3, others=2, settings={"shard_optimizer": True}),
     "sharded weights": Mode(ranks=3, others=2, settings={"shard_weights": True}),
-    "pipeline": Mode(ranks=4, others=2, stages=(1, 1)),
-    "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True),
+    "pipeline": Mode(ranks=4, others=2, stages=(1, 1), meta=True),
+    "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True, meta=True),
     "elastic, sharded optimizer": Mode(
         ranks=3, others=2, settings={"fault_tolerance": True, "shard_optimizer": True}, elastic=True
     ),
@@ -82,6 +85,7 @@ class Run:
     settings: Mapping[str, Any]
     environments: tuple[Mapping[str, str], ...] = ()
     """By rank."""
+    meta: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +114,14 @@ class HeldOut(Hook):
         return {"held_out": float(nn.functional.cross_entropy(logits, self.tokens[0, 1:]))}
 
 
-def make_job(folder: Path, settings: Mapping[str, Any]) -> hm.Trainer:
+def make_job(folder: Path, settings: Mapping[str, Any], *, meta: bool = False) -> hm.Trainer:
     """A model with dropouts, gradients that are clipped, evaluations and checkpoints."""
-    torch.manual_seed(7)
-    model = Llama(TINY)
+    with torch.device("meta"):
+        model = Llama(TINY)
     for layer in model.layers:
         layer.down = nn.Sequential(layer.down, nn.Dropout(0.2))
+    if not meta:
+        InitialWeights(model, None, 0).fill(torch.device("cpu"))
     # a large epsilon: AdamW's first steps are the gradients' signs, which rounding decides where gradients are small
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
     options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "run_dir": folder, "plan_seconds": 0.02, "clip_norm": 0.5}
@@ -129,7 +135,7 @@ def train(runs: Sequence[Run], rank: int) -> list[Result]:
     results = []
     for run in runs:
         os.environ.update(run.environments[rank] if run.environments else {})
-        trainer = make_job(run.folder, run.settings)
+        trainer = make_job(run.folder, run.settings, meta=run.meta)
         try:
             losses = trainer.fit().losses
         except BaseException:
@@ -141,7 +147,7 @@ def train(runs: Sequence[Run], rank: int) -> list[Result]:
 
 def in_mode(mode: Mode, ranks: int, runs: Sequence[Run]) -> list[list[Result]]:
     """The results by run and rank."""
-    runs = [replace(run, settings={**mode.settings, **run.settings}) for run in runs]
+    runs = [replace(run, settings={**mode.settings, **run.settings}, meta=mode.meta) for run in runs]
     if not mode.elastic:
         rows = run_ranks(ranks, _fixed, runs)
         return [list(row) for row in zip(*rows, strict=True)]

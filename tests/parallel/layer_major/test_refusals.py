@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from heteromesh.errors import UserError
+from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.training.layer_trial import try_layers
@@ -109,6 +111,21 @@ def test_what_is_refused(what: str) -> None:
     engine.close()
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before, strict=True))
     assert "forward" not in vars(model.layers[0])
+
+
+@pytest.mark.parametrize("what", ["attribute", "glue", "counter", ""])
+def test_it_shows_in_weights_that_stand_in_for_the_models(what: str) -> None:
+    """All layers share memory, and of gradients only sketches are compared."""
+    COUNTED.clear()
+    with torch.device("meta"):
+        model = Odd(what).double()
+    sketches = InitialWeights(model, None, 0).stand_in(CPU)
+    engine, reader = LayerMajor(model), Reader([torch.arange(30) % TINY.vocab])
+    assert len({p.data_ptr() for layer in model.layers for p in layer.parameters()}) == 6
+    with pytest.raises(UserError, match=SENTENCES[what]) if what else nullcontext():
+        assert try_layers(engine, reader, CPU, sketches).layers == (0, 1, 2)
+    assert all(p.grad is None and p.numel() for p in model.parameters())
+    engine.close()
 
 
 def test_a_model_as_it_should_be_is_not() -> None:

@@ -19,7 +19,7 @@ from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.training.layer_trial import try_layers
 from heteromesh.runtime.work.reader import Reader
 from instances import random_costs, random_lengths, random_step
-from layer_steps import ShardedSteps, local_step
+from layer_steps import Copies, ShardedSteps, local_step
 from llama import Llama, LlamaConfig
 from owners import collectives_of
 from ranks import World, run_ranks
@@ -65,7 +65,10 @@ def check_worlds(world: World, dtype: torch.dtype, cases: int) -> dict[str, int]
         with collectives_of(world, SHARES[case % len(SHARES)], native=case % 2 == 1) as collectives:
             world.collectives = collectives
             resident = [[i for i in range(3) if rng.random() < 0.5] for _ in range(world.size)] if case % 3 else ()
-            sharded = ShardedSteps(model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=resident)
+            source = Copies(model) if case % 4 > 1 else None
+            sharded = ShardedSteps(
+                model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=resident, source=source
+            )
             for number, step in enumerate(steps):
                 loss, gradients = reference(plain, data)
                 result = sharded.run(step, data)
@@ -253,7 +256,7 @@ def frozen_are_dealt_out(world: World) -> tuple[float, int, int]:
         order = try_layers(engine, Reader(data), world.device)
         engine.close()
         assert order.first_backward == 1
-        sharded = ShardedSteps(model, world, adam(model), order=order, resident=[(1,), (0,)])
+        sharded = ShardedSteps(model, world, adam(model), order=order, resident=[(1,), (0,)], source=Copies(model))
         result = sharded.run(step, data)
         assert result.loss == pytest.approx(loss, rel=1e-10)
         pairs = list(zip(model.parameters(), gradients, strict=True))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def cluster():
 
 def made(pid):
     """What exists on this machine of the sandboxes of a process."""
-    names = [p.name for root in ("/run/netns", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup") for p in Path(root).glob("hm-*")]
+    roots = ("/run/netns", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory", "/sys/fs/cgroup")
+    names = [p.name for root in roots for p in Path(root).glob("hm-*")]
     return [name for name in names if name.startswith(f"hm-{pid}-")]
 
 
@@ -287,9 +289,20 @@ def test_an_exception_leaves_nothing():
     assert made(os.getpid()) == before
 
 
+def test_a_host_is_killed_that_uses_more_memory_than_its_devices_have():
+    small = cluster()
+    small = replace(small, devices={name: replace(d, memory_gb=0.1) for name, d in small.devices.items()})
+    before = made(os.getpid())
+    with Sandbox(small, cores=0.5, limit_memory=True) as sandbox:
+        for megabytes, status in ((40, 0), (300, 137)):
+            words = [sys.executable, "-c", f"bytearray({megabytes} << 20)"]
+            assert sandbox["a"].start(words).wait(20) == status
+    assert made(os.getpid()) == before
+
+
 def test_a_setup_that_fails_half_way_leaves_nothing(monkeypatch):
     before = made(os.getpid())
-    monkeypatch.setattr("heteromesh.runtime.sandbox.sandbox.find_controller", lambda: 1 / 0)
+    monkeypatch.setattr("heteromesh.runtime.sandbox.sandbox.find_controller", lambda kind: 1 / 0)
     with pytest.raises(ZeroDivisionError), Sandbox(cluster(), cores=0.5):
         pass
     assert made(os.getpid()) == before

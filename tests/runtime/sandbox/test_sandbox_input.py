@@ -16,7 +16,7 @@ from heteromesh.runtime.sandbox import machine
 from heteromesh.runtime.sandbox.command import Seat
 from heteromesh.runtime.sandbox.faults import parse_fault
 from heteromesh.runtime.sandbox.network import control_switch, lay_out
-from heteromesh.runtime.sandbox.quota import Controller, Quotas, find_controller, shares
+from heteromesh.runtime.sandbox.quota import ControlGroups, Controller, find_controller, shares
 from heteromesh.runtime.sandbox.scale import scaled_file
 
 ETHERNET = Nic(kind="ethernet", gbit=1)
@@ -80,33 +80,44 @@ def test_shares_follow_speeds_and_leave_a_device_at_most_a_core(monkeypatch):
         shares(cluster(*(host(f"n{i}") for i in range(40))), None)
 
 
-def test_quotas_are_written_for_both_versions_of_control_groups(tmp_path):
-    for version, files in (
-        (1, {"cpu.cfs_quota_us": "12000", "cpu.cfs_period_us": "20000"}),
-        (2, {"cpu.max": "12000 20000"}),
-    ):
-        root = tmp_path / str(version)
-        root.mkdir()
-        (root / "cgroup.subtree_control").write_text("memory")
-        Quotas("hm-1-0", (0.6, 0.3), Controller(root=root, version=version)).create()
-        assert {p.name: p.read_text() for p in (root / "hm-1-0-0").iterdir()} == files
-        assert (root / "cgroup.subtree_control").read_text() == ("memory" if version == 1 else "+cpu")
-    with pytest.raises(UserError, match=r"control groups can't be written here .*; use --no-quota"):
-        Quotas("hm-1-0", (0.6,), Controller(root=tmp_path / "none", version=1)).create()
+@pytest.mark.parametrize(
+    ("kind", "limit", "version", "files"),
+    [
+        ("cpu", 0.6, 1, {"cpu.cfs_quota_us": "12000", "cpu.cfs_period_us": "20000"}),
+        ("cpu", 0.6, 2, {"cpu.max": "12000 20000"}),
+        ("memory", 1.5e9, 1, {"memory.limit_in_bytes": "1500000000"}),
+        ("memory", 1.5e9, 2, {"memory.max": "1500000000"}),
+    ],
+)
+def test_limits_are_written_for_both_versions_of_control_groups(tmp_path, kind, limit, version, files):
+    (tmp_path / "cgroup.subtree_control").write_text("io")
+    controller = Controller(root=tmp_path, version=version, kind=kind)
+    ControlGroups("hm-1-0", (limit, 2 * limit), controller).create()
+    assert {p.name: p.read_text() for p in (tmp_path / "hm-1-0-0").iterdir()} == files
+    assert (tmp_path / "cgroup.subtree_control").read_text() == ("io" if version == 1 else f"+{kind}")
 
 
-def test_the_cpu_controller_is_found(tmp_path):
+def test_control_groups_that_cannot_be_written_are_refused(tmp_path):
+    for kind, way_out in (("cpu", "use --no-quota"), ("memory", "leave --limit-memory out")):
+        with pytest.raises(UserError, match=rf"control groups can't be written here .*; {way_out}"):
+            ControlGroups("hm-1-0", (0.6,), Controller(root=tmp_path / "none", version=1, kind=kind)).create()
+
+
+def test_controllers_are_found(tmp_path):
     mounts, unified = tmp_path / "mounts", tmp_path / "unified"
     unified.mkdir()
     (unified / "cgroup.controllers").write_text("hugetlb\n")
     both = f"cgroup /c/cpuset cgroup rw,cpuset 0 0\ncgroup2 {unified} cgroup2 rw 0 0\n"
     mounts.write_text(both + "cgroup /c/cpu cgroup rw,cpu,cpuacct 0 0\n")
-    assert find_controller(mounts) == Controller(root=Path("/c/cpu"), version=1)
+    assert find_controller("cpu", mounts) == Controller(root=Path("/c/cpu"), version=1)
     mounts.write_text(both)
-    with pytest.raises(UserError, match="no CPU control group is mounted here; use --no-quota"):
-        find_controller(mounts)
-    (unified / "cgroup.controllers").write_text("cpuset cpu io\n")
-    assert find_controller(mounts) == Controller(root=unified, version=2)
+    with pytest.raises(UserError, match="no cpu control group is mounted here; use --no-quota"):
+        find_controller("cpu", mounts)
+    with pytest.raises(UserError, match="no memory control group is mounted here; leave --limit-memory out"):
+        find_controller("memory", mounts)
+    (unified / "cgroup.controllers").write_text("cpuset cpu io memory\n")
+    for kind in ("cpu", "memory"):
+        assert find_controller(kind, mounts) == Controller(root=unified, version=2, kind=kind)
 
 
 def test_faults_are_read():

@@ -82,6 +82,27 @@ def test_a_slow_host_waits_and_has_the_weights(tmp_path: Path, sharded: str) -> 
     assert found[0][1] == found[1][1] == found[2][1]
 
 
+def train_from_meta(world: World, folder: Path) -> tuple[tuple[float, ...], int]:
+    trainer = make_trainer(folder, world.size > 1, shard_weights=True)
+    with torch.device("meta"):
+        model = Llama(TINY)
+    report = hm.Trainer(model, None, trainer.data, trainer.config).fit()
+    return report.losses, sum(p.numel() for p in model.layers.parameters())
+
+
+def test_a_host_that_waits_never_has_weights_that_are_dealt_out_from_the_start(tmp_path: Path) -> None:
+    one, three = tmp_path / "one", tmp_path / "three"
+    for folder in (one, three):
+        folder.mkdir()
+        write_files(folder, (FAST, SLOW, FAST))
+    expected, whole = run_ranks(1, train_from_meta, one)[0]
+    assert whole > 0
+    for losses, left in run_ranks(3, train_from_meta, three):
+        assert losses == pytest.approx(expected, rel=1e-6)
+        assert left == 0
+    assert working(three) == {0, 1}
+
+
 def resumed(world: World, folder: Path) -> tuple[float, ...]:
     first = make_trainer(folder, True, max_steps=2, checkpoint_every=2).fit().losses
     return first + make_trainer(folder, True, checkpoint_every=2, resume=True).fit().losses
