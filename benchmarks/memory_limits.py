@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def layouts(system: str, hosts: int, micro_tokens: Sequence[int]) -> Iterator[La
     keeping: dict[str, tuple[tuple[str, ...], ...]] = {"fsdp2": ((), ("--keep", "--defer")), "zero3": ((),)}
     for recomputed in (("--checkpoint",), ()):
         for micro in sorted(micro_tokens, key=lambda n: n or sys.maxsize):
-            for keep in keeping[system]:
+            for keep in keeping[system] if hosts > 1 else ((),):
                 flags = ("--system", system, *recomputed, *keep, "--micro-tokens", str(micro))
                 told = " ".join(flags[1:]).replace("--", "")
                 yield Layout(f"{told}, {hosts} host{'s' * (hosts > 1)}", hosts, flags)
@@ -89,6 +90,7 @@ def run(
     part = of_hosts(cluster, layout.hosts)
     file, output = folder / "cluster.toml", folder / "run.json"
     output.unlink(missing_ok=True)
+    shutil.rmtree(output.with_suffix(".run"), ignore_errors=True)
     file.write_text(cluster_toml(part))
     speeds = part.speeds()
     cores = chosen.cores * sum(speeds) / sum(cluster.speeds())

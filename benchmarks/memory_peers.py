@@ -254,7 +254,7 @@ def run_ours(chosen: argparse.Namespace) -> dict[str, Any]:
         "seconds": [row["measured_seconds"] for row in rows],
         "losses": [row["loss"] for row in rows],
         "tokens": [row["tokens"] for row in rows],
-        "peaks": [],
+        "peaks": [rank["measured"] for rank in json.loads((folder / "memory.json").read_text())["ranks"]],
     }
 
 

@@ -41,7 +41,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> float:
 def _check_group(optimizer: torch.optim.Optimizer, group: dict[str, Any], like: torch.Tensor) -> float:
     name = type(optimizer).__name__
     noise = torch.Generator().manual_seed(0)
-    values = [torch.randn(_SHAPE, generator=noise).to(like) for _ in range(_STEPS + 1)]
+    device = "cpu" if like.is_meta else like.device  # before a model has weights there is nothing to compare elsewhere
+    values = [torch.randn(_SHAPE, generator=noise).to(device, like.dtype) for _ in range(_STEPS + 1)]
     whole = torch.nn.Parameter(values[0].clone())
     flat = values[0].flatten()
     parts = [torch.nn.Parameter(flat[a:b].clone()) for a, b in pairwise(_CUTS)]

@@ -17,6 +17,8 @@ LEAST_US = 1_000
 """The kernel's least quota a period."""
 SHARE_OF_MACHINE = 0.9
 """The rest is for the network's and the sandbox's own work."""
+LAUNCHER_BYTES = 200 << 20
+"""Of a host beside its devices' memory: torchrun was measured to take 156 MB."""
 _WHAT = {"cpu": "device speeds can't be emulated", "memory": "memory can't be limited"}
 _WAY_OUT = {"cpu": "use --no-quota", "memory": "leave --limit-memory out"}
 
@@ -47,8 +49,10 @@ def shares(cluster: Cluster, cores: float | None) -> tuple[float, ...]:
 
 
 def memory_limits(cluster: Cluster) -> tuple[int, ...]:
-    """Bytes of each host: what its devices have."""
-    return tuple(round(host.count * cluster.devices[host.device].memory_gb * 1e9) for host in cluster.hosts)
+    """Bytes of each host: what its devices have, and what the command's launcher takes beside the ranks."""
+    return tuple(
+        LAUNCHER_BYTES + round(host.count * cluster.devices[host.device].memory_gb * 1e9) for host in cluster.hosts
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

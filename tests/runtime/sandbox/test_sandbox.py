@@ -294,7 +294,7 @@ def test_a_host_is_killed_that_uses_more_memory_than_its_devices_have():
     small = replace(small, devices={name: replace(d, memory_gb=0.1) for name, d in small.devices.items()})
     before = made(os.getpid())
     with Sandbox(small, cores=0.5, limit_memory=True) as sandbox:
-        for megabytes, status in ((40, 0), (300, 137)):
+        for megabytes, status in ((40, 0), (400, 137)):
             words = [sys.executable, "-c", f"bytearray({megabytes} << 20)"]
             assert sandbox["a"].start(words).wait(20) == status
     assert made(os.getpid()) == before
