@@ -1,6 +1,6 @@
 """A model that doesn't fit a cluster's small hosts: Heteromesh against FSDP2 and DeepSpeed ZeRO-3, memory limited.
 
-    python benchmarks/memory_limits.py [CLUSTER.toml] [--steps 4] [--turns 2] [--systems fsdp2,zero3] [...]
+    python benchmarks/memory_limits.py [--cluster FILE] [--steps 4] [--turns 2] [--systems fsdp2,zero3] [...]
 
 Root on Linux (docs/sandbox.md): a host that uses more memory than its devices have is killed. DeepSpeed is left out
 where it is not installed. Every system trains the same model from the same file on the same batches
@@ -162,7 +162,7 @@ def compare(layout: Layout, cluster: Cluster, folder: Path, chosen: argparse.Nam
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cluster", type=Path, nargs="?", default=CLUSTER)
+    parser.add_argument("--cluster", type=Path, default=CLUSTER)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--systems", default="fsdp2,zero3")
