@@ -41,6 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--meta", action="store_true", help="a model without weights at first, so it need fit no rank")
     parser.add_argument("--shard-weights", action="store_true", help="each rank keeps a part of the parameters")
     parser.add_argument("--shard-optimizer", action="store_true", help="each rank updates a part of the parameters")
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
@@ -84,16 +85,16 @@ def main() -> None:
 
 def build(options: argparse.Namespace, vocab: int) -> Llama:
     torch.manual_seed(options.seed)
-    return Llama(
-        LlamaConfig(
-            vocab=vocab,
-            layers=options.layers,
-            hidden=options.hidden,
-            heads=options.heads,
-            kv_heads=options.kv_heads,
-            intermediate=-(-options.hidden * 8 // 3 // 16) * 16,
-        )
+    config = LlamaConfig(
+        vocab=vocab,
+        layers=options.layers,
+        hidden=options.hidden,
+        heads=options.heads,
+        kv_heads=options.kv_heads,
+        intermediate=-(-options.hidden * 8 // 3 // 16) * 16,
     )
+    with torch.device("meta" if options.meta else "cpu"):
+        return Llama(config)
 
 
 if __name__ == "__main__":
