@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import heteromesh as hm
+from heteromesh.parallel.transformers import register
 from heteromesh.planner.cluster.catalog import Device
 from heteromesh.planner.cluster.cluster import Cluster, Host, Nic
 from heteromesh.planner.cluster.files import cluster_toml
@@ -92,6 +93,7 @@ def work(chosen: argparse.Namespace) -> None:
     if chosen.kind in ("lora", "moe"):
         from accelerate import init_empty_weights
 
+        register()
         with init_empty_weights():
             model = KINDS[chosen.kind]()
     else:
@@ -103,7 +105,7 @@ def work(chosen: argparse.Namespace) -> None:
     config = hm.TrainerConfig(
         batch_tokens=512,
         max_steps=chosen.steps,
-        run_dir=chosen.run,
+        run_dir=chosen.run_folder,
         cluster=chosen.cluster,
         print_plans=0,
         idle_hosts=False,
@@ -122,7 +124,7 @@ def cluster_of(memory: Sequence[float]) -> Cluster:
 
 def run(kind: str, folder: Path, steps: int, limits: Cluster | None = None, assumed: Cluster | None = None) -> str:
     """Trains; returns how it ended. assumed: the cluster that the Trainer is told of."""
-    words = [sys.executable, __file__, "--kind", kind, "--run", str(folder / "run"), "--steps", str(steps)]
+    words = [sys.executable, __file__, "--kind", kind, "--run-folder", str(folder / "run"), "--steps", str(steps)]
     folder.mkdir()
     if limits is not None and assumed is not None:
         for name, cluster in (("limits", limits), ("assumed", assumed)):
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--large", type=float, default=LARGE, help="GB of the first host")
     parser.add_argument("--small", type=float, default=SMALL, help="GB of the others")
-    for name in ("kind", "run", "cluster"):
+    for name in ("kind", "run-folder", "cluster"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.kind:

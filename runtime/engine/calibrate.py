@@ -43,6 +43,10 @@ REPEATS = 3
 SLOW_SECONDS = 0.5
 LONGEST, SHORTEST = 6144, 64
 """Tokens of measuring passes: longer ones follow from the fit, and would take long."""
+TELLING = 1024
+"""Tokens of a sequence from which on a pass tells what attention costs."""
+INEFFICIENCY = 16.0
+"""Times as long as by its operations attention may take, beside what weights compute; with experts not all compute."""
 RUN_SECONDS = 3.0
 RATE_BYTES = (1 << 20, 16 << 20)
 HOST_BYTES = 64 << 20
@@ -122,7 +126,8 @@ class Calibration:
         packs = [(own,), (-(-own // 2),), (short,) * max(1, own // short // 2), (short,)]
         rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
         everyone = self._world.gather((rows, [self._local_seconds(pack) for pack in packs]))
-        fit, speeds = fit_jointly([rows for rows, _ in everyone], [seconds for _, seconds in everyone])
+        measured = [rows for rows, _ in everyone]
+        fit, speeds = fit_jointly(measured, [seconds for _, seconds in everyone], self._most_pairs(shape, measured))
         a, b, c = fit.tolist()
         if not a and not b:  # too small a model to tell tokens from passes: an upper bound will do
             b = min(seconds[0] / rows[0][1] for rows, seconds in everyone)
@@ -141,6 +146,17 @@ class Calibration:
             offload_share=max(0.0, 1 - 2 / shape.calls) if shape else 0.0,
         )
         return self._with_exchanges(costs, rate) if self._world.size > 1 else costs
+
+    def _most_pairs(self, shape: ObservedAttention | None, rows: Sequence[np.ndarray[Any, Any]]) -> float:
+        """Returns how much a pair of tokens can cost at the most, in tokens' own seconds; inf where passes show it.
+
+        What attention computes for a pair is 2 heads dim operations a call (half of a causal square), what weights
+        compute for a token twice their number; short passes can't tell the one from the other.
+        """
+        if shape is None or max(float(r[:, 0].max()) for r in rows) >= TELLING**2:
+            return math.inf
+        weights = sum(p.numel() for p in self._executor.model.parameters())
+        return INEFFICIENCY * shape.calls * shape.heads * shape.dim / max(1, weights)
 
     def _affordable(self) -> int:
         """Tokens of a pass that takes this rank at most `run_seconds`, however it grows with its length."""

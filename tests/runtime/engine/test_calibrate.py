@@ -1,8 +1,10 @@
 """Measured costs: the fit, and that the bytes a plan predicts are those that are sent."""
 
+import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,24 @@ def test_fit_is_never_negative() -> None:
     falling = fit_nonnegative(rows, np.array([1.0, 2.0, 3.0]))
     assert (falling >= 0).all()
     assert falling[0] == 0
+
+
+def test_short_passes_do_not_make_pairs_cost_what_only_tokens_can() -> None:
+    """Noise made all of 80 tokens' cost quadratic: a sequence of 1024 was predicted to take 140 s, and took 15."""
+    packs = [(80,), (40,), (32, 32), (32,)]
+    rows = np.array([[sum(s * s for s in p), sum(p), 1.0] for p in packs])
+    seconds = rows @ np.array([1.4e-4, 0.0, 1.0])
+    assert fit_nonnegative(rows, seconds)[1] == 0
+    found = fit_nonnegative(rows, seconds, most=1e-3)
+    assert found[0] == pytest.approx(1e-3 * found[1])
+    assert found[1] > 0
+
+    def error(coefficients: np.ndarray[Any, Any]) -> float:
+        return float(((rows @ coefficients / seconds - 1) ** 2).sum())
+
+    for b, c in itertools.product(np.linspace(0, 0.02, 21), np.linspace(0, 2, 21)):
+        for a in (0.0, 0.5e-3 * b, 1e-3 * b):
+            assert error(found) <= error(np.array([a, b, c])) + 1e-12
 
 
 def counted_and_predicted(world: World, recompute: bool) -> list[tuple[str, float, float, float]]:
