@@ -28,6 +28,7 @@ from pathlib import Path
 
 import memory_peers
 import torch
+from cluster_training import Run
 from safetensors.torch import save_file
 
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster
@@ -51,19 +52,11 @@ class Layout:
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What a run came to; by step, and by rank the peak of its memory in bytes."""
+@dataclass(frozen=True)
+class LimitedRun(Run):
+    """What a run came to; by rank the peak of its memory in bytes, too."""
 
-    seconds: list[float]
-    losses: list[float]
-    tokens: list[int]
-    peaks: list[float]
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second without the first step, which allocates."""
-        return sum(self.tokens[1:]) / sum(self.seconds[1:])
+    peaks: tuple[float, ...] = ()
 
 
 def layouts(system: str, hosts: int, micro_tokens: Sequence[int]) -> Iterator[Layout]:
@@ -85,7 +78,7 @@ def of_hosts(cluster: Cluster, count: int) -> Cluster:
 
 def run(
     layout: Layout, cluster: Cluster, steps: int, folder: Path, chosen: argparse.Namespace, more: list[str]
-) -> Run | str:
+) -> LimitedRun | str:
     """Returns the run, or in a few words why there is none."""
     part = of_hosts(cluster, layout.hosts)
     file, output = folder / "cluster.toml", folder / "run.json"
@@ -119,7 +112,7 @@ def run(
             return "killed: out of memory"
         return f"failed: {told[-1500:]}" if chosen.verbose else f"failed ({ended.returncode})"
     result = json.loads(output.read_text())
-    return Run(result["seconds"], result["losses"], result["tokens"], result["peaks"])
+    return LimitedRun(result["seconds"], result["tokens"], result["losses"], peaks=tuple(result["peaks"]))
 
 
 def best_of(system: str, cluster: Cluster, folder: Path, chosen: argparse.Namespace, more: list[str]) -> Layout | None:
@@ -129,16 +122,16 @@ def best_of(system: str, cluster: Cluster, folder: Path, chosen: argparse.Namesp
         for number, layout in enumerate(layouts(system, hosts, chosen.micro_tokens)):
             tried = run(layout, cluster, TRIED, folder, chosen, more)
             print(f"  {layout.name}: {tried if isinstance(tried, str) else told(tried)}", flush=True)
-            if isinstance(tried, Run):
-                found[layout] = tried.rate
+            if isinstance(tried, LimitedRun):
+                found[layout] = tried.tokens_per_second
             elif number == 0:
                 break  # the others need more memory
     return max(found, key=lambda layout: found[layout]) if found else None
 
 
-def told(done: Run) -> str:
+def told(done: LimitedRun) -> str:
     peaks = " / ".join(f"{peak / 1e9:.2f}" for peak in done.peaks)
-    return f"{done.rate:,.1f} tokens/s, peaks {peaks} GB"
+    return f"{done.tokens_per_second:,.1f} tokens/s, peaks {peaks} GB"
 
 
 def compare(layout: Layout, cluster: Cluster, folder: Path, chosen: argparse.Namespace, more: list[str]) -> list[float]:
@@ -156,7 +149,7 @@ def compare(layout: Layout, cluster: Cluster, folder: Path, chosen: argparse.Nam
         worst = max(abs(a - b) / b for a, b in zip(mine.losses, theirs.losses, strict=True))
         if worst > 1e-3:
             raise SystemExit(f"losses differ by {worst:.1e}")
-        ratios.append(mine.rate / theirs.rate)
+        ratios.append(mine.tokens_per_second / theirs.tokens_per_second)
     return ratios
 
 

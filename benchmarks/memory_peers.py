@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +26,14 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from training_peers import CLIP, IDLE_TOKENS, LEARNING_RATE, deal, world_sum
+from training_peers import CLIP, IDLE_TOKENS, LEARNING_RATE, deal, run_rank, world_sum
 
 import heteromesh as hm
 from heteromesh.comm.world import World
 from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.planner.model.lengths import open_lengths
 from heteromesh.planner.plan import Pass, Step
+from heteromesh.runtime.process.memory import peak_bytes
 from heteromesh.runtime.work.reader import IGNORED, PassInput, Reader
 from heteromesh.runtime.work.sampler import Batch, Sampler
 from llama import Llama, LlamaConfig
@@ -223,15 +223,9 @@ def run_peer(chosen: argparse.Namespace) -> dict[str, list[float]]:
         mark = now
         result["tokens"].append(sum(batch.lengths))
     peaks = [0.0] * world.size
-    dist.all_gather_object(peaks, _peak_bytes())
+    dist.all_gather_object(peaks, peak_bytes(torch.device("cpu")))
     dist.destroy_process_group()
     return result | {"peaks": peaks}
-
-
-def _peak_bytes() -> float:
-    """Returns the most memory that this process has had."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) * 1024
 
 
 def run_ours(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -258,13 +252,6 @@ def run_ours(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    chosen = options()
-    torch.set_num_threads(1)
-    result = (run_peer if chosen.system in PEERS else run_ours)(chosen)
-    if int(os.environ.get("RANK", "0")) == 0:
-        chosen.output.write_text(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main()
+    settings = options()
+    run_rank(settings, run_peer if settings.system in PEERS else run_ours)

@@ -268,13 +268,14 @@ def waited(measured: dict[str, Any]) -> float:
     return max(all_of - busy for all_of, busy in zip(spent, measured["busy_seconds"], strict=True))
 
 
-def main() -> None:
-    chosen = options()
+def run_rank(chosen: argparse.Namespace, run: Callable[[argparse.Namespace], Any]) -> None:
+    """Runs one rank on one thread; the first writes what came of it."""
     torch.set_num_threads(1)
-    result = (run_peer if chosen.system in PEERS else run_ours)(chosen)
+    result = run(chosen)
     if int(os.environ.get("RANK", "0")) == 0:
         chosen.output.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    settings = options()
+    run_rank(settings, run_peer if settings.system in PEERS else run_ours)

@@ -19,7 +19,7 @@ from torch import nn
 from heteromesh.comm.gradients.exchange import GradientExchange, Share
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.attention.api import PassContext
+from heteromesh.parallel.attention.api import PassContext, prepare_pass
 from heteromesh.parallel.layer_major.forwards import run_forwards
 from heteromesh.parallel.layer_major.pass_run import Head, PassBody
 from heteromesh.parallel.layer_major.schedule import LayerMajorSchedule, LayerOrder, Timed
@@ -31,9 +31,10 @@ from heteromesh.parallel.model.layers import outermost_layers, own_parameters
 from heteromesh.parallel.model.loss import Loss, PassLosses
 from heteromesh.parallel.model.offload import ActivationOffload
 from heteromesh.parallel.model.recompute import keep_activations, recompute_layers
+from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.api import Measurements
 from heteromesh.runtime.engine.passes import PassMajor, PassTimer, RanPass, measured, prepared
-from heteromesh.runtime.work.reader import PassInput
+from heteromesh.runtime.work.reader import PassInput, Reader
 from heteromesh.runtime.work.source import Assignment
 
 T = TypeVar("T")
@@ -51,6 +52,15 @@ class PassWork:
     """Of the step."""
     offload: float = 0.0
     """Share of what layers are given that is kept in host memory."""
+
+
+def sample_work(reader: Reader, device: torch.device, count: int, divisor: int, place: int = 0) -> PassWork:
+    """Returns a pass of `count` tokens of the data's own kind on one device, for trials; place: of its sequence."""
+    plan = Pass(ranks=(0,), method="local", sequences=(0,), shards=((count,),), seconds=0.0)
+    batch = reader.sample_input(plan, [count], 0)
+    context = prepare_pass(*batch.divided(plan, [count]), World(device=device), (1.0,))
+    places = range(place, place + len(context.layout.lengths))
+    return PassWork(context=context, batch=batch, places=places, divisor=divisor, number=1)
 
 
 class LayerMajor(PassMajor):

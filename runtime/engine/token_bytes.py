@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from heteromesh.comm.world import World
-from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.undisturbed import undisturbed
 from heteromesh.planner.ownership.memory import TokenBytes
-from heteromesh.planner.plan import Pass
-from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, untimed
+from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, sample_work, untimed
 from heteromesh.runtime.engine.live_bytes import LiveBytes, live_bytes
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.work.reader import Reader
@@ -97,14 +95,7 @@ class _Parts:
 def _works(reader: Reader, device: torch.device) -> Sequence[PassWork]:
     """Returns passes of one sequence each, of two sizes; `divisor` is their tokens."""
     longest = max(2, min(LONGEST, max(reader.lengths)))
-    works, world = [], World(device=device)
-    for count in (longest // 2, longest):
-        plan = Pass(ranks=(0,), method="local", sequences=(0,), shards=((count,),), seconds=0.0)
-        batch = reader.sample_input(plan, [count], 0)
-        context = prepare_pass(*batch.divided(plan, [count]), world, (1.0,))
-        places = range(len(context.layout.lengths))
-        works.append(PassWork(context=context, batch=batch, places=places, divisor=count, number=1))
-    return works
+    return [sample_work(reader, device, count, divisor=count) for count in (longest // 2, longest)]
 
 
 def _slope(points: Sequence[tuple[int, int]]) -> float:

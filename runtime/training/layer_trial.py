@@ -16,7 +16,6 @@ from torch import nn
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.attention.api import prepare_pass
 from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.arguments import WAY_OUT, mappings_in
 from heteromesh.parallel.layer_major.schedule import LayerOrder
@@ -24,8 +23,7 @@ from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.model.self_check import exactly
 from heteromesh.parallel.model.undisturbed import gradients_kept, modes_kept, undisturbed
-from heteromesh.planner.plan import Pass
-from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, untimed
+from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, sample_work, untimed
 from heteromesh.runtime.work.reader import Reader
 
 _SIZES = (13, 9)
@@ -68,15 +66,8 @@ def try_layers(
 
 def trial_works(reader: Reader, device: torch.device) -> list[PassWork]:
     """Returns passes of a few tokens of the data, to be tried on one device."""
-    works, world = [], World(device=device)
-    for place, size in enumerate(_SIZES):
-        count = min(size, max(reader.lengths))
-        plan = Pass(ranks=(0,), method="local", sequences=(0,), shards=((count,),), seconds=0.0)
-        batch = reader.sample_input(plan, [count], 0)
-        context = prepare_pass(*batch.divided(plan, [count]), world, (1.0,))
-        places = range(place, place + len(context.layout.lengths))
-        works.append(PassWork(context=context, batch=batch, places=places, divisor=sum(_SIZES), number=1))
-    return works
+    counts = [min(size, max(reader.lengths)) for size in _SIZES]
+    return [sample_work(reader, device, count, sum(_SIZES), place) for place, count in enumerate(counts)]
 
 
 def _pass_by_pass(
