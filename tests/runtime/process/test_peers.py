@@ -35,7 +35,7 @@ nics = [{ kind = "ethernet", gbit = 1 }]
 """
 SCRIPT = """
 import test_peers
-test_peers.make_trainer(test_peers.Path({folder!r}), max_steps=100000, timeout_seconds=4.0).fit()
+test_peers.make_trainer(test_peers.Path({folder!r}), max_steps=100000, timeout_seconds=4.0, idle_hosts=False).fit()
 """
 
 
