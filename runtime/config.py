@@ -45,6 +45,10 @@ class TrainerConfig:
     """Each rank has no more than its part of the weights either: a layer is gathered when all passes go through it, and
     computed again in the backward (docs/sharded-weights.md). Shards the optimizer too. auto: where whole weights are
     known to exceed a rank's memory, by the cluster file's or by CUDA's."""
+    offload_optimizer: Literal["auto", "none", "host", "disk"] = "auto"
+    """Where AdamW's moments lie. host: in host memory (on CPU devices that is theirs, and nothing changes). disk: in
+    files in `run_dir` while the job lives. auto: as much as must leaves a rank whose memory is known to be too little,
+    for host memory, then for the disk. none: all stays on the device (docs/offload.md)."""
     gradient_compression: Literal["none", "int8", "auto"] = "none"
     """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     fault_tolerance: bool = False
@@ -95,6 +99,11 @@ class TrainerConfig:
         self._require("shard_weights", self.shard_weights in (True, False, "auto"), "True, False or 'auto'")
         self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
         self._require("labels", self.labels in ("shifted", "unshifted"), "'shifted' or 'unshifted'")
+        self._require(
+            "offload_optimizer",
+            self.offload_optimizer in ("auto", "none", "host", "disk"),
+            "'auto', 'none', 'host' (DeepSpeed's cpu) or 'disk' (its nvme)",
+        )
         self._require(
             "gradient_compression", self.gradient_compression in ("none", "int8", "auto"), "'none', 'int8' or 'auto'"
         )

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise, has_value_per_element, is_elementwise_state
-from heteromesh.parallel.state.fragments import Fragment, Piece
+from heteromesh.parallel.state.fragments import Fragment, KeepsPieces, Piece
 from heteromesh.parallel.state.parts import Slice, StatePart, concat_state, split_state
 
 
@@ -156,6 +156,9 @@ class FragmentedOptimizer:
         for fragment in self.fragments:
             state, name = self.inner.state.get(fragment.tensor, {}), self._names[fragment.parameter]
             assert name not in found, f"{name} is held in several fragments"
+            if state and isinstance(self.inner, KeepsPieces):
+                found[name] = self.inner.checkpoint_pieces(fragment.tensor, fragment.shape, fragment.start)
+                continue
             found[name] = {
                 k: Piece(v, fragment.shape, fragment.start) if is_elementwise_state(k, v, fragment.tensor.shape) else v
                 for k, v in state.items()
@@ -169,9 +172,12 @@ class FragmentedOptimizer:
         """
         buffers: dict[str, dict[str, Any]] = {}
         for fragment in self.fragments:
-            name = self._names[fragment.parameter]
+            name, kept = self._names[fragment.parameter], {}
+            if isinstance(self.inner, KeepsPieces):
+                there = self.inner.checkpoint_pieces(fragment.tensor, fragment.shape, fragment.start)
+                kept = {key: value for key, value in there.items() if isinstance(value, Piece)}
             for key, entry in stored.get(name, {}).items():
-                buffers.setdefault(name, {})[key] = _buffer(key, entry, fragment)
+                buffers.setdefault(name, {})[key] = kept.get(key) or _buffer(key, entry, fragment)
         return {"state": buffers, "param_groups": self._named_groups()}
 
     def load_entries(self, entries: Mapping[str, Any]) -> None:
@@ -179,7 +185,7 @@ class FragmentedOptimizer:
         states = {}
         for i, fragment in enumerate(self.fragments):
             if given := entries["state"].get(self._names[fragment.parameter]):
-                states[i] = {k: v.tensor if isinstance(v, Piece) else v for k, v in given.items()}
+                states[i] = {k: v.loaded() if isinstance(v, Piece) else v for k, v in given.items()}
         self._load(states, entries["param_groups"])
 
     def _use(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -81,6 +82,35 @@ class Piece:
         sizes = next(s for o, s in self.boxes() if o == tuple(offsets))
         first = sum(o * math.prod(self.shape[i + 1 :]) for i, o in enumerate(offsets)) - self.start
         return self.tensor[first : first + math.prod(sizes)].view(sizes)
+
+    def written(self) -> list[Box]:
+        """Returns the boxes in which it is written, each of which `box` gives."""
+        return self.boxes()
+
+    def target(self, offsets: Sequence[int], first: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """Returns memory for stored values of these sizes that begin at `first` in the box at `offsets`."""
+        part = self.box(offsets)
+        for dimension, (start, size) in enumerate(zip(first, sizes, strict=True)):
+            part = part.narrow(dimension, start, size)
+        return part
+
+    def take(self, offsets: Sequence[int], first: Sequence[int], values: torch.Tensor) -> None:
+        """Is called when values have been read into what `target` has given."""
+
+    def loaded(self) -> Any:
+        """Returns what an optimizer is given when all has been read: the elements (n,)."""
+        return self.tensor
+
+
+@runtime_checkable
+class KeepsPieces(Protocol):
+    """An optimizer that keeps values of elements where they can't all be had at once as tensors."""
+
+    def checkpoint_pieces(self, parameter: torch.Tensor, shape: Sequence[int], start: int) -> dict[str, Any]:
+        """Returns what a checkpoint has of a parameter of the optimizer, which is elements from `start` on of a tensor
+        of this shape: `Piece` for what each element has a value of. An optimizer that is then given these pieces as
+        the parameter's state has their values already.
+        """
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:

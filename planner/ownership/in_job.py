@@ -78,6 +78,8 @@ class JobRank:
     """What people call it."""
     senders: int = 1
     """Other ranks or hosts whose contributions to what it owns it receives, each into a buffer."""
+    in_memory: float = 1.0
+    """Of the optimizer's state that it owns, what its memory has at the most; the rest is on lower tiers."""
 
 
 def replicated_in_job(
@@ -89,7 +91,7 @@ def replicated_in_job(
     copies of weights and state. Gradients are kept from step to step, but where each rank has its part of their sum.
     """
     in_flight = min(model.whole_trained, 2 * model.largest) * (1 + optimizer * rank.senders) if ranks > 1 else 0.0
-    state = optimizer * model.state * model.whole_trained
+    state = rank.in_memory * optimizer * model.state * model.whole_trained
     base = MemoryByKind(weights=model.whole, moments=state, context=rank.context)
     works = replace(base, gradients=model.whole_trained, activations=pass_bytes, collective_buffers=in_flight)
     kept = model.whole_trained if optimizer == 1 and ranks > 1 else 0.0
@@ -173,7 +175,7 @@ class StepMoments:
         # of what is kept, the own part is a part, but for what owners keep in another precision
         self._per_fraction["weights"] += sum(model.layers[:dropped]) - sum(model.apart[:dropped])
         self._per_fraction["masters"] += sum(model.apart) + model.outside_apart
-        self._per_fraction["moments"] += model.state * model.whole_trained
+        self._per_fraction["moments"] += rank.in_memory * model.state * model.whole_trained
         self._constant["context"] += rank.context
 
     def _gradients(self, model: JobModel, senders: int) -> None:

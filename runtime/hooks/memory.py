@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from heteromesh.comm.world import World
@@ -22,16 +22,26 @@ class RankMemory:
     """The most in training."""
     predicted: MemoryByKind | None
     """For the step that was predicted to take most; None: not known."""
+    moments: Mapping[str, float]
+    """Of the optimizer's state, on each tier: device, host, disk; empty: not known."""
 
 
 class MemoryRecord(Hook):
     """Compares the memory of a world that stays with what the steps' plans make of it."""
 
     def __init__(
-        self, world: World, predicted: Predicted, say: Callable[[str], None], write: Callable[[object], None]
+        self,
+        world: World,
+        predicted: Predicted,
+        say: Callable[[str], None],
+        write: Callable[[object], None],
+        moments: Callable[[], Sequence[Mapping[str, float]]],
     ) -> None:
-        """predicted: see `Predicted`. say, write: take a line for people and a JSON value, on the rank that writes."""
+        """predicted: see `Predicted`. say, write: take a line for people and a JSON value, on the rank that writes.
+        moments: returns by rank the bytes of optimizer state by tier; empty: all is where it was predicted.
+        """
         self._world, self._predicted, self._say, self._write = world, predicted, say, write
+        self._moments = moments
         self._steps: list[list[tuple[int, int]]] = [[] for _ in range(world.size)]
         """By rank, (tokens of its largest pass, tokens in all) of those steps that none had more of both than."""
 
@@ -55,9 +65,18 @@ class MemoryRecord(Hook):
         measured = self._world.gather(peak_bytes(self._world.device))
         if not any(self._steps) or not self._world.writes:
             return
-        found = [RankMemory(measured=m, predicted=self._most(rank)) for rank, m in enumerate(measured)]
+        found = [self._of(rank, m) for rank, m in enumerate(measured)]
         self._write([asdict(each) for each in found])
         self._say(told(found))
+
+    def _of(self, rank: int, measured: float) -> RankMemory:
+        predicted, tiers = self._most(rank), self._moments()
+        moments: Mapping[str, float] = {}
+        if tiers:
+            moments = tiers[rank]
+        elif predicted is not None:
+            moments = {"device": predicted.moments, "host": 0.0, "disk": 0.0}
+        return RankMemory(measured=measured, predicted=predicted, moments=moments)
 
     def _most(self, rank: int) -> MemoryByKind | None:
         """Returns the prediction for the rank's step that takes most."""
@@ -73,4 +92,9 @@ def told(ranks: Sequence[RankMemory]) -> str:
     measured = " / ".join(f"{rank.measured / 1e9:.2f}" for rank in ranks)
     known = [rank.predicted.total for rank in ranks if rank.predicted is not None]
     predicted = f"predicted {' / '.join(f'{size / 1e9:.2f}' for size in known)} GB, " if known else ""
-    return f"memory per rank: {predicted}measured {measured} GB"
+    lower = [
+        f"; {' / '.join(f'{rank.moments[tier] / 1e9:.2f}' for rank in ranks)} GB of moments {where}"
+        for tier, where in (("host", "in host memory"), ("disk", "on disk"))
+        if any(rank.moments.get(tier) for rank in ranks)
+    ]
+    return f"memory per rank: {predicted}measured {measured} GB{''.join(lower)}"

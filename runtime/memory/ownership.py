@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
-from heteromesh.planner.participation.in_job import JobOwnership, JobTokens, plan_ownership
+from heteromesh.planner.ownership.state_tiers import StateTiers, least_offloaded
+from heteromesh.planner.participation.in_job import Choose, JobOwnership, JobTokens, plan_ownership
 from heteromesh.planner.participation.in_job_traffic import job_traffic
 from heteromesh.planner.reduction.nics import over_one_nic
+from heteromesh.runtime.memory.offload import OptimizerOffload, TiersBelow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +31,8 @@ class OwnedJob:
     order: tuple[int, ...]
     """Indices of the layers, each once, in the order in which passes go through them first."""
     plan: JobOwnership
+    offload: OptimizerOffload
+    """Of the optimizer's state that each rank owns."""
 
     @property
     def resident(self) -> list[Collection[int]]:
@@ -80,18 +85,54 @@ def own_in_job(
     ranks: Sequence[JobRank],
     tokens: JobTokens,
     order: tuple[int, ...],
+    below: TiersBelow,
 ) -> OwnedJob:
     """Returns the job's ownership, equal on every rank. costs: whose speeds say what tokens a rank is given. order: see
-    `run_order`, in which the model's layers are too.
+    `run_order`, in which the model's layers are too. below: where the optimizer's state may go, or is to.
 
     Raises DoesNotFit on every rank where the ranks' memory can't hold the model.
     """
     quick = tuple(replace(rank, speed=speed) for rank, speed in zip(ranks, costs.speeds, strict=True))
 
-    def plan() -> JobOwnership:
-        return plan_ownership(model, quick, tokens, lambda most: over_one_nic(cluster, max_fraction=most).fractions)
+    def choose(most: Sequence[float] | None) -> Sequence[float]:
+        return over_one_nic(cluster, max_fraction=most).fractions
 
-    return OwnedJob(model=model, ranks=quick, tokens=tokens.bytes, order=order, plan=world.once(plan))
+    def plan() -> tuple[JobOwnership, OptimizerOffload]:
+        return own_and_offload(model, quick, tokens, choose, below)
+
+    plan_, offload = world.once(plan)
+    ranks_ = offload.within(quick)
+    return OwnedJob(model=model, ranks=ranks_, tokens=tokens.bytes, order=order, plan=plan_, offload=offload)
+
+
+def own_and_offload(
+    model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose, below: TiersBelow
+) -> tuple[JobOwnership, OptimizerOffload]:
+    """Returns who owns what, and where the optimizer's state of that lies: below the devices, only where the ranks
+    could not hold the model otherwise, or as the user wants it.
+
+    Raises DoesNotFit, and UserError where a tier has too little space.
+    """
+
+    def owned(kept: Sequence[float]) -> tuple[JobOwnership, OptimizerOffload]:
+        held = [StateTiers(device=share).in_memory for share in kept]
+        plan = plan_ownership(
+            model, [replace(r, in_memory=m) for r, m in zip(ranks, held, strict=True)], tokens, choose
+        )
+        return plan, below.placed(kept, [f * model.state * model.whole_trained for f in plan.fractions])
+
+    def works(kept: tuple[float, ...]) -> bool:
+        try:
+            owned(kept)
+        except UserError:
+            return False
+        return True
+
+    asked = tuple(tiers.device for tiers in below.placed([1.0] * len(ranks), [1.0] * len(ranks)).tiers)
+    if below.may_be_used and not works(asked):
+        kept = least_offloaded(works, [rank.memory for rank in ranks])
+        return owned(kept if kept is not None else (0.0,) * len(ranks))  # raises what is still short
+    return owned(asked)
 
 
 def run_order(order: LayerOrder, count: int) -> tuple[int, ...]:

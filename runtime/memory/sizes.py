@@ -70,7 +70,7 @@ def job_ranks(cluster: Cluster, world: World, model: nn.Module, *, described: bo
     described: whether the cluster's devices are the user's. Elsewhere only CUDA devices say what they have.
     """
     give_back(world.device)
-    own = _usable(cluster, world, described), _context(world.device, model)
+    own = usable_bytes(cluster, world, described), _context(world.device, model)
     counts = Counter(cluster.rank_hosts)
     return [
         JobRank(
@@ -84,7 +84,7 @@ def job_ranks(cluster: Cluster, world: World, model: nn.Module, *, described: bo
     ]
 
 
-def _usable(cluster: Cluster, world: World, described: bool) -> float:
+def usable_bytes(cluster: Cluster, world: World, described: bool) -> float:
     """Returns the bytes that this rank may use; infinite where nobody has said."""
     found = math.inf
     device = cluster.device_of(world.rank)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
+import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +67,42 @@ def give_back_at_once(device: torch.device) -> None:
             library = ctypes.CDLL(None)
             library.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
             library.mallopt(_M_TRIM_THRESHOLD, LARGE_BLOCK)
+
+
+def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounts: Path = Path("/sys/fs/cgroup")) -> tuple[float, str]:
+    """Returns the least memory in bytes that a control group of this process may use, and which one; infinite: none
+    has a limit.
+    """
+    found = math.inf, ""
+    with suppress(OSError):
+        for line in groups.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number != "0" and "memory" not in controllers.split(","):
+                continue
+            roots = (mounts, mounts / "unified") if number == "0" else (mounts / "memory", mounts / controllers)
+            name = "memory.max" if number == "0" else "memory.limit_in_bytes"
+            for root in roots:
+                # a container may see its own group as the root
+                group = root / path.lstrip("/")
+                above = [g for g in (group, *group.parents) if g.is_relative_to(root)]
+                found = min([found, *(_limit_of(g / name) for g in above)])
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found if found[0] < physical else (math.inf, "")
+
+
+def available_bytes() -> float:
+    """Returns what memory the kernel could give to processes now, on this host."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _limit_of(file: Path) -> tuple[float, str]:
+    with suppress(OSError, ValueError):
+        return float(int(file.read_text())), str(file)
+    return math.inf, ""
 
 
 def _status(key: str) -> float:

@@ -6,7 +6,7 @@ A checkpoint of a sharded optimizer has the entries of an unsharded one, so that
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from heteromesh.parallel.state.fragments import Piece
+from heteromesh.parallel.state.fragments import Box, Piece
 from heteromesh.runtime.records.checkpoint_files import MetadataReader
 
 STATE = ("optimizer", "state")
@@ -69,7 +69,7 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         for key, piece in self._pieces.items():
             stored = self.metadata.state_dict_metadata[key]
             assert isinstance(stored, TensorStorageMetadata)
-            plan.items.extend(create_read_items_for_chunk_list(key, stored, _chunks(piece)))
+            plan.items.extend(create_read_items_for_chunk_list(key, stored, _chunks(piece.boxes())))
         return plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -78,11 +78,19 @@ class PieceLoadPlanner(DefaultLoadPlanner):
         value.seek(0)
         super().load_bytes(read_item, value)
 
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        index = read_item.dest_index
         if index.fqn in self._pieces:
             assert index.offset is not None
-            return self._pieces[index.fqn].box(index.offset)
-        return super().lookup_tensor(index)
+            return self._pieces[index.fqn].target(index.offset, read_item.dest_offsets, read_item.lengths)
+        found: torch.Tensor = super().resolve_tensor(read_item)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        index = read_item.dest_index
+        if index.fqn in self._pieces:
+            assert index.offset is not None
+            self._pieces[index.fqn].take(index.offset, read_item.dest_offsets, tensor)
 
 
 class Stored(NamedTuple):
@@ -111,8 +119,8 @@ def stored_weights(path: Path) -> dict[str, str]:
     return {str(names[1]): flat for flat, names in where.items() if len(names) == 2 and names[0] == "model"}
 
 
-def _chunks(piece: Piece) -> list[ChunkStorageMetadata]:
-    return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in piece.boxes()]
+def _chunks(boxes: Sequence[Box]) -> list[ChunkStorageMetadata]:
+    return [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
 
 
 def _write_items(key: str, piece: Piece) -> list[WriteItem]:
@@ -123,5 +131,5 @@ def _write_items(key: str, piece: Piece) -> list[WriteItem]:
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=piece.shape),
         )
-        for chunk in _chunks(piece)
+        for chunk in _chunks(piece.written())
     ]

@@ -129,11 +129,12 @@ def _check_stages(config: TrainerConfig, path: str | Path) -> None:
     reasons = {
         "shard_optimizer": "each rank has the state of its stage only",
         "shard_weights": "each rank has the weights of its stage only",
+        "offload_optimizer": "the state of stages is not moved",
         "fault_tolerance": "no other rank has a stage's weights",
         "compare_batches": "static layouts need the whole model on each rank",
     }
     for name, reason in reasons.items():
-        if getattr(config, name) not in (False, 0, "auto"):
+        if getattr(config, name) not in (False, 0, "auto", "none"):
             raise UserError(
                 f"{name} is {getattr(config, name)!r} and plan file {path} trains the model in pipeline stages "
                 f"({reason}): turn it off, or give another plan file"

@@ -345,6 +345,7 @@ def check_settings(job: Job) -> None:
         )
     refused = {
         "compare_batches": bool(config.compare_batches),
+        "offload_optimizer": config.offload_optimizer in ("host", "disk"),
         "gradient_compression": config.gradient_compression == "auto",
     }
     for name, given in refused.items():

@@ -118,8 +118,9 @@ class FixedJob:
         world.recorder.spans.clear()
         if world.rank == 0:
             self.records.open(world.members, self.progress.done)
-            if warning := self.job.reader.facts.warning():
-                self.console.say(warning)
+            for line in (self.mode.offload.told(config.run_dir), self.job.reader.facts.warning()):
+                if line:
+                    self.console.say(line)
 
     def run(self) -> TrainingReport:
         """Trains, saves, compares; on a rank without work it waits, and takes the trained weights."""
@@ -142,10 +143,11 @@ class FixedJob:
     def _train(self) -> TrainingReport:
         world, progress = self.world, self.progress
         session = Fixed(world)
-        memory = MemoryRecord(world, self.mode.memory, self.console.say, self.records.memory)
+        mode = self.mode
+        memory = MemoryRecord(world, mode.memory, self.console.say, self.records.memory, mode.offload.moments)
         hooks = HookCalls([self.records, self.console, memory, *self.measured], self.job.hooks, session.busy)
         loop = TrainingLoop(session, progress, self.interrupt, hooks, str(self.job.config.run_dir))
-        mode, state = self.mode, self.mode.state
+        state = mode.state
         work = mode.work(progress.done)
         parts = StepParts(work=work, engine=mode.engine, exchange=mode.exchange, state=state, buffers=mode.buffers)
         step = TrainStep(

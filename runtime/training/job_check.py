@@ -12,6 +12,7 @@ from torch import nn
 
 from heteromesh.errors import UserError
 from heteromesh.parallel.model.undisturbed import modes_kept
+from heteromesh.parallel.state.offload.optimizer import check_offloadable
 from heteromesh.runtime.records.plain import from_text, is_same, to_text
 from heteromesh.runtime.training.job import Job
 
@@ -19,6 +20,8 @@ from heteromesh.runtime.training.job import Job
 def check_job(job: Job) -> None:
     """Raises UserError for what can't be trained, or would be trained as something else."""
     _check_optimizer(job.optimizer, job.model)
+    if job.config.offload_optimizer in ("host", "disk"):
+        check_offloadable(job.optimizer)
     if job.schedule is not None:
         _check_schedule(job.schedule, job.optimizer)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
 from heteromesh.parallel.pipeline.exchange import StageExchange
 from heteromesh.parallel.pipeline.owner import StageOwner
+from heteromesh.parallel.state.offloaded import Offloaded
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
@@ -32,7 +35,6 @@ from heteromesh.planner.cost.json import costs_from_json, costs_to_json
 from heteromesh.planner.cost.measured import bind
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.model.constants import load_constants
-from heteromesh.planner.ownership.in_job import replicated_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.participation.in_job import JobTokens
 from heteromesh.planner.plan import Plan
@@ -49,7 +51,9 @@ from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.hooks.whole import Gathered, Settled, WholeStages
+from heteromesh.runtime.memory.offload import NOTHING_OFFLOADED, OptimizerOffload, on_all, tiers_below
 from heteromesh.runtime.memory.ownership import OwnedJob, own_in_job, run_order
+from heteromesh.runtime.memory.replicated import ReplicatedJob, hold_whole
 from heteromesh.runtime.memory.sizes import job_model, job_ranks
 from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
@@ -77,6 +81,8 @@ class Mode(ABC):
     buffers: PassBuffers
     held: nn.Module
     """What this rank writes into checkpoints: the model, or its part of it."""
+    offload: OptimizerOffload = NOTHING_OFFLOADED
+    """Where the optimizer's state lies."""
     is_tight: bool = False
     """Whether memory is planned for: then nothing is held that need not be."""
 
@@ -118,6 +124,8 @@ class Mode(ABC):
 class WholeModel(Mode):
     """The model on every rank; the optimizer's state too, or sharded."""
 
+    _whole: ReplicatedJob
+
     def __init__(
         self, job: Job, world: World, cluster: Cluster, plan: Plan | None, stack: ExitStack, costs: Costs | None = None
     ) -> None:
@@ -151,8 +159,9 @@ class WholeModel(Mode):
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
         config, world, base = self._job.config, self._world, self._bounded(self.measure())
-        self._ranks = job_ranks(self._cluster, world, self._job.model, described=bool(cluster_path(config)))
-        self._sizes = job_model(self._job.model, (), self._job.optimizer)
+        if not self.offload.is_used:
+            ranks = tuple(job_ranks(self._cluster, world, self._job.model, described=bool(cluster_path(config))))
+            self._whole = replace(self._whole, ranks=ranks)
         world.collectives = self._stack.enter_context(build_compression(config, world, self.exchange.buckets, base))
         self._costs = CostLearning(
             FixedCosts(base),
@@ -181,24 +190,11 @@ class WholeModel(Mode):
     def resolved(self) -> dict[str, Any]:
         """See Mode."""
         costs = costs_to_json(self._bounded(self.measure()))
-        return {"costs": costs, "gradient_compression": _compression(self._world)}
+        return {"costs": costs, "gradient_compression": _compression(self._world), **self.offload.resolved()}
 
     def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
         """See Mode."""
-        size, collectives, shards = self._world.size, self._world.collectives, [1.0] * self._world.size
-        if self._job.config.shards_state and collectives is not None:
-            shards = [(high - low) / _FINE for low, high in pairwise(collectives.bounds(_FINE))]
-        return tuple(
-            replicated_in_job(
-                self._sizes,
-                rank,
-                optimizer=f,
-                pass_bytes=self._tokens.per_pass * p + self._tokens.per_step * t,
-                ranks=size,
-                copied=True,
-            )
-            for rank, f, p, t in zip(self._ranks, shards, of_pass, of_step, strict=True)
-        )
+        return self._whole.memory(of_pass, of_step)
 
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
         """See Mode."""
@@ -245,17 +241,42 @@ class WholeModel(Mode):
 
     def _bounded(self, costs: Costs) -> Costs:
         """Returns the costs within what ranks can hold in a step."""
-        return costs
+        return self._whole.bounded(costs, self._job.config)
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         return GradientReducer(self._job.model.parameters(), scatter=sharded)
 
     def _state(self, sharded: bool) -> StateOwner:
-        job = self._job
+        job, world = self._job, self._world
+        self._whole = hold_whole(
+            job.config,
+            job.model,
+            job.optimizer,
+            world,
+            self._cluster,
+            described=bool(cluster_path(job.config)),
+            shares=self._shares(),
+            tokens=self._tokens,
+            longest=max(job.reader.lengths),
+        )
+        self.offload, self.is_tight = self._whole.offload, not self._whole.copied
+        optimizer = self._placed()
         if sharded:
-            return Sharded(job.optimizer, job.model, self.exchange.buckets, self._world)
-        buckets = self.exchange.buckets if self._world.size > 1 else ()
-        return Replicated(job.optimizer, job.model, buckets)
+            return on_all(world, lambda: Sharded(optimizer, job.model, self.exchange.buckets, world))
+        buckets = self.exchange.buckets if world.size > 1 else ()
+        kind = Replicated if optimizer is job.optimizer else Offloaded
+        return on_all(world, lambda: kind(optimizer, job.model, buckets))
+
+    def _placed(self) -> torch.optim.Optimizer:
+        """Returns the optimizer, with its state where there is memory for it."""
+        return self.offload.optimizer(self._job.optimizer, self._world, self._cluster, self._job.config, self._stack)
+
+    def _shares(self) -> list[float]:
+        """Returns by rank its fraction of the optimizer's state."""
+        collectives = self._world.collectives
+        if not self._job.config.shards_state or collectives is None:
+            return [1.0] * self._world.size
+        return [(high - low) / _FINE for low, high in pairwise(collectives.bounds(_FINE))]
 
 
 class LayerByLayer(WholeModel):
@@ -305,7 +326,7 @@ class LayerByLayer(WholeModel):
         return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
 
     def _limits(self, sharded: bool) -> Sequence[float] | None:
-        """Plans who owns what, once it is measured what passes take."""
+        """Plans who owns what, and where, once it is measured what passes take."""
         job, world, own = self._job, self._world, self.engine.own_parameters
         if not sharded:
             return None
@@ -318,7 +339,9 @@ class LayerByLayer(WholeModel):
             job_ranks(self._cluster, world, job.model, described=bool(cluster_path(job.config))),
             JobTokens(step=job.config.batch_tokens, longest=max(job.reader.lengths), bytes=self._tokens),
             order,
+            tiers_below(job.config, job.optimizer, world, self._cluster),
         )
+        self.offload = self._owned.offload
         self.is_tight = bool(self._owned.plan.step_tokens)
         if self.is_tight:
             give_back_at_once(world.device)
@@ -326,7 +349,7 @@ class LayerByLayer(WholeModel):
 
     def _bounded(self, costs: Costs) -> Costs:
         if self._owned is None:
-            return costs
+            return super()._bounded(costs)
         return self._owned.bounded(costs, self._cluster, given=self._job.config.tokens_per_device is not None)
 
     def resolved(self) -> dict[str, Any]:
@@ -370,13 +393,14 @@ class LayerByLayer(WholeModel):
         if not sharded:
             return super()._state(sharded)
         self.measure()  # while weights, or what stands in for them, are here
-        job, initial, source = self._job, self._job.initial, None
+        job, initial, source, optimizer = self._job, self._job.initial, None, self._placed()
         if self._sketches is not None:
             self._sketches.close()
             source = initial
         assert self._owned is not None
-        state = ShardedWeights(
-            job.optimizer,
+        make = partial(
+            ShardedWeights,
+            optimizer,
             job.model,
             self.exchange.buckets,
             self._world,
@@ -385,6 +409,7 @@ class LayerByLayer(WholeModel):
             working=self._working,
             source=source,
         )
+        state = on_all(self._world, make)
         initial.forget()
         return state
 

@@ -7,7 +7,7 @@ the device's own kernel, which may differ from the host's in the last ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from heteromesh.parallel.state.offload.cuda_lanes import CudaLanes
 from heteromesh.parallel.state.offload.host_update import AdamOptions, HostUpdate, open_host_update
 from heteromesh.parallel.state.offload.lanes import Lanes, ThreadLanes
 from heteromesh.parallel.state.offload.layout import packed_numel
+from heteromesh.parallel.state.offload.pieces import StoredPiece
 from heteromesh.parallel.state.offload.speculation import Speculation
 from heteromesh.parallel.state.offload.step import StepWork
-from heteromesh.parallel.state.offload.subgroups import ParameterState, Subgroups
+from heteromesh.parallel.state.offload.subgroups import MASTER, ParameterState, Subgroups
 from heteromesh.planner.ownership.offload import OffloadPlan, on_host
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,7 +74,32 @@ class OffloadedAdamW(torch.optim.AdamW):
         self._bound: tuple[Subgroups, StepWork] | None = None
         self._numbers: dict[torch.Tensor, int] = {}
         self._flipped, self._failed = False, False
+        self._source: torch.optim.Optimizer | None = None
         self._check()
+
+    @classmethod
+    def taking_over(
+        cls,
+        optimizer: torch.optim.Optimizer,
+        plan: Callable[[int], OffloadPlan],
+        state_folder: str | Path | None,
+        device: torch.device,
+    ) -> OffloadedAdamW:
+        """Returns one in place of a plain AdamW. Both have the same groups, so that schedules over it and settings that
+        are changed in it count here; its hooks are called; its state is here alone from now on.
+
+        device: where the parameters will be. Raises UserError for another optimizer, by `check_offloadable`.
+        """
+        check_offloadable(optimizer)
+        groups = [{"params": list(group["params"])} for group in optimizer.param_groups]
+        lanes = CudaLanes(device) if device.type == "cuda" else ThreadLanes()
+        taken = cls(groups, plan=plan, state_folder=state_folder, lanes=lanes)
+        taken._source, taken.param_groups, taken.defaults = optimizer, optimizer.param_groups, optimizer.defaults
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(taken, hooks, getattr(optimizer, hooks))
+        taken.state.update(optimizer.state)
+        optimizer.state.clear()
+        return taken
 
     @property
     def plan(self) -> OffloadPlan:
@@ -92,6 +119,8 @@ class OffloadedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._run(frozenset())
+        if self._source is not None:
+            self._source._opt_called = True  # type: ignore[attr-defined]  # what torch's schedules look for
         return loss
 
     @torch.no_grad()
@@ -140,23 +169,68 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes AdamW's, with or without masters; fp32 values stay fp32."""
+        groups = self.param_groups
         # torch's own would cast moments to the parameters' dtype
         super().load_state_dict(state_dict | {"state": {}})
+        self._keep_groups(groups)
         self._check()
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
         states: Mapping[Any, Any] = state_dict["state"]
+        given = {p: dict(states[i]) for i, p in zip(saved, own, strict=True) if states.get(i)}
         self.state.clear()
-        self.state.update({p: dict(states[i]) for i, p in zip(saved, own, strict=True) if states.get(i)})
         self._failed = False
+        if not self._holds(given):
+            self._drop()  # what it holds is copied or given up: a tier need not hold two
+            self.state.update(given)
         self._bind()
+
+    def checkpoint_pieces(self, parameter: torch.Tensor, shape: Sequence[int], start: int) -> dict[str, Any]:
+        """Returns what a checkpoint has of a parameter, which is elements from `start` on of a tensor of this shape.
+
+        `StoredPiece` for masters and moments: `load_state_dict` takes them, once read, as they are.
+        """
+        self._refuse_after_failure()
+        subgroups, _ = self._bind()
+        index = self._numbers[parameter]
+        rows = subgroups.views[index].rows
+        pieces = {key: StoredPiece(subgroups, index, row, shape, start) for key, row in rows.items()}
+        return {"step": torch.tensor(float(subgroups.steps[index])), **pieces}
 
     def close(self) -> None:
         """Drops the state, with the files of the disk tier."""
+        self._drop()
+        self.state.clear()
+
+    def _drop(self) -> None:
         if self._bound is not None and self._bound[0].file is not None:
             self._bound[0].file.close()
         self._bound = None
-        self.state.clear()
+
+    def _keep_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Has the groups be the same objects as before, with what they are now."""
+        for group, new in zip(groups, self.param_groups, strict=True):
+            group.clear()
+            group.update(new)
+        self.param_groups = groups
+
+    def _holds(self, given: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
+        """Whether the state of all parameters is pieces that have been read into what is bound; then it is that."""
+        pieces = [v for state in given.values() for v in state.values() if isinstance(v, StoredPiece)]
+        if not pieces or self._bound is None:
+            return False
+        subgroups = self._bound[0]
+        if any(piece.subgroups is not subgroups for piece in pieces):
+            return False
+        if any(not isinstance(state.get(key), StoredPiece) for state in given.values() for key in MOMENTS):
+            return False
+        masters = {piece.index for piece in pieces if piece.row == subgroups.views[piece.index].rows.get(MASTER)}
+        steps = [int(given.get(p, {}).get("step", 0)) for p in subgroups.parameters]
+        subgroups.restored(steps, masters)
+        self.state.update(
+            {p: view for p, view, n in zip(subgroups.parameters, subgroups.views, steps, strict=True) if n}
+        )
+        return True
 
     def _run(self, done: frozenset[int]) -> None:
         """Updates all subgroups but those that are done."""
@@ -167,7 +241,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         try:
             self._lanes.run(subgroups.plan, step.tasks, work)
         except BaseException:
-            self._failed = True
+            self._failed = subgroups.failed = True
             raise
         finally:
             work.end()
@@ -183,6 +257,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         if subgroups.file is not None:
             subgroups.file.check()
         subgroups.take_weights()
+        subgroups.flush()
         gradients = {}
         for index, parameter in enumerate(subgroups.parameters):
             if parameter.grad is not None:
@@ -233,16 +308,38 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def _check(self) -> None:
         """Raises UserError for options that this update doesn't have."""
-        for number, group in enumerate(self.param_groups):
-            for option in ("amsgrad", "capturable", "differentiable"):
-                if group.get(option):
-                    raise UserError(f"group {number} has {option}=True, which offload can't do: use torch.optim.AdamW")
-            if not group.get("decoupled_weight_decay", True):
-                raise UserError(f"group {number} has Adam's weight decay, which offload can't do: use AdamW's")
+        _check_options(self.param_groups)
 
     def _refuse_after_failure(self) -> None:
         if self._failed:
             raise UserError("an update of offloaded state has failed half-way: resume from the last checkpoint")
+
+
+def check_offloadable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises UserError for an optimizer in whose place OffloadedAdamW can't work."""
+    if type(optimizer) is not torch.optim.AdamW:
+        raise UserError(
+            f"the state of {type(optimizer).__name__} can't be offloaded: it is for torch.optim.AdamW alone (and no "
+            "subclass of it), whose arithmetic is known; use that one, or set offload_optimizer='none'"
+        )
+    _check_options(optimizer.param_groups)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    other = next((p.dtype for p in trained if p.dtype != torch.float32), None)
+    if other is not None:
+        raise UserError(
+            f"the optimizer has parameters in {other}, whose state AdamW keeps in {other} too and offload in fp32, "
+            "with fp32 masters: keep weights in fp32 (precision='bf16' computes in bf16), give the Trainer an "
+            "OffloadedAdamW, or set offload_optimizer='none'"
+        )
+
+
+def _check_options(groups: Sequence[Mapping[str, Any]]) -> None:
+    for number, group in enumerate(groups):
+        for option in ("amsgrad", "capturable", "differentiable"):
+            if group.get(option):
+                raise UserError(f"group {number} has {option}=True, which offload can't do: use torch.optim.AdamW")
+        if not group.get("decoupled_weight_decay", True):
+            raise UserError(f"group {number} has Adam's weight decay, which offload can't do: use AdamW's")
 
 
 def _options(group: Mapping[str, Any], step: int) -> AdamOptions:

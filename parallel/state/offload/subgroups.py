@@ -5,7 +5,7 @@ A subgroup travels as one copy. Masters (row p) are kept where the weights are n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,12 @@ class Subgroups:
         self.ring = [aligned_buffer(self.rows * self._largest_record) for _ in range(ring)]
         self._record = aligned_buffer(self.rows * self._largest_record if ring else 0)
         """Where this thread reads records, outside steps."""
+        self._recorded: int | None = None
+        """The subgroup that has been read there."""
+        self._is_changed = False
+        """Whether it is newer there than on disk."""
+        self.failed = False
+        """Whether an update has ended half-way."""
         self.slabs: list[torch.Tensor | None] = [self._make_slab(number) for number in range(len(plan.subgroups))]
         self._from_weights: set[int] = set()
         self.load([{} for _ in parameters])
@@ -105,20 +111,42 @@ class Subgroups:
         assert self.file is not None
         self.file.write(self._records[number], buffer)
 
+    def read(self, index: int, row: int, start: int, numel: int) -> torch.Tensor:
+        """Returns a copy of elements [start, start + numel) of a row of a parameter's state, (numel,) in host memory.
+
+        Between steps, as `write`.
+        """
+        self._settle()
+        found = torch.empty(numel)
+        for number, of_subgroup, of_range in self._covering(index, start, numel):
+            found[of_range] = self._rows_now(number)[row, of_subgroup]
+        return found
+
+    def write(self, index: int, row: int, start: int, values: torch.Tensor) -> None:
+        """Makes values (n,) the elements from `start` on of a row of a parameter's state."""
+        self._settle()
+        for number, of_subgroup, of_range in self._covering(index, start, values.numel()):
+            self._rows_now(number)[row, of_subgroup] = values[of_range]  # wherever those are
+            self._changed(number)
+
+    def flush(self) -> None:
+        """Brings what `write` has changed to the disk: a step reads it there."""
+        if self._is_changed and self._recorded is not None:
+            self.write_record(self._recorded, self._record)
+        self._recorded, self._is_changed = None, False
+
     def gather(self, index: int, row: int) -> torch.Tensor:
         """Returns a row of a parameter's state in the parameter's shape; a view where it lies in one piece."""
-        self._lanes.settle()
+        self._settle()
         parameter, pieces = self.parameters[index], self._by_parameter[index]
         if len(pieces) == 1 and (slab := self.slabs[pieces[0][0]]) is not None:
             return self.slab(pieces[0][0], slab)[row, pieces[0][1].of_subgroup].view(parameter.shape)
-        whole = torch.empty(parameter.numel())
-        for number, segment in pieces:
-            whole[segment.of_parameter] = self._rows_now(number)[row, segment.of_subgroup]
-        return whole.view(parameter.shape)
+        return self.read(index, row, 0, parameter.numel()).view(parameter.shape)
 
     def load(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Takes each parameter's state over, as AdamW has it; masters that it doesn't have come from the weights."""
         self._lanes.settle()
+        self._recorded, self._is_changed = None, False
         self.steps = [int(state.get("step", 0)) for state in states]
         # a plain optimizer keeps masters that it was given, in its own dtype, and never updates them
         masters = [_master(state, p) for state, p in zip(states, self.parameters, strict=True)]
@@ -152,21 +180,49 @@ class Subgroups:
             row = self._rows_now(number)[0]
             for segment in stale:
                 row[segment.of_subgroup] = self.weights(segment.parameter)[segment.of_parameter].to(row.device)
-            if self.slabs[number] is None and number not in self.held.values():
-                self.write_record(number, self._record)
+            self._changed(number)
+
+    def restored(self, steps: Sequence[int], masters: Collection[int]) -> None:
+        """Takes note that `write` has been given the whole state of parameters that were updated so often, with the
+        masters of these; the others' come from the weights.
+        """
+        self.steps = list(steps)
+        self._from_weights = {i for i in range(len(steps)) if i not in masters} if self.has_masters else set()
+
+    def _settle(self) -> None:
+        """Returns when state may be read here. Raises UserError where it is no state any more."""
+        if self.failed:
+            raise UserError("an update of offloaded state has failed half-way: resume from the last checkpoint")
+        self._lanes.settle()
+
+    def _covering(self, index: int, start: int, numel: int) -> Iterator[tuple[int, slice, slice]]:
+        """Yields the subgroups that hold something of a range of a parameter: which of theirs is which of the range."""
+        for number, segment in self._by_parameter[index]:
+            low, high = max(start, segment.start), min(start + numel, segment.start + segment.numel)
+            if low < high:
+                place = segment.place + low - segment.start
+                yield number, slice(place, place + high - low), slice(low - start, high - start)
+
+    def _changed(self, number: int) -> None:
+        """Takes note that a subgroup's rows, as `_rows_now` has given them, have been changed."""
+        if self.slabs[number] is None and number not in self.held.values():
+            self._is_changed = True
 
     def _new_rows(self, number: int) -> torch.Tensor:
         slab = self.slabs[number]
         return self.slab(number, self._record if slab is None else slab)
 
     def _rows_now(self, number: int) -> torch.Tensor:
-        """Returns a subgroup's rows wherever they are; from disk as a copy that the next call overwrites."""
+        """Returns a subgroup's rows wherever they are; from disk as a copy until the next call."""
         if (slab := self.slabs[number]) is not None:
             return self.slab(number, slab)
         for buffer, held in self.held.items():
             if held == number:
                 return self.slab(number, self.ring[buffer])
-        self.read_record(number, self._record)
+        if self._recorded != number:
+            self.flush()
+            self.read_record(number, self._record)
+            self._recorded = number
         return self.slab(number, self._record)
 
     @property
@@ -202,17 +258,18 @@ class ParameterState(Mapping[str, Any]):
 
     def __init__(self, subgroups: Subgroups, index: int) -> None:
         self._subgroups, self._index = subgroups, index
-        self._rows = {"exp_avg": subgroups.rows - 2, "exp_avg_sq": subgroups.rows - 1}
+        self.rows = {"exp_avg": subgroups.rows - 2, "exp_avg_sq": subgroups.rows - 1}
+        """By key of what each element has a value of, which row of the subgroups has it."""
         if subgroups.parameters[index].dtype != torch.float32:
-            self._rows[MASTER] = 0
+            self.rows[MASTER] = 0
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key == "step":
             return torch.tensor(float(self._subgroups.steps[self._index]))
-        return self._subgroups.gather(self._index, self._rows[key])
+        return self._subgroups.gather(self._index, self.rows[key])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(["step", *self._rows])
+        return iter(["step", *self.rows])
 
     def __len__(self) -> int:
-        return 1 + len(self._rows)
+        return 1 + len(self.rows)
