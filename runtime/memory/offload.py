@@ -201,7 +201,8 @@ def _obstacle(asked: Offload, optimizer: torch.optim.Optimizer) -> str:
 
 def _check_space(offload: OptimizerOffload, lower: Sequence[LowerMemory], run_dir: str | Path) -> None:
     """Raises UserError where a rank's tiers have too little space."""
-    for number, (moments, below) in enumerate(zip(offload.moments(), lower, strict=True)):
+    # nothing is told of ranks where all is on the devices
+    for number, (moments, below) in enumerate(zip(offload.moments(), lower, strict=False)):
         for tier, has in (("host", below.host), ("disk", below.disk)):
             if moments[tier] > has:
                 where = "its host's memory" if tier == "host" else f"the disk of {run_dir}"

@@ -124,7 +124,8 @@ class Mode(ABC):
 class WholeModel(Mode):
     """The model on every rank; the optimizer's state too, or sharded."""
 
-    _whole: ReplicatedJob
+    _whole: ReplicatedJob | None = None
+    """What ranks with whole weights hold."""
 
     def __init__(
         self, job: Job, world: World, cluster: Cluster, plan: Plan | None, stack: ExitStack, costs: Costs | None = None
@@ -159,7 +160,7 @@ class WholeModel(Mode):
     def start(self, done: int) -> Sequence[Hook]:
         """See Mode."""
         config, world, base = self._job.config, self._world, self._bounded(self.measure())
-        if not self.offload.is_used:
+        if self._whole is not None and not self.offload.is_used:
             ranks = tuple(job_ranks(self._cluster, world, self._job.model, described=bool(cluster_path(config))))
             self._whole = replace(self._whole, ranks=ranks)
         world.collectives = self._stack.enter_context(build_compression(config, world, self.exchange.buckets, base))
@@ -194,7 +195,7 @@ class WholeModel(Mode):
 
     def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
         """See Mode."""
-        return self._whole.memory(of_pass, of_step)
+        return () if self._whole is None else self._whole.memory(of_pass, of_step)
 
     def compare(self, asked: Callable[[], int | None]) -> tuple[EvenSplit, ...]:
         """See Mode."""
@@ -241,7 +242,7 @@ class WholeModel(Mode):
 
     def _bounded(self, costs: Costs) -> Costs:
         """Returns the costs within what ranks can hold in a step."""
-        return self._whole.bounded(costs, self._job.config)
+        return costs if self._whole is None else self._whole.bounded(costs, self._job.config)
 
     def _exchange(self, sharded: bool) -> GradientReducer:
         return GradientReducer(self._job.model.parameters(), scatter=sharded)

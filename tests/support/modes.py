@@ -69,6 +69,10 @@ MODES = {
     "ordinary": Mode(ranks=2, others=3),
     "sharded optimizer": Mode(ranks=3, others=2, settings={"shard_optimizer": True}),
     "sharded weights": Mode(ranks=3, others=2, settings={"shard_weights": True}),
+    "optimizer on disk": Mode(ranks=2, others=3, settings={"offload_optimizer": "disk"}),
+    "sharded weights, optimizer on disk": Mode(
+        ranks=2, others=3, settings={"shard_weights": True, "offload_optimizer": "disk"}
+    ),
     "pipeline": Mode(ranks=4, others=2, stages=(1, 1), meta=True),
     "elastic": Mode(ranks=2, others=3, settings={"fault_tolerance": True}, elastic=True, meta=True),
     "elastic, sharded optimizer": Mode(
