@@ -33,6 +33,8 @@ class ReplicatedJob:
     shares: tuple[float, ...]
     """Of the state, by rank."""
     tokens: TokenBytes
+    longest: int
+    """Tokens of a sequence."""
     offload: OptimizerOffload = NOTHING_OFFLOADED
     copied: bool = True
     """Whether a checkpoint is written from a copy, while training goes on."""
@@ -59,7 +61,8 @@ class ReplicatedJob:
         held = self.memory([0.0] * count, [min(1.0, 1.1 / count) * config.batch_tokens] * count)
         each = max(1.0, self.tokens.per_pass)
         room = [(rank.memory - memory.total) / each for rank, memory in zip(self.ranks, held, strict=True)]
-        most = [max(1, int(free)) if math.isfinite(free) else sys.maxsize for free in room]
+        least = math.ceil(self.longest / count)  # the ranks together must hold the longest sequence
+        most = [max(least, int(free)) if math.isfinite(free) else sys.maxsize for free in room]
         return replace(costs, capacity=tuple(map(min, costs.capacity, most)))
 
 
@@ -81,7 +84,9 @@ def hold_whole(
     Raises UserError, on every rank, where a rank's memory does not even hold what can't leave it, and where a tier has
     too little space.
     """
-    found = ReplicatedJob(model=job_model(model, (), optimizer), ranks=(), shares=tuple(shares), tokens=tokens)
+    found = ReplicatedJob(
+        model=job_model(model, (), optimizer), ranks=(), shares=tuple(shares), tokens=tokens, longest=longest
+    )
     asked = config.offload_optimizer
     known = math.isfinite(min(usable_bytes(cluster, world, described), memory_limit()[0]))
     if asked == "none" or (asked == "auto" and not any(world.gather(known))):
@@ -90,7 +95,7 @@ def hold_whole(
     below = tiers_below(config, optimizer, world, cluster)
 
     def decide() -> OptimizerOffload:
-        kept, short = _kept(found, ranks, longest, config.batch_tokens)
+        kept, short = _kept(found, ranks, config.batch_tokens)
         if min(kept) >= 1 and asked == "auto":
             return NOTHING_OFFLOADED
         if below.obstacle and asked == "auto":
@@ -116,14 +121,12 @@ def hold_whole(
     return replace(found, offload=offload, copied=fit)
 
 
-def _kept(
-    job: ReplicatedJob, ranks: Sequence[JobRank], longest: int, step: int
-) -> tuple[list[float], list[tuple[int, float]]]:
+def _kept(job: ReplicatedJob, ranks: Sequence[JobRank], step: int) -> tuple[list[float], list[tuple[int, float]]]:
     """Returns by rank the share of its state that its memory has room for, and (rank, bytes that it lacks) of those
     that have no room for all else. step: tokens of all ranks.
     """
     count, found, short = len(ranks), list[float](), list[tuple[int, float]]()
-    least, mine = math.ceil(longest / count), min(1.0, 1.1 / count) * step
+    least, mine = math.ceil(job.longest / count), min(1.0, 1.1 / count) * step
     for number, (rank, share) in enumerate(zip(ranks, job.shares, strict=True)):
 
         def held(in_memory: float, of_pass: float, number: int = number) -> float:
@@ -131,8 +134,7 @@ def _kept(
             return replace(job, ranks=own, copied=False).memory([of_pass] * count, [mine] * count)[number].total
 
         size = share * job.model.state * job.model.whole_trained
-        # the ranks together must hold the longest sequence
-        room = [kept_share(rank.memory - held(0.0, n), size) for n in (longest, least)]
+        room = [kept_share(rank.memory - held(0.0, n), size) for n in (job.longest, least)]
         if max(room) < 0:
             short.append((number, held(StateTiers(device=0.0).in_memory, least) - rank.memory))
         found.append(max(0.0, next((kept for kept in room if kept >= 0), 0.0)))

@@ -317,6 +317,8 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 def check_offloadable(optimizer: torch.optim.Optimizer) -> None:
     """Raises UserError for an optimizer in whose place OffloadedAdamW can't work."""
+    if isinstance(optimizer, OffloadedAdamW):
+        raise UserError("OffloadedAdamW has a plan of its own: leave offload_optimizer at 'auto', or give an AdamW")
     if type(optimizer) is not torch.optim.AdamW:
         raise UserError(
             f"the state of {type(optimizer).__name__} can't be offloaded: it is for torch.optim.AdamW alone (and no "

@@ -69,12 +69,14 @@ class StateFile:
             raise UserError(self._no_space(error)) from error
 
     def read(self, record: int, buffer: torch.Tensor) -> None:
-        """Fills the buffer (of `aligned_buffer`) with a record. Raises UserError where the file ends before it."""
-        self._transfer(os.preadv, _view(buffer, self._bytes), BLOCK + record * self._bytes)
+        """Fills the buffer (of `aligned_buffer`) with a record. Raises UserError where the file ends before it, or the
+        disk fails.
+        """
+        self._transfer_record(os.preadv, "read", record, buffer)
 
     def write(self, record: int, buffer: torch.Tensor) -> None:
-        """Makes the buffer a record."""
-        self._transfer(os.pwritev, _view(buffer, self._bytes), BLOCK + record * self._bytes)
+        """Makes the buffer a record. Raises UserError where the disk fails."""
+        self._transfer_record(os.pwritev, "written", record, buffer)
 
     def check(self) -> None:
         """Raises UserError where the file is gone, cut, replaced or overwritten by another run."""
@@ -131,6 +133,17 @@ class StateFile:
     def _give_up_direct(self) -> None:
         logger.warning("%s has no direct I/O: the disk tier goes through the page cache", self.path.parent)
         self.direct = False
+
+    def _transfer_record(
+        self, call: Callable[[int, list[memoryview], int], int], what: str, record: int, buffer: torch.Tensor
+    ) -> None:
+        try:
+            self._transfer(call, _view(buffer, self._bytes), BLOCK + record * self._bytes)
+        except OSError as error:  # space was taken at the start, which not every file system keeps to
+            raise UserError(
+                f"the optimizer's state file {self.path} can't be {what} ({error.strerror}): mend the disk or free space "
+                "on it, and resume from the last checkpoint"
+            ) from error
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], view: memoryview, offset: int) -> None:
         done = 0
