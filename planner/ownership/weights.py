@@ -1,10 +1,11 @@
 """Who owns which fraction of sharded weights, what stays resident where, and which state waits in host memory.
 
 Per host h (its c devices are equal): f_h, the fraction of every layer and of all optimizer state that it owns, of which
-o_h has its optimizer state in host memory; r_h, the share of layers that are resident on its devices. Hosts stand in
-groups: each group owns everything once (one group: fully sharded; several: sharded inside, replicated across). A step
-moves, with W the weights of all parameters, L those of layers that are gathered again for backward (all but the last),
-D gradients, n_h the hosts that gather again, each way over the uplink of host h inside its group
+o_h has its optimizer state in host memory, s_h of that updated on the devices (planner/ownership/offload.py); r_h, the
+share of layers that are resident on its devices. Hosts stand in groups: each group owns everything once (one group:
+fully sharded; several: sharded inside, replicated across). A step moves, with W the weights of all parameters, L those
+of layers that are gathered again for backward (all but the last), D gradients, n_h the hosts that gather again, each
+way over the uplink of host h inside its group
 
     under forward   in   W (1 - f_h)                             out   W f_h (hosts that work - 1)
     under backward  in   L (1 - r_h) (1 - f_h) + D f_h (hosts that work - 1)
@@ -128,8 +129,8 @@ class WeightOwnership:
 class _Rows:
     """A linear program as it grows.
 
-    Columns: f - o and o of every host, then r, then w >= 1 - r - f, then X, Y, U and the busiest link's seconds under
-    forward and backward.
+    Columns: f - o and o of every host, then r, then w >= 1 - r - f, then s, then X, Y, U and the busiest link's seconds
+    under forward and backward.
     """
 
     hosts: int
@@ -143,7 +144,7 @@ class _Rows:
 
     @property
     def width(self) -> int:
-        return 4 * self.hosts + 5
+        return 5 * self.hosts + 5
 
     def add(self, terms: dict[int, float], *, least: float = -math.inf, most: float = math.inf) -> int:
         """Adds a row; returns its number."""
@@ -167,15 +168,18 @@ class _Rows:
     def w(self, host: int) -> int:
         return 3 * self.hosts + host
 
+    def s(self, host: int) -> int:
+        return 4 * self.hosts + host
+
     @property
     def x(self) -> int:
         """X; Y and U follow."""
-        return 4 * self.hosts
+        return 5 * self.hosts
 
     @property
     def links(self) -> int:
         """The busiest link's seconds under forward; those under backward follow."""
-        return 4 * self.hosts + 3
+        return 5 * self.hosts + 3
 
 
 def own_weights(
@@ -273,7 +277,7 @@ class _Search:
         costs[rows.x : rows.x + 3], costs[rows.links :] = 1.0, TIE
         limits = np.full(len(costs), math.inf)
         limits[2 * n : 3 * n] = [1.0 if host.works else 0.0 for host in self.hosts]
-        limits[n : 2 * n] = [math.inf if host.host_memory else 0.0 for host in self.hosts]
+        limits[n : 2 * n] = limits[4 * n : 5 * n] = [math.inf if host.host_memory else 0.0 for host in self.hosts]
         return minimise_linear(costs, np.array(rows.rows), np.array(rows.lower), np.array(rows.upper), limits)
 
     def _rows(self, resident: Sequence[int] | None, most_resident: float, *, short: bool = False) -> _Rows:
@@ -359,12 +363,22 @@ class _Search:
                 link(host.link, y, self.gradients + kept, -(self.gradients + kept) * part)
 
     def _update(self, rows: _Rows, h: int) -> None:
+        """Demands that what is on the devices, and then the rest, with devices, the host's processors and the links
+        between them at work at once, is updated in U. Plans of whole subgroups take a few per cent more.
+
+        A job does the first at the same time too, but moves state for want of memory alone, not to gain that.
+        """
         host, everything, p = self.hosts[h], self.model.all, self.model.precision
+        f, o, s, update = rows.f(h), rows.o(h), rows.s(h), {rows.x + 2: -1.0}
         on_device = ADAM_BYTES * everything / host.devices / host.device_rate
         on_host = everything / HOST_PARAMETERS_PER_SECOND
-        moved = max(p.gradients, p.weights) * everything / host.devices / host.host_link
-        # as if one after the other: schedules that interleave them are faster
-        rows.add({rows.f(h): on_device, rows.o(h): max(on_host, moved), rows.x + 2: -1.0}, most=0.0)
+        byte = everything / host.devices / host.host_link
+        rows.add({f: on_device, s: on_device} | update, most=0.0)
+        if host.host_memory:
+            rows.add({s: 1.0, o: -1.0}, most=0.0)
+            rows.add({f: on_device, o: on_host, s: -on_host} | update, most=0.0)
+            for moved in (p.weights, p.gradients):  # to the devices, and from them
+                rows.add({f: on_device, o: moved * byte, s: (p.state - moved) * byte} | update, most=0.0)
 
     def _round(self, solution: LinearSolution) -> None:
         """Tries the relaxed residency in whole layers, and less of it where that does not fit."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from heteromesh.planner.ownership.in_job import JobModel, JobRank, StepMoments, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
+from heteromesh.planner.ownership.state_tiers import StateTiers, least_offloaded
 from heteromesh.planner.participation.layout import SHARDED
 from heteromesh.planner.participation.shortage import DoesNotFit, Short
 
@@ -60,6 +61,14 @@ def plan_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens,
 
     Raises DoesNotFit where the ranks together can't hold the model or a step.
     """
+    found = find_ownership(model, ranks, tokens, choose)
+    if found is None:
+        raise _does_not_fit(model, ranks, tokens)
+    return found
+
+
+def find_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership | None:
+    """Does what `plan_ownership` does, but returns None where it raises."""
     if all(math.isinf(rank.memory) for rank in ranks):
         expected = [_expected(ranks, tokens, number, LEVELS[0]) for number in range(len(ranks))]
         held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose(None), strict=True)]
@@ -70,10 +79,7 @@ def plan_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens,
             step_tokens=(),
             memory=tuple(each.memory(0, *n) for each, n in zip(held, expected, strict=True)),
         )
-    found = _planned(model, ranks, tokens, choose)
-    if found is None:
-        raise _does_not_fit(model, ranks, tokens)
-    return found
+    return _planned(model, ranks, tokens, choose)
 
 
 def _planned(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership | None:
@@ -182,6 +188,7 @@ def _does_not_fit(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) 
     ]
     size = model.whole + model.whole_trained * (1 + model.state)
     ways = [
+        *_offloaded(model, ranks, tokens),
         *_smaller(model, ranks, tokens),
         "give these ranks more memory (memory_gb of the cluster file)",
         "add ranks",
@@ -210,6 +217,23 @@ def _missing(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> li
         more = [replace(rank, memory=rank.memory + middle) for rank in ranks]
         low, high = (low, middle) if _planned(model, more, tokens, _as_they_fit) is not None else (middle, high)
     return [high] * len(ranks)
+
+
+def _offloaded(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> Iterator[str]:
+    """Yields how much of the optimizer's state must leave the devices for the model to fit, if that is enough."""
+    if any(rank.in_memory < 1 for rank in ranks):
+        return
+
+    def works(kept: tuple[float, ...]) -> bool:
+        held = [replace(r, in_memory=StateTiers(device=k).in_memory) for r, k in zip(ranks, kept, strict=True)]
+        return _planned(model, held, tokens, _as_they_fit) is not None
+
+    kept = least_offloaded(works, [rank.memory for rank in ranks])
+    if kept is not None:
+        yield (
+            f"{math.ceil(100 * (1 - min(kept)))} % of the optimizer's state in host memory or on disk (AdamW with "
+            "offload_optimizer='auto')"
+        )
 
 
 def _smaller(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> Iterator[str]:

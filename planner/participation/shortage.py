@@ -145,8 +145,8 @@ def _hosts_memory(setting: Setting) -> Iterator[tuple[str, Setting]]:
         hosts = tuple(replace(h, memory_gb=max(size, h.memory_gb or 0.0)) for h in setting.cluster.hosts)
         if hosts != setting.cluster.hosts:
             what = (
-                f"optimizer state and layer inputs in host memory: {size:g} GB a host (memory_gb of [[hosts]]; planned "
-                "only, the Trainer does not move them yet)"
+                f"optimizer state and layer inputs in host memory: {size:g} GB a host (memory_gb of [[hosts]]; the "
+                "Trainer moves the state, but not layer inputs yet)"
             )
             yield what, replace(setting, cluster=replace(setting.cluster, hosts=hosts))
 

@@ -18,7 +18,7 @@ from heteromesh.planner.ownership.in_job import JobModel, JobRank, replicated_in
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.ownership.state_tiers import StateTiers, kept_share
 from heteromesh.runtime.config import TrainerConfig
-from heteromesh.runtime.memory.offload import NOTHING_OFFLOADED, OptimizerOffload, limited, tiers_below
+from heteromesh.runtime.memory.offload import NOTHING_OFFLOADED, OptimizerOffload, TiersBelow, limited, tiers_below
 from heteromesh.runtime.memory.sizes import SPARE, job_model, job_ranks, usable_bytes
 from heteromesh.runtime.process.memory import memory_limit
 
@@ -94,31 +94,33 @@ def hold_whole(
     ranks = limited(world, job_ranks(cluster, world, model, described=described))
     below = tiers_below(config, optimizer, world, cluster)
 
-    def decide() -> OptimizerOffload:
-        kept, short = _kept(found, ranks, config.batch_tokens)
-        if min(kept) >= 1 and asked == "auto":
-            return NOTHING_OFFLOADED
-        if below.obstacle and asked == "auto":
-            return replace(
-                NOTHING_OFFLOADED,
-                note="weights, gradients and optimizer state exceed the memory of some rank, and the state can't be "
-                f"offloaded ({below.obstacle}): the job may run out of memory",
-            )
-        if short:
-            lacks = ", ".join(f"{size / 1e9:.3f} GB on rank {rank}" for rank, size in short)
-            raise UserError(
-                "no set of tiers holds the model: even with all optimizer state on lower ones memory is short by "
-                f"{lacks} for weights, gradients and a sequence of {longest} tokens; what helps: shorter "
-                "sequences (max_length), checkpoint_activations=True, more ranks with shard_weights=True, more memory"
-            )
-        return below.placed(kept, [share * found.model.state * found.model.whole_trained for share in shares])
-
-    offload = world.once(decide)
+    offload = world.once(lambda: _decide(found, ranks, below, config.batch_tokens))
     if offload.is_used:
         return replace(found, offload=offload, ranks=offload.within(ranks), copied=False)
     copies = [m.total for m in replace(found, ranks=tuple(ranks)).memory([0.0] * world.size, [0.0] * world.size)]
     fit = all(size <= rank.memory for size, rank in zip(copies, ranks, strict=True))
     return replace(found, offload=offload, copied=fit)
+
+
+def _decide(job: ReplicatedJob, ranks: Sequence[JobRank], below: TiersBelow, step: int) -> OptimizerOffload:
+    """Returns where the state lies. step: tokens of all ranks."""
+    kept, short = _kept(job, ranks, step)
+    if min(kept) >= 1 and below.asked == "auto":
+        return NOTHING_OFFLOADED
+    if below.obstacle and below.asked == "auto":
+        return replace(
+            NOTHING_OFFLOADED,
+            note="weights, gradients and optimizer state exceed the memory of some rank, and the state can't be "
+            f"offloaded ({below.obstacle}): the job may run out of memory",
+        )
+    if short:
+        lacks = ", ".join(f"{size / 1e9:.3f} GB on rank {rank}" for rank, size in short)
+        raise UserError(
+            "no set of tiers holds the model: even with all optimizer state on lower ones memory is short by "
+            f"{lacks} for weights, gradients and a sequence of {job.longest} tokens; what helps: shorter sequences "
+            "(max_length), checkpoint_activations=True, more ranks with shard_weights=True, more memory"
+        )
+    return below.placed(kept, [share * job.model.state * job.model.whole_trained for share in job.shares])
 
 
 def _kept(job: ReplicatedJob, ranks: Sequence[JobRank], step: int) -> tuple[list[float], list[tuple[int, float]]]:

@@ -141,8 +141,8 @@ class StateFile:
             self._transfer(call, _view(buffer, self._bytes), BLOCK + record * self._bytes)
         except OSError as error:  # space was taken at the start, which not every file system keeps to
             raise UserError(
-                f"the optimizer's state file {self.path} can't be {what} ({error.strerror}): mend the disk or free space "
-                "on it, and resume from the last checkpoint"
+                f"the optimizer's state file {self.path} can't be {what} ({error.strerror}): mend the disk or free "
+                "space on it, and resume from the last checkpoint"
             ) from error
 
     def _transfer(self, call: Callable[[int, list[memoryview], int], int], view: memoryview, offset: int) -> None:

@@ -7,7 +7,11 @@ from dataclasses import replace
 import pytest
 
 from heteromesh.planner.ownership.memory import MIXED, Precision
+from heteromesh.planner.ownership.offload_rates import OffloadRates
+from heteromesh.planner.ownership.offload_split import fraction_seconds, staged_fraction
 from heteromesh.planner.ownership.weights import (
+    ADAM_BYTES,
+    HOST_PARAMETERS_PER_SECOND,
     OwnedModel,
     OwnerHost,
     _Search,
@@ -161,6 +165,23 @@ def test_host_memory_takes_what_devices_lack():
     assert found.update_seconds > 0.1
     roomy = own_weights(owned, [replace(h, memory=1e12, host_memory=40e9, host_link=20e9) for h in small])
     assert sum(roomy.on_host) == 0, "a device updates faster"
+
+
+@pytest.mark.parametrize("link", [5e9, 20e9, 200e9])
+def test_the_update_of_state_in_host_memory_is_the_closed_form_of_offload(link):
+    owned = model(precision=MIXED)
+    rate = 1e12
+    one = host(memory=0.0, host_memory=1e12, host_link=link, device_rate=rate)
+    owned = replace(owned, layers=1)
+    rates = OffloadRates(
+        host_update=HOST_PARAMETERS_PER_SECOND, device_update=rate / ADAM_BYTES, to_device=link, to_host=link,
+        gradient_bytes=4.0, gradients_early=False,
+    )  # fmt: skip
+    best = fraction_seconds(rates, staged_fraction(rates)) * owned.all
+    found = own_weights(owned, [replace(one, memory=(MIXED.weights + MIXED.gradients) * owned.all * 1.001)])
+    assert found.on_host[0] == pytest.approx(1, abs=0.01)
+    assert found.update_seconds == pytest.approx(best, rel=0.02)
+    assert (best < 0.9 * owned.all / HOST_PARAMETERS_PER_SECOND) == (link > 5e9), "faster than the host by itself"
 
 
 def test_a_holder_needs_no_weights():

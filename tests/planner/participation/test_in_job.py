@@ -91,6 +91,8 @@ def test_who_is_short_is_told_with_what_helps() -> None:
         plan_ownership(MODEL, ranks_of(3.0, 0.2), TOKENS, by_links)
     with pytest.raises(DoesNotFit, match=r"what helps: batch_tokens=\d+; "):
         plan_ownership(MODEL, ranks_of(1.2, 0.8), replace(TOKENS, step=65_536), by_links)
+    with pytest.raises(DoesNotFit, match=r"what helps: \d+ % of the optimizer's state in host memory or on disk"):
+        plan_ownership(MODEL, ranks_of(1.1, 0.8), TOKENS, by_links)
 
 
 def test_everything_resident_holds_what_a_sharded_optimizer_does() -> None:

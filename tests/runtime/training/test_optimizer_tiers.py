@@ -1,4 +1,4 @@
-"""The plan says on which tier AdamW's moments lie, and the Trainer keeps them there: where memory is short, if asked."""
+"""The plan says on which tier AdamW's moments lie, and the Trainer keeps them there."""
 
 from __future__ import annotations
 
@@ -122,21 +122,18 @@ def in_little_memory(world: World, folder: Path, extra: tuple[float, ...], chang
         return str(error)
 
 
-def test_unequal_ranks_that_can_not_even_hold_parts_move_the_state_of_those_that_must(tmp_path: Path) -> None:
-    """Both have 0.33 GB for 300 MB and what they work with; the state on disk leaves 150 MB of it."""
-    (tmp_path / "alone").mkdir()
-    expected = trained(tmp_path / "alone", LARGE, max_steps=4)
-    for losses, _ in run_ranks(2, in_little_memory, tmp_path, (0.22, 0.15), {}):
-        assert losses == pytest.approx(expected[0][:3], rel=1e-4)
+def test_ranks_that_can_not_even_hold_parts_move_as_much_of_the_state_as_must(tmp_path: Path) -> None:
+    """Beside what a process holds they have 0.44 GB for 300 MB and what they work with."""
+    expected = trained(tmp_path / "alone", LARGE)
+    for losses, norms in run_ranks(2, in_little_memory, tmp_path, (0.26, 0.2), {}):
+        assert losses == pytest.approx(expected[0], rel=1e-4)
+        assert norms == pytest.approx(expected[1], rel=1e-4)
     config = document(tmp_path, "config.json")
     assert config["trainer"]["shard_weights"] is True
-    assert any(tiers["disk"] for tiers in config["optimizer_tiers"])
+    assert all(0.1 < tiers["disk"] < 0.9 for tiers in config["optimizer_tiers"])
     for rank in document(tmp_path, "memory.json")["ranks"]:
         predicted = sum(rank["predicted"].values())
-        assert 0.9 * predicted < rank["measured"] < 1.1 * predicted
-    losses, norms = trained(tmp_path, LARGE, resume=True, max_steps=4)
-    assert losses == pytest.approx(expected[0][3:], rel=1e-4)
-    assert norms == pytest.approx(expected[1], rel=1e-4)
+        assert 0.9 * predicted < rank["measured"] < 1.12 * predicted
 
 
 @pytest.mark.parametrize("changes", [{}, {"shard_weights": False}])
