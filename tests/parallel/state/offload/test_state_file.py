@@ -98,6 +98,7 @@ def test_file_system_that_reserves_nothing_is_written_once(tmp_path, monkeypatch
     with file_size_limit(30_000), pytest.raises(UserError, match="no space"):
         StateFile(tmp_path, 3, 5000)
     assert list(tmp_path.iterdir()) == [file.path]
+    file.close()
 
 
 @contextmanager
