@@ -136,6 +136,8 @@ def host(numel: int, threads: int, repeats: int, clock: str) -> None:
             f" ({moved * numel / min(seconds) / 1e9:.1f} GB/s of {moved} bytes)"
         )
     print("  DeepSpeed CPU-Adam:", same)
+    if "fp32, DeepSpeed CPU-Adam" in found:
+        print("  fp32: DeepSpeed / one pass", ratio(found["fp32, DeepSpeed CPU-Adam"], found["fp32, one pass"]))
     print("  three passes / one pass", ratio(found["torch, three passes"], found["one pass"]))
     print("  fp32: torch / one pass", ratio(found["fp32, torch"], found["fp32, one pass"]))
     bandwidth = [16 / a / (HOST_BYTES / b) for a, b in zip(found["scale in place"], found["one pass"], strict=True)]

@@ -19,6 +19,7 @@ from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.parallel.state.offload.optimizer import is_offloadable
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.measured import bind
@@ -228,7 +229,11 @@ def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Opti
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
-    return largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+    limits = largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+    asked = config.offload_optimizer
+    # what does not fit is offloaded (runtime/memory/replicated.py)
+    moved = asked == "disk" or (asked == "auto" and sum(limits) < 1 and is_offloadable(optimizer))
+    return None if moved else limits
 
 
 @contextmanager

@@ -335,6 +335,15 @@ def check_offloadable(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def is_offloadable(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether `check_offloadable` has nothing to say."""
+    try:
+        check_offloadable(optimizer)
+    except UserError:
+        return False
+    return True
+
+
 def _check_options(groups: Sequence[Mapping[str, Any]]) -> None:
     for number, group in enumerate(groups):
         for option in ("amsgrad", "capturable", "differentiable"):
