@@ -19,6 +19,7 @@ import torch
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.offload.optimizer import OffloadedAdamW, check_offloadable
+from heteromesh.parallel.state.offload.state_file import remove_abandoned
 from heteromesh.planner.cluster.catalog import Device
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cost.analytic import HOST_BYTES_PER_SECOND
@@ -96,11 +97,15 @@ class OptimizerOffload:
 
         Its files are removed when the stack is closed.
         """
+        folder = Path(config.run_dir) / FOLDER
         if not self.is_used:
+            if folder.exists():  # a run that was killed has used it
+                remove_abandoned(folder)
+                _remove_empty(folder)
             return given
         give_back_at_once(world.device)
         device, apart = cluster.device_of(world.rank), world.device.type != "cpu"
-        plan, folder = partial(_plan, self.tiers[world.rank], device, apart), Path(config.run_dir) / FOLDER
+        plan = partial(_plan, self.tiers[world.rank], device, apart)
         taken = OffloadedAdamW.taking_over(given, plan, folder, world.device)
         stack.callback(_remove, taken, folder)
         return taken
@@ -255,5 +260,9 @@ def _existing(folder: Path) -> Path:
 
 def _remove(optimizer: OffloadedAdamW, folder: Path) -> None:
     optimizer.close()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
     with suppress(OSError):  # other ranks' files are still there, or none ever was
         folder.rmdir()

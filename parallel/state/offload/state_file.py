@@ -58,7 +58,7 @@ class StateFile:
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="heteromesh-disk")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder)
+            remove_abandoned(folder)
             self._file = self._open(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except OSError as error:
             raise UserError(
@@ -215,7 +215,7 @@ def _remove(file: int, path: Path) -> None:
     os.close(file)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def remove_abandoned(folder: Path) -> None:
     """Removes state files that no process holds any more: whoever made one keeps it locked while it lives."""
     for path in folder.glob("optimizer-*.state"):
         try:

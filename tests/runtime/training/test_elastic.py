@@ -116,6 +116,7 @@ def test_a_bad_run_directory_ends_all_members(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"compare_batches": 2}, "compare_batches=2 don't go together"),
+        ({"offload_optimizer": "disk"}, "offload_optimizer='disk' don't go together"),
         ({"gradient_compression": "auto"}, "gradient_compression='auto' don't go together"),
     ],
 )

@@ -17,6 +17,7 @@ import torch
 import heteromesh as hm
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.offload.optimizer import OffloadedAdamW, check_offloadable
+from heteromesh.parallel.state.offload.state_file import StateFile
 from heteromesh.runtime.hooks.api import Hook, StepCommitted
 from heteromesh.runtime.process.memory import resident_bytes
 from heteromesh.runtime.records.checkpoint_files import damage
@@ -194,6 +195,14 @@ def test_what_is_stopped_leaves_a_checkpoint_and_no_scratch_file(tmp_path: Path)
     assert not (tmp_path / "run/offload").exists()
     losses = trained(tmp_path, max_steps=4, resume=True, offload_optimizer="disk")[0]
     assert losses == pytest.approx(trained(tmp_path / "whole", max_steps=4)[0][-len(losses) :], rel=1e-5)
+
+
+def test_files_of_a_run_that_was_killed_are_removed_by_one_that_needs_none(tmp_path: Path) -> None:
+    file = StateFile(tmp_path / "run/offload", 1, 10)
+    file._close.detach()  # as if it had not come to that
+    os.close(file._file)
+    trained(tmp_path, max_steps=1)
+    assert not (tmp_path / "run/offload").exists()
 
 
 def test_disk_that_fails_in_an_update_leaves_the_last_checkpoint_whole(

@@ -177,6 +177,7 @@ def test_replicas_compress(alone: Any, tmp_path: Path) -> None:
         ),
         (simple(1, 3), {"shard_weights": True}, "shard_weights is True and plan file"),
         (simple(1, 3), {"compare_batches": 2}, "compare_batches is 2 and plan file"),
+        (simple(1, 3), {"offload_optimizer": "disk"}, "offload_optimizer is 'disk' and plan file"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_sentence(
