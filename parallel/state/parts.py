@@ -11,6 +11,7 @@ import torch
 from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.state_transfer import pack, receive_state, send_state
 from heteromesh.comm.tcp.transport import TcpTransport
+from heteromesh.comm.world import World
 from heteromesh.parallel.state.elementwise import is_elementwise_state
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.planner.ownership.ownership import Ownership, Range
@@ -77,6 +78,30 @@ def plan_moves(
                     elif low < high:
                         incoming.add(source)
     return outgoing, sorted(incoming)
+
+
+def collect(
+    world: World,
+    ownership: Ownership,
+    sizes: Sequence[int],
+    wanted: Callable[[int, int], Sequence[Range]],
+    cut: Callable[[Sequence[Slice]], list[StatePart]],
+) -> list[StatePart]:
+    """Returns what this rank wants of the state, from those who hold it. Raises LostState and GroupAborted.
+
+    ownership, sizes, wanted: as for `plan_moves`; cut: returns the parts that are held here.
+    """
+    outgoing, sources = plan_moves(ownership, world.members, world.rank, sizes, wanted)
+    parts = [cut(slices) for slices in outgoing]
+    mine, parts[world.rank] = parts[world.rank], []
+    return mine + exchange_state(transport_of(world), parts, sources)
+
+
+def transport_of(world: World) -> TcpTransport:
+    """Returns what the members of an epoch exchange over."""
+    transport = world.exchange
+    assert isinstance(transport, TcpTransport), "members come and go only over the TCP data plane"
+    return transport
 
 
 def exchange_state(

@@ -26,6 +26,7 @@ from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Fenced, Finished, StateLost, Stopped
 from heteromesh.parallel.model.pass_buffers import unexpand
+from heteromesh.parallel.state.copies import MirroredWeights
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
@@ -33,6 +34,7 @@ from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.reduction.nics import nic_rates
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.hooks.api import TrainingReport
@@ -50,6 +52,7 @@ from heteromesh.runtime.process.environment import (
 )
 from heteromesh.runtime.process.failure import JobOver, PeerLost, RunFinished
 from heteromesh.runtime.process.interrupt import Interrupt
+from heteromesh.runtime.records.checkpoint import shapes_of
 from heteromesh.runtime.records.checkpoint_files import Superseded
 from heteromesh.runtime.records.rundir import finished_step
 from heteromesh.runtime.records.writer import CheckpointWriter
@@ -57,6 +60,7 @@ from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.job_check import check_job
+from heteromesh.runtime.training.layer_trial import layer_reducer, try_layers, working_weights
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress
 from heteromesh.runtime.training.step import StepParts, TrainStep
@@ -93,20 +97,18 @@ class ElasticJob:
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
         self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
-        self.engine = PassMajor(
-            job.model,
-            seed=config.seed,
-            autocast=config.autocast,
-            checkpoint_activations=config.checkpoint_activations,
-            loss=job.loss,
-        )
+        self.shards = config.shard_weights is True
+        """Whether the weights are dealt out too."""
+        self.engine = self._engine()
         stack.callback(self.engine.close)
         try_model(job.model, job.reader, job.loss)
-        self.exchange = GradientReducer(job.model.parameters(), keep=True)
+        self._facts: dict[str, str] = {}
+        """What members must have in common beside what they were told."""
+        self.exchange = self._exchange()
         stack.callback(self.exchange.close)
         self.recorder = World().recorder
         alone = World(recorder=self.recorder)
-        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=False)
+        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=self.shards)
         self.buffers = learn_buffers(self.engine, job.reader, alone)
         self.state: StateOwner = self._state()
         stack.callback(self.state.close)
@@ -164,14 +166,17 @@ class ElasticJob:
         transactions: list[Transaction] = [Begin(progress, self._create)]
         if costs.links_wanted:
             transactions.append(MeasureLinks(progress, costs))
-        transactions += [
-            Meet(progress, costs),
-            Evaluate(progress, self.state, job.model, hooks),
-            Save(progress, self.state, session, self.writer, hooks),
-            End(progress, session, self.writer, hooks, loop.report),
-            Reshard(progress, self.state, session, costs.speeds),
-            step,
-        ]
+        evaluate = Evaluate(progress, self.state, job.model, hooks)
+        save = Save(progress, self.state, session, self.writer, hooks)
+        end = End(progress, session, self.writer, hooks, loop.report, self.state.weights_ready)
+        if isinstance(self.engine, LayerMajor):
+            self.engine.attach(pick_device(), self._order, self._layer_weights)
+            # no layer can be gathered, for whatever it is, before its weights lie as this epoch's collectives cut them
+            deal = Reshard(progress, self.state, session, costs.owned, always=True)
+            transactions += [Meet(progress, costs), deal, evaluate, save, end, step]
+        else:
+            deal = Reshard(progress, self.state, session, costs.speeds)
+            transactions += [Meet(progress, costs), evaluate, save, end, deal, step]
         loop.transactions = transactions
 
         def start() -> None:
@@ -191,8 +196,37 @@ class ElasticJob:
             name = self.session.member.options.name
             self.console.say(f"worker {name}, started again, has joined after step {self.progress.done}")
 
+    def _engine(self) -> PassMajor:
+        job, config = self.job, self.job.config
+        if self.shards:
+            return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
+        return PassMajor(
+            job.model,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+            loss=job.loss,
+        )
+
+    def _exchange(self) -> GradientReducer:
+        engine, reader, device = self.engine, self.job.reader, pick_device()
+        if not isinstance(engine, LayerMajor):
+            return GradientReducer(self.job.model.parameters(), keep=True)
+        self._order = try_layers(engine, reader, device)
+        halves = working_weights(engine, reader, device, self._order) if engine.autocast is not None else []
+        if not self._order.mappings:
+            engine.recompute()
+        self._facts = {"the order of layers": repr(self._order.layers), "the weights gathered in 16 bit": repr(halves)}
+        parameters = list(self.job.model.parameters())
+        self._working = {parameters[i]: engine.autocast for i in halves if engine.autocast is not None}
+        return layer_reducer(engine, self._order, self._working, scatter=True)
+
     def _state(self) -> StateOwner:
         job, buckets = self.job, self.exchange.buckets
+        if isinstance(self.engine, LayerMajor):
+            layers = self.engine.own_parameters
+            self._layer_weights = MirroredWeights(job.optimizer, job.model, buckets, layers, working=self._working)
+            return self._layer_weights
         if job.config.shard_optimizer:
             return Sharded(job.optimizer, job.model, buckets)
         return Replicated(job.optimizer, job.model, buckets)
@@ -208,6 +242,8 @@ class ElasticJob:
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             together=None,
+            shapes=shapes_of(self.job.model),
+            copied=not self.shards,  # what is gathered to be written is a copy already
         )
         self._stack.callback(writer.close)
         return writer
@@ -220,6 +256,7 @@ class ElasticJob:
                 raise
             self._unreadable = error
             return
+        self.state.weights_ready()
         self._notes = self.job.load_trainer_state(state)
         self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
         self.progress.sampled = state["sampler"]
@@ -228,7 +265,7 @@ class ElasticJob:
         """Measures this rank's device, then joins the job."""
         job, config = self.job, self.job.config
         cost_file = Path(config.cost) if config.cost is not None else None
-        joining = join_options(facts=elastic_facts(job), step=self.progress.done)
+        joining = join_options(facts=elastic_facts(job) | self._facts, step=self.progress.done)
         cluster, most = elastic_cluster(config, joining.place), bounds_from_environment().max
         plan = build_plan(config, cluster or local_cluster(most)) if plan_path(config) is not None else None
         self.members = MemberCosts(
@@ -264,7 +301,7 @@ class ElasticJob:
         schedule = self.job.schedule
         return {
             "progress": self.progress.snapshot(),
-            "model": dict(self.job.model.state_dict()),
+            "model": self.state.model_snapshot(self.job.model),
             "optimizer": self.state.snapshot(),
             "schedule": schedule.state_dict() if schedule is not None else None,
         }
@@ -274,7 +311,8 @@ class ElasticJob:
         return self._state_of_job() | {"costs": self.costs.snapshot()}
 
     def _adopt(self, state: dict[str, Any]) -> None:
-        self.job.model.load_state_dict(state["model"])
+        # members have the same model; of one whose weights are dealt out a snapshot has buffers only
+        self.job.model.load_state_dict(state["model"], strict=False)
         self.state.adopt(state["optimizer"])
         if self.job.schedule is not None:
             self.job.schedule.load_state_dict(state["schedule"])

@@ -44,7 +44,6 @@ from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
 from heteromesh.runtime.engine.token_bytes import layer_token_bytes, pass_token_bytes
-from heteromesh.runtime.engine.working_trial import try_working_weights
 from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
@@ -54,7 +53,7 @@ from heteromesh.runtime.memory.sizes import job_model, job_ranks
 from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
-from heteromesh.runtime.training.layer_trial import trial_works, try_layers
+from heteromesh.runtime.training.layer_trial import layer_reducer, try_layers, working_weights
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -346,10 +345,7 @@ class LayerByLayer(WholeModel):
         self._working = self._working_weights() if sharded else {}
         if not self._order.mappings:
             engine.recompute()
-        last_first = dict.fromkeys(reversed(self._order.layers))
-        rest = [index for index in range(len(engine.layers)) if index not in last_first]
-        groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
-        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups, working=self._working)
+        return layer_reducer(engine, self._order, self._working, scatter=sharded)
 
     def _working_weights(self) -> dict[nn.Parameter, torch.dtype]:
         """Returns the weights that are gathered in the dtype to which autocast casts them anyway."""
@@ -357,14 +353,9 @@ class LayerByLayer(WholeModel):
         dtype = engine.autocast
         if dtype is None:
             return {}
-        numbers = {p: i for i, p in enumerate(engine.model.parameters())}
-
-        def found() -> list[int]:
-            work = trial_works(reader, device)[0]
-            return [numbers[p] for p in try_working_weights(engine, work, self._order, device, self._sketches)]
-
-        parameters = list(numbers)
-        return {parameters[i]: dtype for i in self._world.once(found)}
+        parameters, order = list(engine.model.parameters()), self._order
+        found = self._world.once(lambda: working_weights(engine, reader, device, order, self._sketches))
+        return {parameters[i]: dtype for i in found}
 
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:
