@@ -162,6 +162,17 @@ class MirroredWeights(ShardedWeights):
         self._next = world, ownership, self._collect(world, ownership.ranges_held_by)
         return f"{ownership.members}:{ownership.fractions}:{ownership.stride}"
 
+    def described(self) -> str:
+        """Says what the members hold, as far as it depends on who is there."""
+        trained, sizes = self._buckets[: self._count], []
+        elements = sum(fragment.tensor.numel() for fragment in self.fragments)
+        state = self.state_bytes / max(1, elements)
+        for member in self.ownership.members:
+            numels = [sum(b - a for a, b in self.ownership.ranges_held_by(member, size)) for size in self._sizes]
+            weights = sum(n * bucket.dtype.itemsize for n, bucket in zip(numels, self._buckets, strict=True))
+            sizes.append((weights + state * sum(numels[: len(trained)])) / 1e6)
+        return "weights and optimizer state per rank, second copies included, MB: " + " ".join(f"{n:.1f}" for n in sizes)
+
     def finish_reshard(self) -> None:
         if self._next is None:
             return

@@ -110,6 +110,7 @@ class ElasticJob:
         alone = World(recorder=self.recorder)
         self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=self.shards)
         self.buffers = learn_buffers(self.engine, job.reader, alone)
+        self.console = Console(config.max_steps, 0, str(config.run_dir))
         self.state: StateOwner = self._state()
         stack.callback(self.state.close)
         self.records = RunRecords(
@@ -122,7 +123,6 @@ class ElasticJob:
         )
         stack.callback(self.records.close)
         self._check_unfinished()
-        self.console = Console(config.max_steps, 0, str(config.run_dir))
         self.writer = self._writer()
         self._notes: list[str] = []
         self._unreadable: UserError | None = None
@@ -226,6 +226,7 @@ class ElasticJob:
         if isinstance(self.engine, LayerMajor):
             layers = self.engine.own_parameters
             self._layer_weights = MirroredWeights(job.optimizer, job.model, buckets, layers, working=self._working)
+            self.console.held = self._layer_weights.described
             return self._layer_weights
         if job.config.shard_optimizer:
             return Sharded(job.optimizer, job.model, buckets)
