@@ -171,7 +171,9 @@ class MirroredWeights(ShardedWeights):
             numels = [sum(b - a for a, b in self.ownership.ranges_held_by(member, size)) for size in self._sizes]
             weights = sum(n * bucket.dtype.itemsize for n, bucket in zip(numels, self._buckets, strict=True))
             sizes.append((weights + state * sum(numels[: len(trained)])) / 1e6)
-        return "weights and optimizer state per rank, second copies included, MB: " + " ".join(f"{n:.1f}" for n in sizes)
+        return "weights and optimizer state per rank, second copies included, MB: " + " ".join(
+            f"{n:.1f}" for n in sizes
+        )
 
     def finish_reshard(self) -> None:
         if self._next is None:

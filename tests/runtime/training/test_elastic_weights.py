@@ -15,7 +15,7 @@ from trainers import make_trainer
 def test_losses_stay_and_ordinary_runs_resume_either_way(tmp_path: Path) -> None:
     alone = make_trainer(tmp_path / "alone", max_steps=STEPS + 2).fit().losses
     make_trainer(tmp_path / "run", max_steps=2).fit()
-    options: dict[str, Any] = {"shard_weights": True, "resume": True, "checkpoint_every": 5}
+    options: dict[str, Any] = {"shard_weights": True, "resume": True, "checkpoint_every": 5, "in_backward": True}
     (losses, digest), (late, same) = through_losses_and_a_join(tmp_path, **options)
     assert losses == pytest.approx(alone[2:STEPS][-len(losses) :], abs=1e-3)
     assert late == losses[-len(late) :]
