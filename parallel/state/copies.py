@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +25,7 @@ from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.frame import bytes_of
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.flats import fragments_of, take_out
-from heteromesh.parallel.state.fragments import Fragment, Piece
+from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import scale_in
 from heteromesh.parallel.state.parts import Slice, StatePart, collect, transport_of
 from heteromesh.parallel.state.ranges import hand_out_ranges, squared_norm
@@ -142,8 +140,6 @@ class MirroredWeights(ShardedWeights):
         self._next: tuple[World, Ownership, list[StatePart]] | None = None
         self._mirroring: frozenset[Fragment] = frozenset()
         """Those of the fragments that are in that range."""
-        self._whole: dict[nn.Parameter, Piece] = {}
-        """All weights, while this rank writes a checkpoint."""
 
     def is_settled(self, world: World) -> bool:
         return self._world is world
@@ -235,29 +231,9 @@ class MirroredWeights(ShardedWeights):
         for shard in self._trained:
             shard.outdate()
 
-    @contextmanager
-    def gathered(self, world: World) -> Iterator[None]:
-        writer = min(world.members)
-        parts = self._collect(world, lambda member, size: [(0, size)] if member == writer else [])
-        if not world.writes:
-            yield
-            return
-        arrived = ArrivedWeights(self._buckets, parts)
-        flats = [arrived.elements(number, 0, size) for number, size in enumerate(self._sizes)]
-        self._whole = {
-            parameter: Piece(flat[start:stop], shape, 0)
-            for bucket, flat in zip(self._buckets, flats, strict=True)
-            for parameter, shape, (start, stop) in zip(
-                bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True
-            )
-        }
-        trained = zip(self._buckets[: self._count], flats, strict=False)
-        fragments = [f for n, (bucket, flat) in enumerate(trained) for f in fragments_of(bucket, n, 0, flat)]
-        try:
-            with self._optimizer.holding(fragments, [p for p in parts if _WEIGHTS not in p.by_element]):
-                yield
-        finally:
-            self._whole = {}
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """Has this member's own range: each member writes its share."""
+        return self._optimizer.checkpoint_entries(without=self._mirroring)
 
     def snapshot(self) -> Any:
         """Leaves out what members hold, unless everybody has everything."""
@@ -301,9 +277,6 @@ class MirroredWeights(ShardedWeights):
         held = [HeldRange(shard.low, shard.own), *self._copies[number : number + 1]]
         start, memory = next(each for each in held if each.covers(low, high))
         return StatePart(number, low, high, {_WEIGHTS: memory[low - start : high - start]}, {})
-
-    def _piece(self, parameter: nn.Parameter) -> Piece:
-        return self._whole[parameter] if self._whole else super()._piece(parameter)
 
 
 def _mirrored(ownership: Ownership, rank: int) -> int | None:

@@ -24,7 +24,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.flats import check_parameters, fragments_of, take_out
 from heteromesh.parallel.state.fragmented import FragmentedOptimizer
-from heteromesh.parallel.state.fragments import Fragment, Piece
+from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
@@ -186,11 +186,8 @@ class ShardedWeights(StateOwner):
         entries = super().model_entries(model)
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor in self._homes:
-                entries[_plain(name)] = self._piece(tensor)
+                entries[_plain(name)] = self._homes[tensor].piece(tensor)
         return entries
-
-    def _piece(self, parameter: nn.Parameter) -> Piece:
-        return self._homes[parameter].piece(parameter)
 
     def checkpoint_entries(self) -> dict[str, Any]:
         return self._optimizer.checkpoint_entries()

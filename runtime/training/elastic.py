@@ -244,7 +244,7 @@ class ElasticJob:
             keep=config.keep_checkpoints,
             together=None,
             shapes=shapes_of(self.job.model),
-            copied=not self.shards,  # what is gathered to be written is a copy already
+            shares=self.shards,
         )
         self._stack.callback(writer.close)
         return writer
