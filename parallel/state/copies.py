@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from heteromesh.comm.tcp.frame import bytes_of
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.flats import fragments_of, take_out
 from heteromesh.parallel.state.fragments import Fragment
-from heteromesh.parallel.state.owner import scale_in
+from heteromesh.parallel.state.owner import StoredState, scale_in
 from heteromesh.parallel.state.parts import Slice, StatePart, collect, transport_of
 from heteromesh.parallel.state.ranges import hand_out_ranges, squared_norm
 from heteromesh.parallel.state.sharded import COPIES
@@ -40,13 +41,14 @@ _NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
 
 class Alone(Collectives):
-    """Those of one rank, which owns everything."""
+    """Those of one rank, which owns everything, or nothing yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, owns: bool) -> None:
         self.rank, self.size, self.sent_bytes = 0, 1, 0
+        self._owns = owns
 
     def bounds(self, numel: int) -> tuple[int, ...]:
-        return 0, numel
+        return 0, numel * self._owns
 
     def all_reduce(self, flat: torch.Tensor, key: int | None = None) -> Work:
         return OnceWork(lambda: None)
@@ -109,9 +111,10 @@ class ArrivedWeights(WeightSource):
 class MirroredWeights(ShardedWeights):
     """Keeps this member's range of every bucket of weights and of their optimizer state, and another member's too.
 
-    Until the first `reshard` every member has everything, as the model and the optimizer have it. From then on what is
-    held is right for one epoch: in the next, `is_settled` says no and a `reshard` must come before all else, also where
-    the members are the same. Its `speeds` are the shares by which the world's collectives cut tensors.
+    Until the first `reshard` every member has everything, as the model and the optimizer have it, or can read it from
+    the source. From then on what is held is right for one epoch: in the next, `is_settled` says no and a `reshard` must
+    come before all else, also where the members are the same. Its `speeds` are the shares by which the world's
+    collectives cut tensors.
 
     Raises UserError as `ShardedWeights` does.
     """
@@ -124,12 +127,17 @@ class MirroredWeights(ShardedWeights):
         layers: Sequence[Sequence[nn.Parameter]],
         *,
         working: Mapping[nn.Parameter, torch.dtype] = _NONE,
+        source: WeightSource | None = None,
+        restore: Callable[[], None] | None = None,
     ) -> None:
-        """buckets, layers, working: as for `ShardedWeights`."""
-        everything = [range(len(layers))]
-        alone = World(collectives=Alone())
-        super().__init__(optimizer, model, buckets, alone, layers, resident=everything, working=working)
+        """buckets, layers, working, source: as for `ShardedWeights`. restore: called when this member has got its first
+        ranges in a job that had not dealt anything out; where `restores` is set it loads them from a checkpoint."""
+        everything = () if source is not None else [range(len(layers))]
+        alone = World(collectives=Alone(owns=source is None))
+        super().__init__(optimizer, model, buckets, alone, layers, resident=everything, working=working, source=source)
         self.ownership = Ownership.whole()
+        self._source, self._restore = source, restore
+        self.restores = False
         self._sizes = [bucket.numel for bucket in self._buckets]
         self._copies: list[HeldRange] = []
         """By bucket, the other member's range that is held here; none while everybody has everything."""
@@ -142,21 +150,22 @@ class MirroredWeights(ShardedWeights):
         """Those of the fragments that are in that range."""
 
     def is_settled(self, world: World) -> bool:
-        return self._world is world
+        # what owners have read from a checkpoint the others get from them
+        return self._world is world and self.ownership.copies == COPIES
 
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
         """Raises LostState where both holders of a range are gone."""
         ownership = Ownership(
             fractions=tuple(map(float, speeds)),
             members=world.members,
-            copies=COPIES,
+            copies=1 if self.ownership.is_whole and self.restores else COPIES,
             names=world.names,
             stride=stride_between([name.rpartition(":")[0] for name in world.names]),
             what="the weights and the optimizer state",
         )
         # what is held now stays until the new ranges are whole everywhere
         self._next = world, ownership, self._collect(world, ownership.ranges_held_by)
-        return f"{ownership.members}:{ownership.fractions}:{ownership.stride}"
+        return f"{ownership.members}:{ownership.fractions}:{ownership.stride}:{ownership.copies}"
 
     def described(self) -> str:
         """Says what the members hold, as far as it depends on who is there."""
@@ -174,6 +183,7 @@ class MirroredWeights(ShardedWeights):
     def finish_reshard(self) -> None:
         if self._next is None:
             return
+        began = self.ownership.is_whole
         (world, self.ownership, parts), self._next = self._next, None
         arrived, mirrored = ArrivedWeights(self._buckets, parts), _mirrored(self.ownership, world.rank)
         copies = []
@@ -187,8 +197,20 @@ class MirroredWeights(ShardedWeights):
         trained = enumerate(zip(self._buckets[: self._count], copies, strict=False))
         mirroring = [fragment for n, (bucket, copy) in trained for fragment in fragments_of(bucket, n, *copy)]
         states = [part for part in parts if _WEIGHTS not in part.by_element]
-        self._optimizer.hold_parts([*self._own_fragments(), *mirroring], states)
-        self._mirroring = frozenset(mirroring)
+        held = [*self._own_fragments(), *mirroring]
+        if states:
+            self._optimizer.hold_parts(held, states)
+        else:
+            self._optimizer.hold(held)  # what comes from a source has no state yet
+        self._mirroring, self._source = frozenset(mirroring), None
+        if began and self._restore is not None:
+            self._restore()
+
+    def load_entries(self, entries: dict[str, Any], stored: StoredState) -> None:
+        """Takes what has been loaded into this member's own ranges; nothing is gathered before the next attempt."""
+        self._optimizer.load_entries(entries)
+        for shard in self._shards:
+            shard.outdate()
 
     def copy_sums(self, summed: Summed, world: World) -> str:
         """Sends the sums of the own range to its mirror, and receives those of the range that is mirrored here."""
@@ -247,7 +269,7 @@ class MirroredWeights(ShardedWeights):
 
     def model_snapshot(self, model: nn.Module) -> dict[str, Any]:
         """Returns all of it while everybody has everything, then its buffers: weights are dealt out at a commit."""
-        if self.ownership.is_whole:
+        if self.ownership.is_whole and self._source is None:
             return super().model_snapshot(model)
         return {name: t for name, t in model.state_dict(keep_vars=True).items() if t not in self._homes}
 
@@ -263,7 +285,7 @@ class MirroredWeights(ShardedWeights):
             take_out(parameter)
         self._shards, self._trained, self._outside, self._copies = [], [], [], []
         self._layers.clear()
-        self._world = World()
+        self._world, self._source = World(), None
 
     def _collect(self, world: World, wanted: Callable[[int, int], Sequence[Range]]) -> list[StatePart]:
         def cut(slices: Sequence[Slice]) -> list[StatePart]:
@@ -273,10 +295,18 @@ class MirroredWeights(ShardedWeights):
 
     def _weights(self, number: int, low: int, high: int) -> StatePart:
         """Returns the weights of elements [low, high) of a bucket, which are held here, without copies."""
+        if self._source is not None:
+            return StatePart(number, low, high, {_WEIGHTS: self._read(self._source, number, low, high)}, {})
         shard = self._shards[number]
         held = [HeldRange(shard.low, shard.own), *self._copies[number : number + 1]]
         start, memory = next(each for each in held if each.covers(low, high))
         return StatePart(number, low, high, {_WEIGHTS: memory[low - start : high - start]}, {})
+
+    def _read(self, source: WeightSource, number: int, low: int, high: int) -> torch.Tensor:
+        bucket = self._buckets[number]
+        places = zip(bucket.parameters, pairwise(bucket.offsets), strict=True)
+        cuts = [(p, max(low, start) - start, min(high, stop) - start) for p, (start, stop) in places]
+        return torch.cat([source.read(*cut).to(bucket.dtype) for cut in cuts if cut[1] < cut[2]])
 
 
 def _mirrored(ownership: Ownership, rank: int) -> int | None:

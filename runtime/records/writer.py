@@ -66,15 +66,23 @@ class CheckpointWriter:
 
         `say` gets a line where newer ones are damaged. Raises UserError where none is whole.
         """
-        checkpoints = self._opened()
-        path, wrong = checkpoints.newest_whole()
+        path = self.newest(say)
+        return path, self.load(path)
+
+    def newest(self, say: Callable[[str], None]) -> Path:
+        """Returns the newest whole checkpoint; says and raises as `resume`."""
+        path, wrong = self._opened().newest_whole()
         damaged = "; ".join(wrong)
         if path is None:
             said = f": {damaged}; start anew in another one" if wrong else " to resume: start anew in another one"
             raise UserError(f"run directory {self.run_dir} has no whole checkpoint{said}")
         if wrong:
             say(f"{damaged}: going on from {path.name}, the newest one that is whole")
-        return path, checkpoints.load(path, self._model, self._state)
+        return path
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads a checkpoint into model and state owner; returns the trainer's state."""
+        return self._opened().load(path, self._model, self._state)
 
     def holds_any(self) -> bool:
         """Whether there is a checkpoint to resume from, whole or not; equal on ranks that write together."""
