@@ -28,12 +28,12 @@ from heteromesh.comm.world import World
 from heteromesh.parallel.state.flats import fragments_of, take_out
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StoredState, scale_in
-from heteromesh.parallel.state.parts import Slice, StatePart, collect, transport_of
+from heteromesh.parallel.state.parts import Slice, StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import hand_out_ranges, squared_norm
 from heteromesh.parallel.state.sharded import COPIES
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.state.weight_source import WeightSource
-from heteromesh.planner.ownership.ownership import Ownership, Range, stride_between
+from heteromesh.planner.ownership.ownership import Ownership, Range
 
 _WEIGHTS = "weights"
 """The key of a part that has weights and no state."""
@@ -138,6 +138,7 @@ class MirroredWeights(ShardedWeights):
         self.ownership = Ownership.whole()
         self._source, self._restore = source, restore
         self.restores = False
+        """Whether `restore` loads what this member owns; then second copies are made of that."""
         self._sizes = [bucket.numel for bucket in self._buckets]
         self._copies: list[HeldRange] = []
         """By bucket, the other member's range that is held here; none while everybody has everything."""
@@ -150,19 +151,12 @@ class MirroredWeights(ShardedWeights):
         """Those of the fragments that are in that range."""
 
     def is_settled(self, world: World) -> bool:
-        # what owners have read from a checkpoint the others get from them
         return self._world is world and self.ownership.copies == COPIES
 
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
         """Raises LostState where both holders of a range are gone."""
-        ownership = Ownership(
-            fractions=tuple(map(float, speeds)),
-            members=world.members,
-            copies=1 if self.ownership.is_whole and self.restores else COPIES,
-            names=world.names,
-            stride=stride_between([name.rpartition(":")[0] for name in world.names]),
-            what="the weights and the optimizer state",
-        )
+        copies = 1 if self.ownership.is_whole and self.restores else COPIES
+        ownership = dealt_out(world, speeds, copies, "the weights and the optimizer state")
         # what is held now stays until the new ranges are whole everywhere
         self._next = world, ownership, self._collect(world, ownership.ranges_held_by)
         return f"{ownership.members}:{ownership.fractions}:{ownership.stride}:{ownership.copies}"
@@ -176,9 +170,8 @@ class MirroredWeights(ShardedWeights):
             numels = [sum(b - a for a, b in self.ownership.ranges_held_by(member, size)) for size in self._sizes]
             weights = sum(n * bucket.dtype.itemsize for n, bucket in zip(numels, self._buckets, strict=True))
             sizes.append((weights + state * sum(numels[: len(trained)])) / 1e6)
-        return "weights and optimizer state per rank, second copies included, MB: " + " ".join(
-            f"{n:.1f}" for n in sizes
-        )
+        told = " ".join(f"{size:.1f}" for size in sizes)
+        return f"weights and optimizer state per rank, second copies included, MB: {told}"
 
     def finish_reshard(self) -> None:
         if self._next is None:

@@ -14,7 +14,7 @@ from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World
 from heteromesh.parallel.state.elementwise import is_elementwise_state
 from heteromesh.parallel.state.fragments import Fragment
-from heteromesh.planner.ownership.ownership import Ownership, Range
+from heteromesh.planner.ownership.ownership import Ownership, Range, stride_between
 
 Slice = tuple[int, int, int]
 """(bucket, low, high): elements [low, high) of a bucket."""
@@ -78,6 +78,21 @@ def plan_moves(
                     elif low < high:
                         incoming.add(source)
     return outgoing, sorted(incoming)
+
+
+def dealt_out(world: World, shares: Sequence[float], copies: int, what: str) -> Ownership:
+    """Returns who holds what when it is dealt out to a world's members by these shares, in so many copies.
+
+    Copies are on different hosts where there are several. what: is dealt out, for sentences.
+    """
+    return Ownership(
+        fractions=tuple(map(float, shares)),
+        members=world.members,
+        copies=copies,
+        names=world.names,
+        stride=stride_between([name.rpartition(":")[0] for name in world.names]),
+        what=what,
+    )
 
 
 def collect(

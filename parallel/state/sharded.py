@@ -27,7 +27,7 @@ from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
-from heteromesh.parallel.state.parts import StatePart, collect, transport_of
+from heteromesh.parallel.state.parts import StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.planner.ownership.ownership import Ownership, Range
 
@@ -132,9 +132,7 @@ class Sharded(StateOwner):
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
         """Raises LostState where owner and mirror of a range are gone."""
         parameters = self.refresh(world)
-        ownership = Ownership(
-            fractions=tuple(map(float, speeds)), members=world.members, copies=COPIES, names=world.names
-        )
+        ownership = dealt_out(world, speeds, COPIES, "the optimizer state")
         parts = self._collect(world, ownership.ranges_held_by)
         mine = [ownership.ranges_held_by(world.members[world.rank], size) for size in self._flats.sizes]
         # what is held now stays until the new ranges are whole everywhere
