@@ -14,8 +14,8 @@ PIECES = 64
 LEAST_BYTES = 32 << 10
 """Of a piece; below, a message costs more than its bytes."""
 ONE_WAY_PIECES, ONE_WAY_LEAST_BYTES = 16, 256 << 10
-"""Of gathers and scatters, whose pieces have no way back to wait for: a message costs 0.1 to 0.2 ms of processor time at
-its two ends, and a model's weights travel every step."""
+"""Of gathers and scatters, whose pieces have no way back to wait for: a message costs 0.1 to 0.2 ms of processor time
+at its two ends, and a model's weights travel every step."""
 MOST_BYTES = 4 << 20
 
 
@@ -29,9 +29,7 @@ class ReductionPiece:
     number: int
 
 
-def pieces(
-    reduction: Reduction, numel: int, itemsize: int, *, one_way: bool = False
-) -> tuple[ReductionPiece, ...]:
+def pieces(reduction: Reduction, numel: int, itemsize: int, *, one_way: bool = False) -> tuple[ReductionPiece, ...]:
     """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
     time. one_way: for a gather or a scatter, not for a sum that every rank gets.
     """
