@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.schedule import LayerOrder
+from heteromesh.parallel.model.call import is_compiled
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -284,9 +286,14 @@ class LayerByLayer(WholeModel):
         if not isinstance(state, ShardedWeights):
             self.engine.attach(self._world.device, self._order)
             return hooks
-        self.engine.attach(self._world.device, self._order, state)
+        self.engine.attach(self._world.device, self._order, state, self._kept_layers)
         state.begin()  # what isn't kept is given back before the first step, not in it
         return (*hooks, Settled(state) if self.dealt_out else Gathered(state))
+
+    def _kept_layers(self, of_pass: int, of_step: int) -> int:
+        """Returns of how many layers this rank's activations are kept in such a step."""
+        owned = self._owned
+        return owned.kept_layers(self._world.rank, of_pass, of_step) if owned is not None else 0
 
     def _fill(self, sharded: bool) -> None:
         job, world = self._job, self._world
@@ -341,11 +348,17 @@ class LayerByLayer(WholeModel):
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device, self._sketches))
-        self._tokens = self._world.once(lambda: layer_token_bytes(engine, reader, device, self._order))
         self._working = self._working_weights() if sharded else {}
+        self._tokens = self._world.once(lambda: self._token_bytes())
         if not self._order.mappings:
             engine.recompute()
         return layer_reducer(engine, self._order, self._working, scatter=sharded)
+
+    def _token_bytes(self) -> TokenBytes:
+        tokens = layer_token_bytes(self.engine, self._job.reader, self._world.device, self._order)
+        # autocast's copies of weights, which a graph would hold, are not counted; compiled layers make their own graphs
+        copies = self.engine.autocast is not None and not self._working
+        return replace(tokens, by_layer=()) if copies or is_compiled(self._job.model) else tokens
 
     def _working_weights(self) -> dict[nn.Parameter, torch.dtype]:
         """Returns the weights that are gathered in the dtype to which autocast casts them anyway."""
