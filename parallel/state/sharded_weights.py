@@ -27,6 +27,7 @@ from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
+from heteromesh.parallel.state.separable import deal_buckets
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
 from heteromesh.parallel.state.weight_source import WeightSource
 
@@ -67,6 +68,7 @@ class ShardedWeights(StateOwner):
         self._collectives = world.collectives
         names = {p: _plain(name) for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
+        deal_buckets(buckets, self._optimizer.whole, world)
         before = optimizer.state_dict()
         frozen = _frozen((*layers, _outside(model, layers)), working)
         homes = {p: index for index, own in enumerate(layers) for p in own}

@@ -44,6 +44,8 @@ class JobModel:
     """Of weights outside layers where they are gathered; None: as at their owners."""
     outside_apart: float = 0.0
     """Of weights outside layers that owners keep beside them."""
+    granule: float = 0.0
+    """Of the largest weight that has one owner, by which a rank may own more than its fraction; 0: there are none."""
 
     @property
     def outside_here(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from heteromesh.planner.reduction.reduction import Reduction
@@ -26,15 +26,14 @@ class ReductionPiece:
     number: int
 
 
-def pieces(reduction: Reduction, numel: int, itemsize: int) -> tuple[ReductionPiece, ...]:
+def pieces(reduction: Reduction, bounds: Sequence[int], itemsize: int) -> tuple[ReductionPiece, ...]:
     """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
-    time.
+    time. bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]).
     """
-    bounds = reduction.bounds(numel)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
     waves = reduction.waves or (0,) * len(reduction.fractions)
     together = max(Counter(waves[owner] for owner, _, _ in ranges).values(), default=1)
-    size = -(-numel * itemsize // (PIECES * together))
+    size = -(-bounds[-1] * itemsize // (PIECES * together))
     step = max(min(max(size, LEAST_BYTES), MOST_BYTES) // itemsize, 1)
     cuts: list[tuple[int, float, int, int, int]] = []
     for owner, low, high in ranges:

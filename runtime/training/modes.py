@@ -50,7 +50,8 @@ from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
 from heteromesh.runtime.hooks.whole import Gathered, Settled, WholeStages
 from heteromesh.runtime.memory.ownership import OwnedJob, own_in_job, run_order
-from heteromesh.runtime.memory.sizes import job_model, job_ranks
+from heteromesh.runtime.memory.shares import OwnedBytes, is_dealt, owned_bytes
+from heteromesh.runtime.memory.sizes import job_model, job_ranks, separation_of
 from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
@@ -124,6 +125,7 @@ class WholeModel(Mode):
         """costs: of these ranks, where they have been measured."""
         self._job, self._world, self._cluster, self._stack = job, world, cluster, stack
         self._base = costs
+        self._separation = separation_of(job.optimizer)
         config = job.config
         self._service = self._open_service(plan)
         sharded = config.shards_state and world.size > 1
@@ -188,6 +190,9 @@ class WholeModel(Mode):
         size, collectives, shards = self._world.size, self._world.collectives, [1.0] * self._world.size
         if self._job.config.shards_state and collectives is not None:
             shards = [(high - low) / _FINE for low, high in pairwise(collectives.bounds(_FINE))]
+            if owned := self._owned_bytes():
+                whole = sum(each.state for each in owned)
+                shards = [each.state / whole for each in owned] if whole else shards
         return tuple(
             replicated_in_job(
                 self._sizes,
@@ -208,6 +213,13 @@ class WholeModel(Mode):
         costs = world.once(lambda: self._costs.correction(world.members)).applied(self.measure())
         self._executor.speeds = costs.speeds
         return compare(self._executor, self._job.reader, self._recent.steps, costs, asked)
+
+    def _owned_bytes(self) -> list[OwnedBytes]:
+        """Returns by rank what it owns where parameters have one owner each; nothing where they are cut anywhere."""
+        buckets, collectives = self.exchange.buckets, self._world.collectives
+        if collectives is None or not is_dealt(buckets):
+            return []
+        return owned_bytes(buckets, collectives, self._separation.state_bytes)
 
     def _fill(self, sharded: bool) -> None:
         """Gives the model its first weights, the same on all ranks."""
@@ -386,6 +398,8 @@ class LayerByLayer(WholeModel):
             source=source,
         )
         initial.forget()
+        if owned := self._owned_bytes():
+            self._owned = self._owned.dealt(owned)
         return state
 
 

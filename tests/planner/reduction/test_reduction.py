@@ -231,14 +231,15 @@ def test_pieces_cover_each_range_once(weights, numel, itemsize):
     bounds = reduction.bounds(numel)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, numel, len(weights) + 1)
     assert all(w or low == high for w, low, high in zip(weights, bounds, bounds[1:], strict=False))
-    owned = sorted((p.start, p.stop, p.owner) for p in pieces(reduction, numel, itemsize))
+    owned = sorted((p.start, p.stop, p.owner) for p in pieces(reduction, reduction.bounds(numel), itemsize))
     assert sum(stop - start for start, stop, _ in owned) == numel
     assert all(bounds[o] <= start < stop <= bounds[o + 1] for start, stop, o in owned)
     assert all(a[1] <= b[0] for a, b in pairwise(owned))
 
 
 def test_owners_take_turns():
-    order = [piece.owner for piece in pieces(made((2, 1)), 3_000_000, 4)]
+    reduction = made((2, 1))
+    order = [piece.owner for piece in pieces(reduction, reduction.bounds(3_000_000), 4)]
     assert order[:6].count(0) == 4
     assert order[-6:].count(0) == 4
 
