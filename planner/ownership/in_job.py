@@ -144,10 +144,10 @@ class StepMoments:
         kinds["layer_inputs"] = float(inputs * self._inputs[at])
         return MemoryByKind(**kinds)
 
-    def most_fraction(self, activations: float, inputs: float) -> float:
-        """Returns the largest fraction that fits, at most 1; negative where none does."""
+    def most_fraction(self, activations: float, inputs: float, spare: float = 0.0) -> float:
+        """Returns the largest fraction that fits with `spare` more, at most 1; negative where none does."""
         free = self._memory - self._constants - activations * self._activations - inputs * self._inputs
-        return -1.0 if free.min() < 0 else min(1.0, _least_ratio(free, self._slopes))
+        return -1.0 if free.min() < 0 else min(1.0, max(0.0, _least_ratio(free, self._slopes) - spare))
 
     def most_activations(self, fraction: float, inputs: float) -> float:
         """Returns the most bytes of activations that fit; negative where none do."""

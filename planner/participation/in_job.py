@@ -83,6 +83,7 @@ def _planned(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choos
     for level in LEVELS:
         expected = [_expected(ranks, tokens, number, level) for number in range(len(ranks))]
         most = _largest_fractions(model, ranks, tokens, expected)
+        most = [n if n < 1 else SLACK**2 for n in most]  # all of it, if need be
         if min(most) < 0 or sum(most) < SLACK**2:
             continue
         fractions = choose([n / SLACK for n in most])
@@ -162,11 +163,12 @@ def _largest_fractions(
 
     Where weights have one owner each, as much less as the largest one is, by which a rank may own too much.
     """
-    most = [
-        StepMoments(model, rank, 0).most_fraction(tokens.bytes.per_pass * p, tokens.bytes.per_step * t)
+    return [
+        StepMoments(model, rank, 0).most_fraction(
+            tokens.bytes.per_pass * p, tokens.bytes.per_step * t, _spare(model, rank)
+        )
         for rank, (p, t) in zip(ranks, expected, strict=True)
     ]
-    return [max(0.0, n - _spare(model, rank)) if n >= 0 else n for n, rank in zip(most, ranks, strict=True)]
 
 
 def _spare(model: JobModel, rank: JobRank) -> float:
