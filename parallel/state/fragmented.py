@@ -103,6 +103,10 @@ class FragmentedOptimizer:
                 "parameters were added to an optimizer after it had been sharded: add them before training starts"
             )
         self.inner.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Drops the gradients of what is held here."""
         for fragment in self.fragments:
             fragment.tensor.grad = None
 

@@ -136,6 +136,9 @@ class Sharded(StateOwner):
         if self._gather is not None:
             self._gather.start()
 
+    def skip(self) -> None:
+        self._optimizer.drop()
+
     def is_settled(self, world: World) -> bool:
         return self._gather is not None or self.ownership.members == world.members
 

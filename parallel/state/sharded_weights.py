@@ -166,6 +166,9 @@ class ShardedWeights(StateOwner):
         self._optimizer.step()
         self._renew(self._trained)
 
+    def skip(self) -> None:
+        self._optimizer.drop()
+
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:
         """Every rank writes its part: nothing is gathered."""

@@ -56,9 +56,9 @@ from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
-from heteromesh.runtime.training.job_check import check_job
+from heteromesh.runtime.training.job_check import check_job, check_precision
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.progress import TrainingProgress
+from heteromesh.runtime.training.progress import TrainingProgress, scale_of
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import (
     Begin,
@@ -88,11 +88,13 @@ class ElasticJob:
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
         check_job(job)
+        check_precision(job, World())
         job.initial.fill(torch.device("cpu"))
         unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
         self.interrupt = stack.enter_context(Interrupt())
-        self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
+        sampled = job.sampler.state_dict()
+        self.progress = TrainingProgress(last=config.max_steps, sampled=sampled, scale=scale_of(config))
         self.engine = PassMajor(
             job.model,
             seed=config.seed,
@@ -203,7 +205,7 @@ class ElasticJob:
             Path(config.run_dir),
             self.job.model,
             self.state,
-            self.job.trainer_state,
+            lambda done, sampled: self.job.trainer_state(done, sampled, self.progress.scale),
             self.recorder,
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
@@ -221,8 +223,7 @@ class ElasticJob:
             self._unreadable = error
             return
         self._notes = self.job.load_trainer_state(state)
-        self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
-        self.progress.sampled = state["sampler"]
+        self.progress.resume(state)
 
     def _join(self) -> None:
         """Measures this rank's device, then joins the job."""

@@ -246,7 +246,8 @@ def test_owners_take_turns():
 
 def test_waves_follow_each_other_and_have_larger_pieces():
     waves = (1, 0, 1, 0)
-    cut, at_once = (pieces(made((1, 1, 1, 1), waves=w), 32_000_000, 4) for w in (waves, ()))
+    cases = [made((1, 1, 1, 1), waves=w) for w in (waves, ())]
+    cut, at_once = (pieces(reduction, reduction.bounds(32_000_000), 4) for reduction in cases)
     assert [waves[piece.owner] for piece in cut] == sorted(waves[piece.owner] for piece in cut)
     assert cut[0].owner != cut[1].owner  # owners of a wave take turns
     assert len(at_once) == 2 * len(cut)
@@ -268,7 +269,7 @@ def test_bytes_are_those_of_the_formula(weights, numel):
 def test_each_byte_leaves_a_host_of_several_devices_once():
     reduction = made((1, 1, 1, 1), hosts=(0, 0, 1, 1))
     across = 0
-    for piece in pieces(reduction, 1_000_000, 4):
+    for piece in pieces(reduction, reduction.bounds(1_000_000), 4):
         speakers = representatives(reduction, piece)
         assert speakers[reduction.hosts[piece.owner]] == piece.owner
         across += (piece.stop - piece.start) * 4 * (1 if reduction.hosts[piece.owner] == 1 else 0)
