@@ -136,7 +136,9 @@ def test_overflow_at_the_least_scale_ends_the_run(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, breaks=True, max_steps=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_scale, "LEAST", 65536.0)
-        with pytest.raises(hm.UserError, match=r"not finite at step 2 even with a loss scale of 65536.*lower the learn"):
+        with pytest.raises(
+            hm.UserError, match=r"not finite at step 2 even with a loss scale of 65536.*lower the learn"
+        ):
             trainer.fit()
 
 

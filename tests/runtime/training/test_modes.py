@@ -33,6 +33,8 @@ class Trained:
     """The run directory of one process."""
     matrices: tuple[float, ...]
     """Losses of one process with an optimizer that needs whole matrices."""
+    scaled: tuple[float, ...]
+    """Losses of one process in fp16, with loss scaling."""
 
     def losses(self, run: str) -> tuple[float, ...]:
         """Equal on every rank, as the parameters are."""
@@ -60,12 +62,20 @@ def matrices(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
     return make_job(folder, {"max_steps": FROM_FILE}, matrices=True).fit().losses
 
 
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
+    """The losses of one process in fp16."""
+    folder = tmp_path_factory.mktemp("scaled") / "run"
+    return make_job(folder, {"max_steps": FROM_FILE, "precision": "fp16"}).fit().losses
+
+
 @pytest.fixture(scope="module", params=MODES)
 def trained(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     alone: Path,
     matrices: tuple[float, ...],
+    scaled: tuple[float, ...],
 ) -> Trained:
     mode, folder = MODES[request.param], tmp_path_factory.mktemp("mode")
     described = write_files(folder, mode)
@@ -77,13 +87,17 @@ def trained(
         "matrices": Run(
             folder=folder / "matrices", settings={"max_steps": FROM_FILE} | mode.plan(folder, mode.ranks), matrices=True
         ),
+        "scaled": Run(
+            folder=folder / "scaled",
+            settings={"max_steps": FROM_FILE, "precision": "fp16"} | mode.plan(folder, mode.ranks),
+        ),
         "int8": Run(folder=folder / "int8", settings={"max_steps": STEPS, "gradient_compression": "int8"} | costs),
     }
     results = dict(zip(runs, in_mode(mode, mode.ranks, list(runs.values())), strict=True))
     costs |= mode.plan(folder, mode.others)
     elsewhere = Run(folder=folder / "run", settings={"max_steps": ELSEWHERE, "resume": True} | costs)
     results["elsewhere"] = in_mode(mode, mode.others, [elsewhere])[0]
-    return Trained(mode=mode, folder=folder, results=results, alone=alone, matrices=matrices)
+    return Trained(mode=mode, folder=folder, results=results, alone=alone, matrices=matrices, scaled=scaled)
 
 
 def curve(trained: Trained, run: str, first: int, last: int) -> None:
@@ -170,6 +184,12 @@ def whole_matrices(trained: Trained) -> None:
     assert trained.losses("matrices") == pytest.approx(trained.matrices, rel=1e-5)
 
 
+def loss_scaling(trained: Trained) -> None:
+    assert trained.losses("scaled") == pytest.approx(trained.scaled, rel=2e-3)
+    for row in rows(trained.folder / "scaled/metrics.jsonl"):
+        assert row["loss_scale"] >= 1024
+
+
 def metrics(trained: Trained) -> None:
     written = rows(trained.folder / "run/metrics.jsonl")
     assert [row["step"] for row in written] == list(range(1, ELSEWHERE + 1))
@@ -200,6 +220,7 @@ FEATURES: dict[str, Callable[[Trained], None]] = {
         cost_file,
         compression,
         whole_matrices,
+        loss_scaling,
         metrics,
         evaluation_hook,
     )
