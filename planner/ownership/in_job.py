@@ -199,8 +199,8 @@ class StepMoments:
         here[-2], per_fraction[-2] = min(model.largest, outside), own[1]
         sent[-2] = outside + trained[0]
         staged[-2] = senders * sent[-2]
-        # an element-wise update makes a few temporaries of one parameter's part
-        per_fraction[-1] = model.whole_trained + 2 * model.largest
+        # an element-wise update makes a few temporaries of one parameter's part, another one of a whole parameter
+        here[-1], per_fraction[-1] = 2 * model.granule, model.whole_trained + 2 * (model.largest - model.granule)
 
     def _gathered(self, model: JobModel, dropped: int) -> None:
         """Adds layers that don't stay: the last one under the head, two under a backward, one after it."""

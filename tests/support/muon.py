@@ -1,4 +1,4 @@
-"""Muon for matrices and AdamW for the rest, as one optimizer with groups."""
+"""Optimizers that are not element-wise: Muon and, for what is no matrix, AdamW; and one that couples all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ class MuonAdamW(torch.optim.Optimizer):
                 inner = kind(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
                 inner.state = self.state
                 inner.step()
+
+
+class Coupled(torch.optim.SGD):
+    """Scales each step by the norm of all gradients, each element alike."""
+
+    def step(self, closure: Any = None) -> None:
+        """Makes a step by gradients alone."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        for gradient in gradients:
+            gradient.div_(norm)
+        super().step()
 
 
 def muon_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.separable import check_separable
 from heteromesh.planner.ownership.whole import deal_whole
-from muon import MuonAdamW
+from muon import Coupled, MuonAdamW
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -24,17 +24,6 @@ class Noisy(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = p.grad / p.grad.norm()
-        super().step()
-
-
-class Coupled(torch.optim.SGD):
-    """Scales each step by the norm of all gradients, each element alike."""
-
-    def step(self, closure: Any = None) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        for gradient in gradients:
-            gradient.div_(norm)
         super().step()
 
 

@@ -83,7 +83,7 @@ def test_room_is_left_for_a_matrix_more_than_a_fraction() -> None:
     assert plan.fractions[1] < cut.fractions[1]
     more = plan.fractions[1] + 30 * MB / MODEL.whole_trained
     step = {"of_pass": plan.pass_tokens[1], "of_step": plan.step_tokens[1]}
-    assert sharded_in_job(MODEL, ranks[1], more, plan.resident[1], TOKENS.bytes, **step).total <= ranks[1].memory
+    assert sharded_in_job(whole, ranks[1], more, plan.resident[1], TOKENS.bytes, **step).total <= ranks[1].memory
     tiny = plan_ownership(replace(MODEL, granule=200 * MB), ranks_of(9, 0.62), TOKENS, by_links)
     assert tiny.fractions == pytest.approx((1, 0)), "nothing, where the largest doesn't fit"
 

@@ -13,23 +13,12 @@ import heteromesh as hm
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from llama import Llama
-from muon import MuonAdamW, muon_groups
+from muon import Coupled, MuonAdamW, muon_groups
 from ranks import World, run_ranks
 from steps import TINY
 from trainers import DATA, gather_costs
 
 STEPS = 2
-
-
-class Coupled(torch.optim.SGD):
-    """Scales each step by the norm of all gradients."""
-
-    def step(self, closure: Any = None) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([g.norm() for g in gradients]).norm()
-        for gradient in gradients:
-            gradient.div_(norm)
-        super().step()
 
 
 def optimizer_of(name: str, model: torch.nn.Module) -> torch.optim.Optimizer:
