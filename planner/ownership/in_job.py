@@ -130,6 +130,8 @@ class StepMoments:
         self._constant = {kind: np.zeros(2 * count + 3) for kind in KINDS}
         self._per_fraction = {kind: np.zeros(2 * count + 3) for kind in KINDS}
         self._activations, self._inputs = np.zeros(2 * count + 3), np.zeros(2 * count + 3)
+        self._owner = np.zeros(2 * count + 3)
+        """Of gradients, what a rank holds that owns anything, however much."""
         self._throughout(model, rank, dropped)
         self._gradients(model, rank.senders)
         self._gathered(model, dropped)
@@ -137,9 +139,10 @@ class StepMoments:
 
     def largest(self, fraction: float, activations: float, inputs: float) -> MemoryByKind:
         """Returns the memory at the moment at which it is most. Bytes of activations and of all layers' inputs."""
-        held = self._constants + fraction * self._slopes + activations * self._activations + inputs * self._inputs
+        held = self._held(fraction) + activations * self._activations + inputs * self._inputs
         at = int(held.argmax())
         kinds = {k: float(self._constant[k][at] + fraction * self._per_fraction[k][at]) for k in KINDS}
+        kinds["gradients"] += float(self._owner[at]) * (fraction > 0)
         kinds["activations"] = float(activations * self._activations[at])
         kinds["layer_inputs"] = float(inputs * self._inputs[at])
         return MemoryByKind(**kinds)
@@ -147,17 +150,21 @@ class StepMoments:
     def most_fraction(self, activations: float, inputs: float, spare: float = 0.0) -> float:
         """Returns the largest fraction that fits with `spare` more, at most 1; negative where none does."""
         free = self._memory - self._constants - activations * self._activations - inputs * self._inputs
-        return -1.0 if free.min() < 0 else min(1.0, max(0.0, _least_ratio(free, self._slopes) - spare))
+        return -1.0 if free.min() < 0 else min(1.0, max(0.0, _least_ratio(free - self._owner, self._slopes) - spare))
 
     def most_activations(self, fraction: float, inputs: float) -> float:
         """Returns the most bytes of activations that fit; negative where none do."""
-        free = self._memory - self._constants - fraction * self._slopes - inputs * self._inputs
+        free = self._memory - self._held(fraction) - inputs * self._inputs
         return -1.0 if free.min() < 0 else _least_ratio(free, self._activations)
 
     def most_inputs(self, fraction: float, activations: float) -> float:
         """Returns the most bytes of layers' inputs that fit; negative where none do."""
-        free = self._memory - self._constants - fraction * self._slopes - activations * self._activations
+        free = self._memory - self._held(fraction) - activations * self._activations
         return -1.0 if free.min() < 0 else _least_ratio(free, self._inputs)
+
+    def _held(self, fraction: float) -> Floats:
+        """Returns what is held at each moment without tokens."""
+        return self._constants + fraction * self._slopes + (fraction > 0) * self._owner
 
     @cached_property
     def _constants(self) -> Floats:
@@ -200,7 +207,8 @@ class StepMoments:
         sent[-2] = outside + trained[0]
         staged[-2] = senders * sent[-2]
         # an element-wise update makes a few temporaries of one parameter's part, another one of a whole parameter
-        here[-1], per_fraction[-1] = 2 * model.granule, model.whole_trained + 2 * (model.largest - model.granule)
+        per_fraction[-1] = model.whole_trained + 2 * (model.largest - model.granule)
+        self._owner[-1] = 2 * model.granule
 
     def _gathered(self, model: JobModel, dropped: int) -> None:
         """Adds layers that don't stay: the last one under the head, two under a backward, one after it."""
