@@ -24,3 +24,5 @@ class Tag(IntEnum):
     """A member's state on its way to another."""
     PARAMETERS = (1 << 16) + 32
     """Updated parameters from their owners."""
+    SUMS = (1 << 16) + 33
+    """Sums of gradients from their owners, for whoever mirrors these."""

@@ -39,6 +39,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens of a step")
     parser.add_argument("--max-length", type=int, default=4096, help="longest sequence, in tokens")
     parser.add_argument("--checkpoint-every", type=int, default=10, help="steps")
+    parser.add_argument(
+        "--shard-weights", action="store_true", help="each rank has a part of the weights, and a second"
+    )
     parser.add_argument("--lose-every", type=float, default=0.0, help="seconds between two losses of a rank; 0: none")
     parser.add_argument("--seed", type=int, default=0, help="of the losses")
     return parser.parse_args()
@@ -56,6 +59,7 @@ def main() -> None:
         resume=options.resume,
         checkpoint_every=options.checkpoint_every,
         fault_tolerance=True,
+        shard_weights=options.shard_weights,
     )
     if options.lose_every and os.environ.get("LOCAL_RANK", "0") != "0":
         # the first rank stays: somebody must hold the state

@@ -44,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--meta", action="store_true", help="a model without weights at first, so it need fit no rank")
     parser.add_argument("--shard-weights", action="store_true", help="each rank keeps a part of the parameters")
     parser.add_argument("--shard-optimizer", action="store_true", help="each rank updates a part of the parameters")
+    parser.add_argument("--fault-tolerance", action="store_true", help="go on without lost ranks (as `heteromesh run`)")
     parser.add_argument("--checkpoint-every", type=int, default=0, help="steps; 0: only at the end")
     parser.add_argument("--compare-batches", type=int, default=0, help="time so many batches under static layouts too")
     return parser.parse_args()
@@ -55,7 +56,7 @@ def show(progress: Progress) -> None:
 
 def main() -> None:
     options = parse()
-    first = os.environ.get("RANK", "0") == "0"
+    first = hm.is_first()
     tokenizer = load_tokenizer(options.tokenizer)
     corpus = open_corpus(options.data, field=options.field)
     progress = show if first and sys.stderr.isatty() else None
@@ -74,6 +75,7 @@ def main() -> None:
         precision=options.precision,
         shard_optimizer=options.shard_optimizer,
         shard_weights=options.shard_weights or "auto",
+        fault_tolerance=options.fault_tolerance,
         checkpoint_every=options.checkpoint_every,
         compare_batches=options.compare_batches,
     )

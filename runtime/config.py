@@ -12,7 +12,6 @@ import torch
 from heteromesh.errors import UserError
 
 SHARDED_WEIGHTS_REFUSE = {
-    "fault_tolerance": "no other rank has a lost rank's weights",
     "compare_batches": "static layouts need the whole model on each rank",
 }
 """Settings that can't go together with sharded weights, and why."""

@@ -69,8 +69,8 @@ class ReductionSchedule:
 
     def post(self) -> None:
         """Posts all receives and lists the tasks and the steps."""
-        among = self.receivers | (self.sources or frozenset())
-        for piece in pieces(self.reduction, self.bounds, self.flat.element_size()):
+        among, one_way = self.receivers | (self.sources or frozenset()), not (self.receivers and self.sources)
+        for piece in pieces(self.reduction, self.bounds, self.flat.element_size(), one_way=one_way):
             if piece.owner == self.transport.rank or self.transport.rank in among:
                 members = members_by_host(self.reduction, piece, among)
                 self._post(piece, members, representatives(self.reduction, piece, among))

@@ -57,7 +57,8 @@ class GradientExchange(Protocol):
     """Fixed for the job, and the same on all ranks."""
 
     def begin(self, step: int, world: World) -> None:
-        """Begins an attempt at a step. What an earlier attempt at the same step holds stays; another step drops it."""
+        """Begins an attempt at a step. What an earlier attempt at the same step holds stays where gradients are kept
+        apart; another step drops it."""
 
     def held(self) -> Held:
         """Returns what there is here, for the other members."""

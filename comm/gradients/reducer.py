@@ -75,7 +75,7 @@ class GradientReducer(GradientExchange):
     keep=False, for a world that stays: gradients are moved into buckets as they first arrive in a step, are added to
     there, and are summed in place. keep=True, for members that may be lost: each set of members that works on a pass
     has buckets of its own, which stay untouched until `committed`; the sum is formed in a copy. An attempt may be given
-    up at any moment and repeated, with the same bits.
+    up at any moment and repeated, with the same bits. Without keep an attempt that is repeated begins with nothing.
 
     scatter: each rank gets only its own range of each sum. In a world of one rank that keeps and scatters nothing,
     nothing is copied: gradients stay where autograd puts them, and a state owner must be given no buckets.
@@ -109,10 +109,13 @@ class GradientReducer(GradientExchange):
         return self._ledger.settled if self._keep else self._ledger.own
 
     def begin(self, step: int, world: World) -> None:
-        if step != self._step:
-            self._forget()
         if self._attempt.unfinished:
-            self._totals.clear()  # the threads of its collectives may still write there
+            # the threads of its collectives may still write there
+            self._totals.clear()
+            if not self._keep:
+                self._ledger.clear()
+        if step != self._step or not self._keep:
+            self._forget()
         self._step, self._world, self._attempt = step, world, _Attempt()
 
     def held(self) -> Held:

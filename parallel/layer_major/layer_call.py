@@ -1,4 +1,6 @@
-"""One call of a layer by one pass: run without a graph, cut off from what follows, computed again in the backward."""
+"""One call of a layer by one pass: cut off from what follows, and run without a graph to be computed again in the
+backward, or with one that waits for it.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ from heteromesh.parallel.layer_major.arguments import (
 )
 from heteromesh.parallel.layer_major.cut import cut_off
 from heteromesh.parallel.layer_major.held_hooks import HeldHooks
+from heteromesh.parallel.layer_major.kept import weights_by_name
 from heteromesh.parallel.layer_major.thread_state import Autocast, OwnGenerators
 from heteromesh.parallel.model.draws import active_draws
 from heteromesh.parallel.model.offload import ActivationOffload
@@ -90,25 +93,45 @@ class LayerCall:
         self._gradients: dict[int, torch.Tensor] = {}
         self._first: list[torch.Tensor] = []
         """What the first run gave, where the second is to be compared with it."""
+        self._graph: tuple[list[Any], list[torch.Tensor]] | None = None
+        """Inputs and outputs of the graph that waits for the backward."""
 
     def run(
-        self, generators: OwnGenerators, offload: ActivationOffload | None = None, *, compared: bool = False
+        self,
+        generators: OwnGenerators,
+        offload: ActivationOffload | None = None,
+        *,
+        compared: bool = False,
+        keep: bool = False,
     ) -> None:
-        """Runs the layer without a graph, with the pass's random generators.
+        """Runs the layer with the pass's random generators.
 
-        offload: sends what is kept to host memory. compared: with what comes of it when the layer is computed again.
+        offload: sends inputs that are kept to host memory. compared: with what comes of it when the layer is computed
+        again. keep: keeps the layer's activations for the backward, so that it need not be.
         """
         self._generators = OwnGenerators(self._device)
         self._generators.states = generators.states
-        with generators.active(), torch.no_grad():
-            self._flat, self._held = self._context.copy().run(self._execute, self._inputs)
+        keep = keep and self.needs_gradient and not compared
+        with generators.active():
+            self._flat, self._held = self._context.copy().run(self._run_kept if keep else self._run_bare)
         self._spec = self._flat.spec
         self._check_inputs("changes its inputs in place")
-        if offload is not None and self.needs_gradient:
+        if offload is not None and self.needs_gradient and not keep:
             self._offload = offload
             self._inputs = [offload.pack(v) if isinstance(v, torch.Tensor) else v for v in self._inputs]
         if compared:
             self._first = [t.clone() for t in _tensors(self._flat.leaves)]
+
+    def _run_bare(self) -> tuple[Flat, HeldHooks]:
+        with torch.no_grad():
+            return self._execute(self._inputs)
+
+    def _run_kept(self) -> tuple[Flat, HeldHooks]:
+        inputs = self._differentiable(self._inputs)
+        with torch.enable_grad(), weights_by_name(self.layer.module, self.layer.name):
+            flat, held = self._execute(inputs)
+        self._graph = inputs, _tensors(flat.leaves)
+        return flat, held
 
     def outputs(self) -> Any:
         """Returns what the layer gave, in the pass's graph; makes its changes of mappings, and calls hooks."""
@@ -133,30 +156,38 @@ class LayerCall:
         self._gradients[index] = gradient if known is None else known + gradient
 
     def backward(self) -> list[InputGradient]:
-        """Computes the layer again and backpropagates what is stored; returns its inputs' gradients and drops all."""
+        """Backpropagates what is stored, through the layer computed again where its graph was not kept; returns its
+        inputs' gradients and drops all."""
         found: list[InputGradient] = []
         if self._gradients:
             assert self._generators is not None
             if self._offload is None:
                 self._check_inputs("is given something that is changed in place afterwards")
             with self._generators.active(), state_kept(self.layer.module):
-                found = self._context.copy().run(self._again)
-        self._inputs, self._edges, self._gradients, self._first = [], [], {}, []
+                found = self._context.copy().run(self._again if self._graph is None else self._through)
+        self._inputs, self._edges, self._gradients, self._first, self._graph = [], [], {}, [], None
         return found
 
     def _again(self) -> list[InputGradient]:
-        inputs = [
-            v.detach().requires_grad_() if wanted else v for v, wanted in zip(self._kept(), self._wanted, strict=True)
-        ]
+        inputs = self._differentiable(self._kept())
         with self._draws.active() if self._draws is not None else _nothing(), torch.enable_grad():
             flat, _ = self._execute(inputs)
             self._compare(flat)
-            tensors = _tensors(flat.leaves)
-            pairs = [(tensors[i], g) for i, g in self._gradients.items() if tensors[i].requires_grad]
-            if pairs:
-                with known_in_backward(pairs[0][0]):
-                    torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+            self._graph = inputs, _tensors(flat.leaves)
+            return self._through()
+
+    def _through(self) -> list[InputGradient]:
+        assert self._graph is not None
+        inputs, tensors = self._graph
+        pairs = [(tensors[i], g) for i, g in self._gradients.items() if tensors[i].requires_grad]
+        if pairs:
+            with known_in_backward(pairs[0][0]):
+                torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         return [(e, v.grad) for e, v in zip(self._edges, inputs, strict=True) if e is not None and v.grad is not None]
+
+    def _differentiable(self, inputs: Sequence[Any]) -> list[Any]:
+        """Returns the inputs as the beginning of a graph."""
+        return [v.detach().requires_grad_() if w else v for v, w in zip(inputs, self._wanted, strict=True)]
 
     def _execute(self, inputs: Sequence[Any]) -> tuple[Flat, HeldHooks]:
         args, kwargs = self._given.tree(inputs)

@@ -35,6 +35,8 @@ class PassBody(NamedTuple):
     forward: Callable[[], Head]
     offload: ActivationOffload | None = None
     """Where what layers are given is kept; None: where it is."""
+    alone: bool = True
+    """Whether no other rank has to compute a layer again when this one does."""
 
 
 class _Pending(NamedTuple):
@@ -49,7 +51,7 @@ class PassRun:
 
     def __init__(self, body: PassBody, stubs: LayerStubs, device: torch.device) -> None:
         self._thread: PassThread[Head] = PassThread(body.forward, device)
-        self._stubs, self._offload = stubs, body.offload
+        self._stubs, self._offload, self._alone = stubs, body.offload, body.alone
         self.waiting: LayerCall | None = None
         """The call that the pass waits for."""
         self._calls: dict[int, LayerCall] = {}
@@ -71,12 +73,15 @@ class PassRun:
             # parts of the graph are needed again, for gradients that layers send to what lies between them
             head.context.copy().run(_backpropagate, head.loss)
 
-    def run_layer(self, position: int, *, compared: bool) -> bool:
-        """Runs the layer that the pass waits for; returns whether there will be anything to do in the backward."""
+    def run_layer(self, position: int, *, compared: bool, keep: bool) -> bool:
+        """Runs the layer that the pass waits for; returns whether there will be anything to do in the backward.
+
+        compared, keep: see `LayerCall.run`; a pass of several ranks keeps nothing, as not all of them may have room.
+        """
         call = self.waiting
         assert call is not None
         with self._stubs.inside(call.layer):
-            call.run(self._thread.generators, self._offload, compared=compared)
+            call.run(self._thread.generators, self._offload, compared=compared, keep=keep and self._alone)
         if call.needs_gradient:
             self._calls[position] = call
             call.position = position

@@ -53,24 +53,26 @@ class LayerMajorSchedule:
         done: Callable[[int], None],
         timed: Timed,
         compared: bool = False,
+        kept: int = 0,
     ) -> None:
         """Runs forward and backward of passes.
 
         bodies: the passes. done: called for each layer (by index) when its gradients are complete, on every
         rank in the same order. compared: raise UserError where a layer gives something else when computed again.
+        kept: how many of the last positions' activations are kept, so that these layers are not computed again here.
         """
         self._weights.begin()
         if self._order:
             self._weights.fetch(self._order[0])
         passes = [PassRun(body, self._stubs, self._device) for body in bodies]
         try:
-            self._forward(passes, timed, compared)
+            self._forward(passes, timed, compared, len(self._order) - kept)
             self._backward(passes, done, timed)
         finally:
             for each in passes:
                 each.abandon()
 
-    def _forward(self, passes: Sequence[PassRun], timed: Timed, compared: bool) -> None:
+    def _forward(self, passes: Sequence[PassRun], timed: Timed, compared: bool, kept_from: int) -> None:
         self._resume(passes, passes, 0, timed, "to the first layer")
         for position, layer in enumerate(self._order):
             following = self._order[position + 1 : position + 2]
@@ -81,7 +83,7 @@ class LayerMajorSchedule:
             here = [p for p in passes if p.waiting is not None and p.waiting.layer.index == layer]
             for each in here:
                 with timed(passes.index(each), name):
-                    needs_gradient = each.run_layer(position, compared=compared)
+                    needs_gradient = each.run_layer(position, compared=compared, keep=position >= kept_from)
                 if needs_gradient:
                     self.first_needed = min(self.first_needed, position)
                 if needs_gradient and position < self._first:

@@ -89,9 +89,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
     """Runs what torch.compile has wrapped as it is written within the block."""
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext():
         yield
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Returns whether torch.compile has wrapped the model or a part of it."""
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
 
 
 def plain_name(name: str) -> str:

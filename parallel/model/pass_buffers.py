@@ -46,7 +46,12 @@ class PassBuffers:
 
     def begin(self) -> None:
         """Notes what the buffers are before a step."""
-        self._before = self._values(self.summed)
+        self._before = self._values(self.summed | self.followed)
+
+    def undo(self) -> None:
+        """Gives the buffers the values that they had at `begin`: the passes since then don't count."""
+        for name, buffer in self._model.named_buffers() if self._before else ():
+            _write(buffer, self._before.get(name))
 
     def changes(self, leads: bool) -> Changes:
         """Returns what this rank's passes did since `begin`. leads: whether this is rank 0."""

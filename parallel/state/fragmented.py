@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import accumulate
@@ -155,13 +155,15 @@ class FragmentedOptimizer:
                 }
         self._load(states, whole["param_groups"])
 
-    def checkpoint_entries(self) -> dict[str, Any]:
+    def checkpoint_entries(self, without: Collection[Fragment] = ()) -> dict[str, Any]:
         """Returns what a checkpoint has of the whole optimizer; `Piece` where there is a value for each element.
 
-        Of each parameter at most one fragment must be held.
+        Of each parameter at most one fragment must be held, not counting those that are left out (`without`).
         """
         found: dict[str, dict[str, Any]] = {}
         for fragment in self.fragments:
+            if fragment in without:
+                continue
             state, name = self.inner.state.get(fragment.tensor, {}), self._names[fragment.parameter]
             assert name not in found, f"{name} is held in several fragments"
             found[name] = {

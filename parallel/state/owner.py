@@ -44,6 +44,13 @@ class StateOwner(Protocol):
     def apply(self, summed: Summed, limit: float) -> float:
         """Does `take` and, where the norm is finite, `update`; returns the norm. For a world that stays."""
 
+    def copy_sums(self, summed: Summed, world: World) -> str:
+        """Brings sums to other ranks that need them, and what `take` must know of theirs; returns a digest.
+
+        Inside an attempt, whose sums `take` is given then.
+        """
+        return ""
+
     def take(self, summed: Summed, limit: float, world: World) -> float:
         """Hands the gradients out, scaled so that their norm over all ranks is at most `limit`.
 
@@ -77,6 +84,10 @@ class StateOwner(Protocol):
 
     def snapshot(self) -> Any:
         """Returns plain values and CPU tensors, for a member that joins."""
+
+    def model_snapshot(self, model: nn.Module) -> dict[str, Any]:
+        """Returns what such a member must be given of the model, by name."""
+        return dict(model.state_dict())
 
     def adopt(self, state: Any) -> None:
         """Takes another member's snapshot."""

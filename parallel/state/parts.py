@@ -11,9 +11,10 @@ import torch
 from heteromesh.comm.tcp.collectives import wait_all
 from heteromesh.comm.tcp.state_transfer import pack, receive_state, send_state
 from heteromesh.comm.tcp.transport import TcpTransport
+from heteromesh.comm.world import World
 from heteromesh.parallel.state.elementwise import is_elementwise_state
 from heteromesh.parallel.state.fragments import Fragment
-from heteromesh.planner.ownership.ownership import Ownership, Range
+from heteromesh.planner.ownership.ownership import Ownership, Range, stride_between
 
 Slice = tuple[int, int, int]
 """(bucket, low, high): elements [low, high) of a bucket."""
@@ -77,6 +78,45 @@ def plan_moves(
                     elif low < high:
                         incoming.add(source)
     return outgoing, sorted(incoming)
+
+
+def dealt_out(world: World, shares: Sequence[float], copies: int, what: str) -> Ownership:
+    """Returns who holds what when it is dealt out to a world's members by these shares, in so many copies.
+
+    Copies are on different hosts where there are several. what: is dealt out, for sentences.
+    """
+    return Ownership(
+        fractions=tuple(map(float, shares)),
+        members=world.members,
+        copies=copies,
+        names=world.names,
+        stride=stride_between([name.rpartition(":")[0] for name in world.names]),
+        what=what,
+    )
+
+
+def collect(
+    world: World,
+    ownership: Ownership,
+    sizes: Sequence[int],
+    wanted: Callable[[int, int], Sequence[Range]],
+    cut: Callable[[Sequence[Slice]], list[StatePart]],
+) -> list[StatePart]:
+    """Returns what this rank wants of the state, from those who hold it. Raises LostState and GroupAborted.
+
+    ownership, sizes, wanted: as for `plan_moves`; cut: returns the parts that are held here.
+    """
+    outgoing, sources = plan_moves(ownership, world.members, world.rank, sizes, wanted)
+    parts = [cut(slices) for slices in outgoing]
+    mine, parts[world.rank] = parts[world.rank], []
+    return mine + exchange_state(transport_of(world), parts, sources)
+
+
+def transport_of(world: World) -> TcpTransport:
+    """Returns what the members of an epoch exchange over."""
+    transport = world.exchange
+    assert isinstance(transport, TcpTransport), "members come and go only over the TCP data plane"
+    return transport
 
 
 def exchange_state(

@@ -27,7 +27,7 @@ def clip_ranges(fragments: Sequence[Fragment], limit: float, world: World) -> fl
     """Scales the fragments' gradients so that their norm over all ranks is at most `limit`; returns the norm before."""
     mine = [f.tensor.grad for f in fragments if f.tensor.grad is not None]
     squares = torch.zeros(world.size, dtype=torch.float64)
-    squares[world.rank] = _squared_norm(mine)
+    squares[world.rank] = squared_norm(mine)
     # one number a rank, added in rank order: the same bits everywhere
     norm = math.sqrt(sum(world.sum(squares).tolist()))
     if math.isfinite(norm):
@@ -37,7 +37,7 @@ def clip_ranges(fragments: Sequence[Fragment], limit: float, world: World) -> fl
     return norm
 
 
-def _squared_norm(tensors: Sequence[torch.Tensor]) -> float:
+def squared_norm(tensors: Sequence[torch.Tensor]) -> float:
     """Returns that of all together; norms of low-precision tensors are formed in float32."""
     wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
     norms = [torch.linalg.vector_norm(t, dtype=dtype).double() for t, dtype in zip(tensors, wide, strict=True)]

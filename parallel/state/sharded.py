@@ -20,7 +20,6 @@ from torch import nn
 
 from heteromesh.comm.gradients.buckets import Bucket
 from heteromesh.comm.gradients.exchange import GradientExchange, Summed
-from heteromesh.comm.tcp.transport import TcpTransport
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.state.flats import FlatBuckets, check_parameters
@@ -28,7 +27,7 @@ from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
-from heteromesh.parallel.state.parts import StatePart, exchange_state, plan_moves
+from heteromesh.parallel.state.parts import StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
 from heteromesh.parallel.state.separable import deal_buckets
 from heteromesh.planner.ownership.ownership import Ownership, Range
@@ -106,7 +105,7 @@ class Sharded(StateOwner):
         """Raises LostState where owner and mirror of a range are gone."""
         if self._gather is not None:
             return ""
-        transport = _transport_of(world)
+        transport = transport_of(world)
         if not self.params_synced and self._arrived_over is not transport:
             with world.recorder.span("parameters gathered, exposed", "wait"):
                 self._flats.exchange(transport, self.ownership, world.members)
@@ -145,9 +144,7 @@ class Sharded(StateOwner):
     def reshard(self, world: World, speeds: Sequence[float]) -> str:
         """Raises LostState where owner and mirror of a range are gone."""
         parameters = self.refresh(world)
-        ownership = Ownership(
-            fractions=tuple(map(float, speeds)), members=world.members, copies=COPIES, names=world.names
-        )
+        ownership = dealt_out(world, speeds, COPIES, "the optimizer state")
         parts = self._collect(world, ownership.ranges_held_by)
         mine = [ownership.ranges_held_by(world.members[world.rank], size) for size in self._flats.sizes]
         # what is held now stays until the new ranges are whole everywhere
@@ -244,10 +241,7 @@ class Sharded(StateOwner):
 
         wanted: by member and the elements of a bucket, the ranges that it wants.
         """
-        outgoing, sources = plan_moves(self.ownership, world.members, world.rank, self._flats.sizes, wanted)
-        parts = [self._optimizer.parts(slices) for slices in outgoing]
-        mine, parts[world.rank] = parts[world.rank], []
-        return mine + exchange_state(_transport_of(world), parts, sources)
+        return collect(world, self.ownership, self._flats.sizes, wanted, self._optimizer.parts)
 
 
 class ShardedOptimizer(Sharded):
@@ -294,9 +288,3 @@ class ShardedOptimizer(Sharded):
     def wait(self) -> None:
         """Returns when all parameters are up to date on this rank: before they are saved or used outside a forward."""
         self.weights_ready()
-
-
-def _transport_of(world: World) -> TcpTransport:
-    transport = world.exchange
-    assert isinstance(transport, TcpTransport), "members come and go only over the TCP data plane"
-    return transport

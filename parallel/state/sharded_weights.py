@@ -64,36 +64,43 @@ class ShardedWeights(StateOwner):
         check_parameters(optimizer, model, buckets)
         if world.collectives is None:
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
-        self._world = world
-        self._collectives = world.collectives
         names = {p: _plain(name) for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
         deal_buckets(buckets, self._optimizer.whole, world)
         before = optimizer.state_dict()
-        frozen = _frozen((*layers, _outside(model, layers)), working)
-        homes = {p: index for index, own in enumerate(layers) for p in own}
-        if source is not None:
-            for parameter in model.parameters():
-                take_out(parameter)  # whatever stood in for its weights
+        self._buckets, self._count = (*buckets, *_frozen((*layers, _outside(model, layers)), working)), len(buckets)
+        self._working, self._inside = working, {p: index for index, own in enumerate(layers) for p in own}
         keepers = {i: [rank for rank, kept in enumerate(resident) if i in kept] for i in range(len(layers))}
-        self._shards = []
-        for number, bucket in enumerate((*buckets, *frozen)):
-            layer = homes.get(bucket.parameters[0], OUTSIDE)
-            dtype = _working_dtype(bucket, working)
-            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype, source))
-        self._trained = trained = self._shards[: len(buckets)]
-        self._starts = [shard.low for shard in trained]
-        self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
-        self._optimizer.hold([f for s in trained for f in fragments_of(s.bucket, s.number, s.low, s.own)])
+        self._deal(world, keepers, source)
+        self._optimizer.hold(self._own_fragments())
         self._optimizer.load_state_dict(before)
-        self._layers: dict[int, list[WeightShard]] = defaultdict(list)
-        for shard in self._shards:
-            self._layers[shard.layer].append(shard)
-        self._outside = self._layers.pop(OUTSIDE, [])
         self._exposed = 0.0
         self._exact = False
         self.most_bytes = 0
         """The most that has been in buffers for gathered weights at once, those that are kept included."""
+
+    def _deal(self, world: World, keepers: Mapping[int, Collection[int]], source: WeightSource | None) -> None:
+        """Has this rank own its ranges of this world; keepers: by layer, the ranks that keep it."""
+        assert world.collectives is not None
+        self._world, self._collectives = world, world.collectives
+        if source is not None:
+            for parameter in (p for bucket in self._buckets for p in bucket.parameters):
+                take_out(parameter)  # whatever stood in for its weights
+        self._shards = []
+        for number, bucket in enumerate(self._buckets):
+            layer = self._inside.get(bucket.parameters[0], OUTSIDE)
+            dtype = _working_dtype(bucket, self._working)
+            self._shards.append(WeightShard(number, bucket, layer, world, keepers.get(layer, ()), dtype, source))
+        self._trained = self._shards[: self._count]
+        self._starts = [shard.low for shard in self._trained]
+        self._homes = {p: shard for shard in self._shards for p in shard.bucket.parameters}
+        self._layers: dict[int, list[WeightShard]] = defaultdict(list)
+        for shard in self._shards:
+            self._layers[shard.layer].append(shard)
+        self._outside = self._layers.pop(OUTSIDE, [])
+
+    def _own_fragments(self) -> list[Fragment]:
+        return [f for s in self._trained for f in fragments_of(s.bucket, s.number, s.low, s.own)]
 
     @property
     def fragments(self) -> list[Fragment]:

@@ -2,9 +2,11 @@
 
 With sharded weights what a rank holds changes in the course of a step, and its largest moment counts:
 
-    head          all layers' inputs of its passes, the loss of one pass, gradients of what is outside layers
-    back at i     layers i and i - 1 gathered; inputs up to layer i; layer i of one pass computed again; its gradients,
-                  those of layer i + 1 on their way to their owners, and its own part of the later ones
+    head          all layers' inputs of its passes, kept activations, the loss of one pass, gradients of what is outside
+                  layers
+    back at i     layers i and i - 1 gathered; inputs and kept activations up to layer i; layer i of one pass computed
+                  again; its gradients, those of layer i + 1 on their way to their owners, and its own part of the later
+                  ones
     end           gradients of the first layer and of what is outside layers on their way, and its own part of all
     update        its part of gradients, and what the optimizer makes of it
 """
@@ -12,6 +14,7 @@ With sharded weights what a rank holds changes in the course of a step, and its 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -111,10 +114,30 @@ def sharded_in_job(
 ) -> MemoryByKind:
     """Returns what a rank of sharded weights holds at the moment of a step at which that is most.
 
-    resident: how many layers stay gathered, the last ones.
+    resident: how many layers stay gathered, the last ones. `kept_layers` says whose activations are kept.
     """
     moments = StepMoments(model, rank, resident)
-    return moments.largest(fraction, tokens.per_pass * of_pass, tokens.per_step * of_step)
+    acts, inputs = tokens.per_pass * of_pass, tokens.per_step * of_step
+    by_layer = [each * of_step for each in tokens.by_layer]
+    return moments.largest(fraction, acts, inputs, by_layer, moments.most_kept(fraction, acts, inputs, by_layer))
+
+
+def kept_layers(
+    model: JobModel,
+    rank: JobRank,
+    fraction: float,
+    resident: int,
+    tokens: TokenBytes,
+    *,
+    of_pass: float,
+    of_step: float,
+) -> int:
+    """Returns of how many layers, the last ones, activations of all of the rank's tokens of a step fit beside the rest;
+    none where memory is not known."""
+    by_layer = [each * of_step for each in tokens.by_layer]
+    return StepMoments(model, rank, resident).most_kept(
+        fraction, tokens.per_pass * of_pass, tokens.per_step * of_step, by_layer
+    )
 
 
 class StepMoments:
@@ -137,13 +160,20 @@ class StepMoments:
         self._gathered(model, dropped)
         self._tokens(count)
 
-    def largest(self, fraction: float, activations: float, inputs: float) -> MemoryByKind:
-        """Returns the memory at the moment at which it is most. Bytes of activations and of all layers' inputs."""
-        held = self._held(fraction) + activations * self._activations + inputs * self._inputs
+    def largest(
+        self, fraction: float, activations: float, inputs: float, by_layer: Sequence[float] = (), kept: int = 0
+    ) -> MemoryByKind:
+        """Returns the memory at the moment at which it is most.
+
+        Bytes of activations of the largest pass, of all layers' inputs, and by layer of activations, which the last
+        `kept` layers keep.
+        """
+        working = activations * self._activations + self._kept(by_layer, kept)
+        held = self._held(fraction) + working + inputs * self._inputs
         at = int(held.argmax())
         kinds = {k: float(self._constant[k][at] + fraction * self._per_fraction[k][at]) for k in KINDS}
         kinds["gradients"] += float(self._owner[at]) * (fraction > 0)
-        kinds["activations"] = float(activations * self._activations[at])
+        kinds["activations"] = float(working[at])
         kinds["layer_inputs"] = float(inputs * self._inputs[at])
         return MemoryByKind(**kinds)
 
@@ -161,6 +191,24 @@ class StepMoments:
         """Returns the most bytes of layers' inputs that fit; negative where none do."""
         free = self._memory - self._held(fraction) - activations * self._activations
         return -1.0 if free.min() < 0 else _least_ratio(free, self._inputs)
+
+    def most_kept(self, fraction: float, activations: float, inputs: float, by_layer: Sequence[float]) -> int:
+        """Returns of how many layers, the last ones, so many bytes of activations fit; none where memory is unknown."""
+        if math.isinf(self._memory):
+            return 0
+        held = self._held(fraction) + activations * self._activations + inputs * self._inputs
+        counts = range(len(by_layer), 0, -1)
+        return next((n for n in counts if (held + self._kept(by_layer, n)).max() <= self._memory), 0)
+
+    def _kept(self, by_layer: Sequence[float], kept: int) -> Floats:
+        """Returns by moment the bytes of activations that the last layers still keep then."""
+        found: Floats = np.zeros(len(self._activations))
+        count = len(by_layer)
+        if kept:
+            sums = np.cumsum([size if i >= count - kept else 0.0 for i, size in enumerate(by_layer)])
+            before = np.concatenate(([0.0], sums[:-1]))
+            found[0], found[1:-2:2], found[2:-2:2] = sums[-1], sums[::-1], before[::-1]
+        return found
 
     def _held(self, fraction: float) -> Floats:
         """Returns what is held at each moment without tokens."""

@@ -138,6 +138,9 @@ class TokenBytes:
     """Per token of a pass."""
     per_step: float = 0.0
     """Per token of the step."""
+    by_layer: tuple[float, ...] = ()
+    """Per token of the step, by layer in their order: of activations that are kept, so that it need not be computed
+    again in the backward; empty: all layers are."""
 
     def added(self, memory: MemoryByKind, *, of_pass: float, of_step: float) -> MemoryByKind:
         """Returns the memory with so many tokens in its largest pass and in its step."""

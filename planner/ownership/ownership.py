@@ -23,9 +23,9 @@ def split_bounds(fractions: Sequence[float], numel: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ownership:
-    """The i-th member owns range i of every bucket; with two copies it also mirrors range i + 1 (the last one range 0).
+    """The i-th member owns range i of every bucket; with two copies it also mirrors range i + stride (counted round).
 
-    So it takes the loss of two neighbours at once to lose anything. Without members nobody has dealt anything out, as
+    So it takes the loss of both at once to lose anything. Without members nobody has dealt anything out, as
     when a job begins: everybody holds everything, which is one range.
     """
 
@@ -37,6 +37,10 @@ class Ownership:
     """How many members hold each range, where there are as many."""
     names: tuple[str, ...] = ()
     """What people call each member; empty: ids are told."""
+    stride: int = 1
+    """How many members further a copy is: neighbours may be on one host, and be lost with it."""
+    what: str = "the optimizer state"
+    """What is dealt out, for sentences."""
 
     def __post_init__(self) -> None:
         if len(self.fractions) != len(self.members) or len(self.names) not in (0, len(self.members)):
@@ -48,6 +52,8 @@ class Ownership:
             raise ValueError(f"the members {self.members} are not all different: give each an id of its own")
         if self.copies < 1:
             raise ValueError(f"{self.copies} copies hold nothing: give at least 1")
+        if self.members and len(set(self.holders(0))) < min(self.copies, len(self.members)):
+            raise ValueError(f"stride {self.stride} gives one of {len(self.members)} members two copies: give another")
         if self.members and not (min(self.fractions) >= 0 and 0 < sum(self.fractions) < math.inf):
             raise ValueError(f"the fractions are {self.fractions}: none may be negative and one must be above zero")
 
@@ -73,7 +79,8 @@ class Ownership:
         """Returns the owner of a range and, with more copies, who mirrors it; of what is not dealt out nobody's id."""
         if self.is_whole:
             return ()
-        return tuple(self.members[index - copy] for copy in range(min(self.copies, len(self.members))))
+        count = len(self.members)
+        return tuple(self.members[(index - copy * self.stride) % count] for copy in range(min(self.copies, count)))
 
     def holds(self, member: int, index: int) -> bool:
         """Returns whether a member has a copy of a range."""
@@ -108,8 +115,13 @@ class Ownership:
     def _loss(self, holders: Sequence[int]) -> str:
         names = [self.names[self.members.index(m)] if self.names else f"member {m}" for m in holders]
         if len(names) == 1:
-            return f"{names[0]} was lost, and with it the only copy of a part of the optimizer state"
+            return f"{names[0]} was lost, and with it the only copy of a part of {self.what}"
         copies = "both" if len(names) == 2 else f"all {len(names)}"
-        return (
-            f"{' and '.join(names)} were lost at once, and with them {copies} copies of a part of the optimizer state"
-        )
+        return f"{' and '.join(names)} were lost at once, and with them {copies} copies of a part of {self.what}"
+
+
+def stride_between(hosts: Sequence[str]) -> int:
+    """Returns the least `stride` with which most ranges have their copies on two hosts. hosts: by member."""
+    count = len(hosts)
+    apart = {s: sum(hosts[i] != hosts[i - s] for i in range(count)) for s in range(1, count)}
+    return max(apart, key=lambda stride: (apart[stride], -stride), default=1)

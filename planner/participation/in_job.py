@@ -2,7 +2,8 @@
 
 A rank owns no larger fraction than fits beside what it needs to work; links decide within these limits
 (planner/reduction). What memory is left then keeps layers gathered, the last ones first, which serve soonest after they
-were gathered; the rest is room for tokens. What a rank holds: planner/ownership/in_job.py.
+were gathered; the rest is room for tokens, and for activations of layers that need not be computed again then. What a
+rank holds: planner/ownership/in_job.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from heteromesh.planner.ownership.in_job import JobModel, JobRank, StepMoments, sharded_in_job
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, StepMoments, kept_layers, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.participation.layout import SHARDED
 from heteromesh.planner.participation.shortage import DoesNotFit, Short
@@ -55,6 +56,8 @@ class JobOwnership:
     """By rank, with the tokens that its speed gives it."""
     expected: tuple[tuple[float, float], ...] = ()
     """These: by rank, of its largest pass and of its step."""
+    kept: tuple[int, ...] = ()
+    """By rank, of how many layers, the last ones, activations are kept with these tokens; empty: of none."""
 
 
 def plan_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership:
@@ -113,6 +116,7 @@ class _Filled(NamedTuple):
     of_pass: int
     of_step: int
     memory: MemoryByKind
+    kept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,8 @@ class _Rank:
         longest = _whole(moments.most_activations(self.fraction, inputs), self.bytes.per_pass)
         longest = min(longest, max(tokens.longest, tokens.step))
         most = _whole(moments.most_inputs(self.fraction, self.bytes.per_pass * longest), self.bytes.per_step)
-        return _Filled(kept, longest, min(most, tokens.step), self.memory(kept, of_pass, of_step))
+        alone = kept_layers(self.model, self.rank, self.fraction, kept, self.bytes, of_pass=of_pass, of_step=of_step)
+        return _Filled(kept, longest, min(most, tokens.step), self.memory(kept, of_pass, of_step), alone)
 
     def _most_kept(self, activations: float, inputs: float) -> int:
         """Returns how many layers fit; -1: not even none."""
@@ -186,6 +191,7 @@ def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[f
         step_tokens=tuple(each.of_step for each in found),
         memory=tuple(each.memory for each in found),
         expected=tuple(expected),
+        kept=tuple(each.kept for each in found),
     )
 
 

@@ -13,6 +13,9 @@ PIECES = 64
 """Per owner that works at a time: the first and the last travel one way only, so the time lost is about 1 / PIECES."""
 LEAST_BYTES = 32 << 10
 """Of a piece; below, a message costs more than its bytes."""
+ONE_WAY_PIECES, ONE_WAY_LEAST_BYTES = 16, 256 << 10
+"""Of gathers and scatters, whose pieces have no way back to wait for: a message costs 0.1 to 0.2 ms of processor time
+at its two ends, and a model's weights travel every step."""
 MOST_BYTES = 4 << 20
 
 
@@ -26,15 +29,16 @@ class ReductionPiece:
     number: int
 
 
-def pieces(reduction: Reduction, bounds: Sequence[int], itemsize: int) -> tuple[ReductionPiece, ...]:
+def pieces(reduction: Reduction, bounds: Sequence[int], itemsize: int, *, one_way: bool = False) -> tuple[ReductionPiece, ...]:
     """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
-    time. bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]).
+    time. bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]). one_way: for a gather or a scatter, not for a sum that every rank gets.
     """
+    most, least = (ONE_WAY_PIECES, ONE_WAY_LEAST_BYTES) if one_way else (PIECES, LEAST_BYTES)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
     waves = reduction.waves or (0,) * len(reduction.fractions)
     together = max(Counter(waves[owner] for owner, _, _ in ranges).values(), default=1)
-    size = -(-bounds[-1] * itemsize // (PIECES * together))
-    step = max(min(max(size, LEAST_BYTES), MOST_BYTES) // itemsize, 1)
+    size = -(-bounds[-1] * itemsize // (most * together))
+    step = max(min(max(size, least), MOST_BYTES) // itemsize, 1)
     cuts: list[tuple[int, float, int, int, int]] = []
     for owner, low, high in ranges:
         count = -(-(high - low) // step)

@@ -1,6 +1,7 @@
 """The layer-major engine: all of this rank's passes through one layer, then the next, forward and backward.
 
-Only what layers are given is kept; layers are computed again pass by pass in the backward. What is collective about a
+Only what layers are given is kept, and layers are computed again pass by pass in the backward, but for those whose
+activations a rank has the memory to keep. What is collective about a
 layer (its weights brought here, its gradients summed) happens once a step, whatever the number of passes.
 """
 
@@ -85,6 +86,12 @@ class LayerMajor(PassMajor):
         self._stubs: LayerStubs | None = None
         self._schedule: LayerMajorSchedule | None = None
         self._weights: LayerWeights = WholeWeights()
+        self._kept_layers: Callable[[int, int], int] | None = None
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Returns by layer its name in the model."""
+        return list(self.layers)
 
     @property
     def own_parameters(self) -> list[list[nn.Parameter]]:
@@ -101,9 +108,18 @@ class LayerMajor(PassMajor):
         self._recomputed, self.forwards = [], 1
 
     def attach(
-        self, device: torch.device, order: LayerOrder | None = None, weights: LayerWeights | None = None
+        self,
+        device: torch.device,
+        order: LayerOrder | None = None,
+        weights: LayerWeights | None = None,
+        kept_layers: Callable[[int, int], int] | None = None,
     ) -> None:
-        """Goes on in layer-major order. order: None: that of the lists. weights: None: this rank has them all."""
+        """Goes on in layer-major order. order: None: that of the lists. weights: None: this rank has them all.
+
+        kept_layers: returns of how many layers, the last ones, this rank keeps activations in a step of so many tokens
+        in its largest pass and in all; None: of none. Ranks may differ.
+        """
+        self._kept_layers = kept_layers
         self.keep()
         self._stubs = LayerStubs(self.model, dict(self.layers), device)
         order = order or LayerOrder(layers=tuple(range(len(self.layers))))
@@ -154,7 +170,9 @@ class LayerMajor(PassMajor):
             def timed(index: int, part: str) -> AbstractContextManager[None]:
                 return timer.time(mine[index][0], f"{names[index]}: {part}")
 
-            made = self.work(works, world, timed, lambda layer: exchange.complete(self._own[layer]))
+            made = self.work(
+                works, world, timed, lambda layer: exchange.complete(self._own[layer]), kept=self._kept(works)
+            )
             ran = [
                 RanPass.counted(work.context, work.batch, work.places, losses, share)
                 for work, losses, share in zip(works, made, shares, strict=True)
@@ -180,10 +198,11 @@ class LayerMajor(PassMajor):
         *,
         compared: bool = False,
         inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kept: int = 0,
     ) -> list[PassLosses]:
         """Runs forward and backward of passes; returns each one's losses.
 
-        done: called with a layer's index when its gradients are complete. compared: see `LayerMajorSchedule.run`.
+        done: called with a layer's index when its gradients are complete. compared, kept: see `LayerMajorSchedule.run`.
         inside: entered in every pass's own thread.
         """
         assert self._schedule is not None
@@ -200,13 +219,18 @@ class LayerMajor(PassMajor):
             PassBody(
                 partial(body, index, work),
                 ActivationOffload.of(work.offload, weights, world.device) if work.offload else None,
+                alone=work.context.exchange is None,
             )
             for index, work in enumerate(works)
         ]
         # what layers draw when they are computed again, they draw outside the pass's own block
         with dropouts_replaced():
-            self._schedule.run(bodies, done=done, timed=timed, compared=compared)
+            self._schedule.run(bodies, done=done, timed=timed, compared=compared, kept=kept)
         return [losses for losses in made if losses is not None]
+
+    def _kept(self, works: Sequence[PassWork]) -> int:
+        tokens = [work.context.tokens for work in works]
+        return self._kept_layers(max(tokens), sum(tokens)) if tokens and self._kept_layers is not None else 0
 
 
 def untimed(index: int, part: str) -> AbstractContextManager[None]:

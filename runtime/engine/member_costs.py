@@ -122,3 +122,8 @@ class MemberCosts:
     def speeds(self, members: tuple[int, ...]) -> tuple[float, ...]:
         """Returns how fast these members are, relative to the fastest."""
         return self.of(members).speeds
+
+    def owned(self, members: tuple[int, ...]) -> tuple[float, ...]:
+        """Returns by rank the shares of a tensor that these members sum: as the cluster file's links want, or equal."""
+        reduction = self.reduction_of(members)
+        return (1.0,) * len(members) if reduction is None else reduction.fractions

@@ -6,7 +6,7 @@ they are made at the end of a backward, they would hide what activations take be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -43,26 +43,40 @@ def pass_token_bytes(engine: PassMajor, reader: Reader, device: torch.device) ->
 
 
 def layer_token_bytes(engine: LayerMajor, reader: Reader, device: torch.device, order: LayerOrder) -> TokenBytes:
-    """Returns the bytes of passes in layer-major order: of what all layers are given, and of one layer or the loss.
+    """Returns the bytes of passes in layer-major order: of what all layers are given, of one layer or the loss, and of
+    the activations of each layer where layers are called once each.
 
     The engine is not attached, before and after. No gradients are left.
     """
     weights = StashedWeights(engine.own_parameters)
-    works, world, of_pass, of_step = _works(reader, device), World(device=device), [], []
+    works, world, each_once = _works(reader, device), World(device=device), len({*order.layers}) == len(order.layers)
+    names = [engine.layer_names[index] for index in order.layers]
+    again, kept = list[_Parts](), list[_Parts]()
     engine.attach(device, order, weights)
     try:
         with undisturbed(engine.model):
             engine.work(works[:1], world, untimed, lambda _: None)
             for work in works:
-                parts = _Parts(live_bytes(device))
-                engine.work([work], world, parts.watched, lambda _: None, inside=parts.inside)
-                of_pass.append((work.divisor, parts.most))
-                of_step.append((work.divisor, parts.kept))
+                for found, count in ((again, 0), (kept, len(names))) if each_once else ((again, 0),):
+                    parts = _Parts(live_bytes(device))
+                    engine.work([work], world, parts.watched, lambda _: None, inside=parts.inside, kept=count)
+                    found.append(parts)
             _drop_gradients(engine.model)
     finally:
         weights.close()
         engine.detach()
-    return TokenBytes(per_pass=_slope(of_pass), per_step=_slope(of_step))
+
+    def slope(found: Sequence[_Parts], bytes_of: Callable[[_Parts], int]) -> float:
+        return _slope([(work.divisor, bytes_of(parts)) for work, parts in zip(works, found, strict=True)])
+
+    def by_layer(name: str) -> float:
+        return max(0.0, slope(kept, lambda parts: parts.grown[name]) - slope(again, lambda parts: parts.grown[name]))
+
+    return TokenBytes(
+        per_pass=slope(again, lambda parts: parts.most),
+        per_step=slope(again, lambda parts: parts.kept),
+        by_layer=tuple(by_layer(name) for name in names) if each_once else (),
+    )
 
 
 class _Parts:
@@ -72,6 +86,8 @@ class _Parts:
         self._live = live
         self.most = self.kept = 0
         """Bytes of the part that adds most, and of what is there when the backward through the layers begins."""
+        self.grown: dict[str, int] = {}
+        """By part, bytes that it leaves."""
         self._backward = False
 
     @contextmanager
@@ -84,6 +100,7 @@ class _Parts:
             before = self._live.now
             yield
             self.most = max(self.most, self._live.peak_since() - before)
+            self.grown[part] = self._live.now - before
 
     @contextmanager
     def inside(self) -> Iterator[None]:

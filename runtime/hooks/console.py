@@ -19,8 +19,8 @@ class Console(Hook):
         self._max_steps, self._print_plans, self._run_dir = max_steps, print_plans, run_dir
         self._progress = ProgressBar(max_steps)
         self._began, self._steps, self._writes = time.perf_counter(), 0, True
-        self.state_bytes: Callable[[], list[int]] | None = None
-        """Of the optimizer's state by rank, to be asked on every rank after the first step; None: not to be told."""
+        self.held: Callable[[], str] = str
+        """Returns a line of what ranks hold, to be told after the first step; "" for none."""
 
     def begin(self) -> None:
         """Prints the header, on the rank that writes; steps' time counts from here."""
@@ -36,11 +36,10 @@ class Console(Hook):
     def step_committed(self, step: StepCommitted) -> None:
         metrics, world = step.metrics, step.world
         self._steps, self._writes = self._steps + 1, world.writes
-        sizes = self.state_bytes() if self.state_bytes is not None and self._steps == 1 else []
         if not world.writes:
             return
-        if sizes:
-            self.say("optimizer state per rank, MB: " + " ".join(f"{size / 1e6:.1f}" for size in sizes))
+        if self._steps == 1 and (held := self.held()):
+            self.say(held)
         for line in _changes(step):
             self.say(f"step {metrics.step}: {line}")
         if metrics.step <= self._print_plans and step.rounds:

@@ -11,12 +11,15 @@ from heteromesh.parallel.layer_major.schedule import LayerOrder
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.passes import Costs
-from heteromesh.planner.ownership.in_job import JobModel, JobRank, sharded_in_job
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, kept_layers, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
 from heteromesh.planner.participation.in_job import JobOwnership, JobTokens, plan_ownership
 from heteromesh.planner.participation.in_job_traffic import job_traffic
 from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.runtime.memory.shares import OwnedBytes
+
+_RECOMPUTED = 4.0
+"""Forwards that a pass costs whose layers are all computed again: twice forward, and a backward of two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +56,22 @@ class OwnedJob:
         given: the user has said what a pass may hold.
         """
         plan, capacity = self.plan, costs.capacity
+        quicker = [_RECOMPUTED / (_RECOMPUTED - kept / len(self.order)) for kept in plan.kept]
         if plan.pass_tokens and not given:
             capacity = tuple(min(known, own) for known, own in zip(capacity, plan.pass_tokens, strict=True))
         return replace(
             costs,
+            speeds=tuple(v * by for v, by in zip(costs.speeds, quicker or [1.0] * costs.ranks, strict=True)),
             capacity=capacity,
             step_capacity=plan.step_tokens,
             traffic=job_traffic(self.model, plan, *_uplinks(costs, cluster)),
         )
+
+    def kept_layers(self, rank: int, of_pass: int, of_step: int) -> int:
+        """Returns of how many layers, the last ones, a rank keeps activations in a step of so many of its tokens."""
+        resident, fraction = self.plan.resident[rank], self.plan.fractions[rank]
+        sizes = {"of_pass": of_pass, "of_step": of_step}
+        return kept_layers(self._models()[rank], self.ranks[rank], fraction, resident, self.tokens, **sizes)
 
     def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
         """Returns by rank what it holds at the most in a step of so many tokens by rank."""
@@ -84,6 +95,7 @@ class OwnedJob:
         return {
             "fractions": list(self.plan.fractions),
             "resident_layers": list(self.plan.resident),
+            "layers_not_recomputed": list(self.plan.kept),
             "pass_tokens": list(self.plan.pass_tokens),
             "step_tokens": list(self.plan.step_tokens),
             "bytes_per_token": asdict(self.tokens),

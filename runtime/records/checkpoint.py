@@ -42,6 +42,7 @@ from heteromesh.runtime.records.checkpoint_pieces import (
     stored_state,
     stored_weights,
 )
+from heteromesh.runtime.records.checkpoint_shares import Digests, SharePlanner, ShareWriter, share_of
 
 # one process without a process group is what this module asks for when it says no_dist
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -85,15 +86,53 @@ class Checkpoints:
         with self._world.recorder.span("checkpoint copy", "checkpoint"):
             state = _state(model, owner)
             state = _copied(state) if self._copy else state
-        meta = {
-            "schema": 2,
-            "step": step,
-            "parameters": self._shapes or shapes_of(model),
-            "trainer": dict(trainer),
-        }
-        self._pending = self._thread.submit(self._write, step, state, meta)
+        self._pending = self._thread.submit(self._write, step, state, self._meta(step, model, trainer))
         if not self._copy:
             self.wait()
+
+    def save_shares(
+        self, world: World, step: int, model: nn.Module, owner: StateOwner, trainer: Mapping[str, Any]
+    ) -> None:
+        """Writes the state after `step` updates, every member of the world its share; returns when it is whole.
+
+        Inside an attempt. Raises UserError, on all members, where one can't write.
+        """
+        first, final = world.writes, self._directory / step_directory(step)
+        part = final.with_name(world.once(lambda: self._fresh_part(final.name)))
+        writer = ShareWriter(part, final, self._meta(step, model, trainer), rank=world.rank, first=first)
+        try:
+            with self._world.recorder.span("checkpoint write", "checkpoint"):
+                told = world.gather(self._written(writer, share_of(_state(model, owner), first=first), step))
+                if wrong := next((failed for failed, _ in told if failed), ""):
+                    raise UserError(wrong)
+                world.once(lambda: writer.complete([digests for _, digests in told]))
+            if first:
+                self._prune(final.name)
+        finally:
+            writer.close()
+
+    def _fresh_part(self, name: str) -> str:
+        """Returns the name of a folder that nobody else writes to, not even members of an attempt before."""
+        if not self._cleaned:
+            self._cleaned = True
+            remove_parts(self._directory)
+        return f"{name}.{secrets.token_hex(4)}{PART}"
+
+    def _written(self, writer: ShareWriter, share: dict[str, Any], step: int) -> tuple[str, Digests]:
+        """Writes this member's share; returns what went wrong, if anything, and its files' digests."""
+        try:
+            save(share, storage_writer=writer, planner=SharePlanner(), no_dist=True, use_collectives=False)
+        except (Exception, CheckpointException) as error:
+            if writer.superseded:
+                raise Superseded(
+                    f"{writer.path} was removed while this rank wrote it: another one writes now"
+                ) from error
+            try:
+                self._refuse(step, error)
+            except UserError as told:
+                return str(told), []
+            raise
+        return "", writer.digests
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is whole; raises UserError if it can't be written."""
@@ -162,6 +201,14 @@ class Checkpoints:
         owner.load_entries(state["optimizer"], stored)
         trainer: dict[str, Any] = meta["trainer"]
         return trainer
+
+    def _meta(self, step: int, model: nn.Module, trainer: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "schema": 2,
+            "step": step,
+            "parameters": self._shapes or shapes_of(model),
+            "trainer": dict(trainer),
+        }
 
     def _whole(self) -> list[Path]:
         return [p for p in self._directory.glob("step-*") if p.suffix != PART and p.is_dir()]

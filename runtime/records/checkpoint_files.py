@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,8 +87,17 @@ class PartWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         digests = [r.storage_data for each in results for r in each if isinstance(r.storage_data, FileDigest)]
-        super().finish(metadata, [[r for r in each if not isinstance(r.storage_data, FileDigest)] for each in results])
-        digests.append(digest_of_file(self._part / METADATA))
+        stored = {
+            r.index: r.storage_data for each in results for r in each if not isinstance(r.storage_data, FileDigest)
+        }
+        self.make_whole(metadata, stored, digests)
+
+    def make_whole(
+        self, metadata: Metadata, stored: Mapping[MetadataIndex, Any], digests: Sequence[FileDigest]
+    ) -> None:
+        """Describes what is in the files and gives the checkpoint its name. stored: by entry, where it is."""
+        super().finish(metadata, [[WriteResult(index, 0, place) for index, place in stored.items()]])
+        digests = [*digests, digest_of_file(self._part / METADATA)]
         write_meta(self._part, {**self._meta, "files": {d.name: [d.size, d.digest] for d in digests}})
         make_durable(self._part)
         before = _set_aside(self._final)  # damaged, or of an earlier try at these steps

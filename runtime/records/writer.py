@@ -32,21 +32,27 @@ class CheckpointWriter:
         together: World | None,
         shapes: Shapes | None = None,
         copied: bool = True,
+        shares: bool = False,
     ) -> None:
         """`together`: the world of ranks that stay, which write a checkpoint each its part. `shapes`: of the
         whole model's parameters, where `model` has a part only. `every`: steps, 0: never but at the end. `keep`: older
-        checkpoints are removed. `copied`: see `Checkpoints`."""
+        checkpoints are removed. `copied`: see `Checkpoints`. `shares`: members that come and go write each its
+        part, while training waits."""
         self.run_dir, self.every = run_dir, every
         self._directory, self._keep = run_dir / CHECKPOINTS, keep
         self._model, self._state, self._trainer_state = model, state, trainer_state
         self._recorder, self._together, self._shapes = recorder, together, shapes
         self._checkpoints: Checkpoints | None = None
-        self._copied = copied
+        self._copied, self._shares = copied, shares
         if together is not None:
             self._opened()
 
     def save(self, world: World, done: int, sampled: dict[str, Any]) -> None:
         """Starts to write the state after `done` steps. Raises UserError where the one before can't be written."""
+        if self._shares:
+            trainer = self._trainer_state(done, sampled)
+            self._opened().save_shares(world, done, self._model, self._state, trainer)
+            return
         if self._together is not None or world.writes:
             self._opened().save(done, self._model, self._state, self._trainer_state(done, sampled))
 
@@ -60,15 +66,23 @@ class CheckpointWriter:
 
         `say` gets a line where newer ones are damaged. Raises UserError where none is whole.
         """
-        checkpoints = self._opened()
-        path, wrong = checkpoints.newest_whole()
+        path = self.newest(say)
+        return path, self.load(path)
+
+    def newest(self, say: Callable[[str], None]) -> Path:
+        """Returns the newest whole checkpoint; says and raises as `resume`."""
+        path, wrong = self._opened().newest_whole()
         damaged = "; ".join(wrong)
         if path is None:
             said = f": {damaged}; start anew in another one" if wrong else " to resume: start anew in another one"
             raise UserError(f"run directory {self.run_dir} has no whole checkpoint{said}")
         if wrong:
             say(f"{damaged}: going on from {path.name}, the newest one that is whole")
-        return path, checkpoints.load(path, self._model, self._state)
+        return path
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Loads a checkpoint into model and state owner; returns the trainer's state."""
+        return self._opened().load(path, self._model, self._state)
 
     def holds_any(self) -> bool:
         """Whether there is a checkpoint to resume from, whole or not; equal on ranks that write together."""

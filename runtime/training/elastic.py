@@ -25,7 +25,9 @@ from heteromesh.faults.member.member import Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.member.world import EpochWorld
 from heteromesh.faults.membership.view import Fenced, Finished, StateLost, Stopped
+from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.model.pass_buffers import unexpand
+from heteromesh.parallel.state.copies import MirroredWeights
 from heteromesh.parallel.state.owner import Replicated, StateOwner
 from heteromesh.parallel.state.sharded import Sharded
 from heteromesh.planner.cluster.cluster import local_cluster
@@ -33,6 +35,7 @@ from heteromesh.planner.cost.json import costs_to_json
 from heteromesh.planner.reduction.nics import nic_rates
 from heteromesh.runtime.config import TrainerConfig
 from heteromesh.runtime.engine.executor import StepExecutor
+from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.member_costs import MemberCosts
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.hooks.api import TrainingReport
@@ -50,13 +53,15 @@ from heteromesh.runtime.process.environment import (
 )
 from heteromesh.runtime.process.failure import JobOver, PeerLost, RunFinished
 from heteromesh.runtime.process.interrupt import Interrupt
-from heteromesh.runtime.records.checkpoint_files import Superseded
+from heteromesh.runtime.records.checkpoint import shapes_of
+from heteromesh.runtime.records.checkpoint_files import Superseded, read_meta
 from heteromesh.runtime.records.rundir import finished_step
 from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
 from heteromesh.runtime.training.job_check import check_job, check_precision
+from heteromesh.runtime.training.layer_trial import layer_reducer, try_layers, working_weights
 from heteromesh.runtime.training.loop import TrainingLoop
 from heteromesh.runtime.training.progress import TrainingProgress, scale_of
 from heteromesh.runtime.training.step import StepParts, TrainStep
@@ -89,29 +94,26 @@ class ElasticJob:
         check_settings(job)
         check_job(job)
         check_precision(job, World())
-        job.initial.fill(torch.device("cpu"))
-        unexpand(job.model)
         self.job, self._stack, config = job, stack, job.config
+        self.shards = config.shard_weights is True
+        """Whether the weights are dealt out too."""
+        self._sketches = self._fill()
+        unexpand(job.model)
+        self._shapes = shapes_of(job.model)
         self.interrupt = stack.enter_context(Interrupt())
         sampled = job.sampler.state_dict()
         self.progress = TrainingProgress(last=config.max_steps, sampled=sampled, scale=scale_of(config))
-        self.engine = PassMajor(
-            job.model,
-            seed=config.seed,
-            autocast=config.autocast,
-            checkpoint_activations=config.checkpoint_activations,
-            loss=job.loss,
-        )
+        self.engine = self._engine()
         stack.callback(self.engine.close)
         try_model(job.model, job.reader, job.loss)
-        self.exchange = GradientReducer(job.model.parameters(), keep=True)
+        self._facts: dict[str, str] = {}
+        """What members must have in common beside what they were told."""
+        self.exchange = self._exchange()
         stack.callback(self.exchange.close)
         self.recorder = World().recorder
         alone = World(recorder=self.recorder)
-        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=False)
+        self.executor = StepExecutor.of(self.engine, self.exchange, alone, scatter=self.shards)
         self.buffers = learn_buffers(self.engine, job.reader, alone)
-        self.state: StateOwner = self._state()
-        stack.callback(self.state.close)
         self.records = RunRecords(
             Path(config.run_dir),
             self.recorder,
@@ -123,8 +125,13 @@ class ElasticJob:
         stack.callback(self.records.close)
         self._check_unfinished()
         self.console = Console(config.max_steps, 0, str(config.run_dir))
+        self._measure()
+        self.state: StateOwner = self._state()
+        stack.callback(self.state.close)
         self.writer = self._writer()
         self._notes: list[str] = []
+        self._restored = False
+        """Whether members read their ranges from a checkpoint when these are dealt out first."""
         self._unreadable: UserError | None = None
         """Why this process, which was started again, has no state of its own; those it joins have."""
         wanted = config.resume == "auto" or self.records.restarted
@@ -166,14 +173,20 @@ class ElasticJob:
         transactions: list[Transaction] = [Begin(progress, self._create)]
         if costs.links_wanted:
             transactions.append(MeasureLinks(progress, costs))
-        transactions += [
-            Meet(progress, costs),
-            Evaluate(progress, self.state, job.model, hooks),
-            Save(progress, self.state, session, self.writer, hooks),
-            End(progress, session, self.writer, hooks, loop.report),
-            Reshard(progress, self.state, session, costs.speeds),
-            step,
-        ]
+        save = Save(progress, self.state, session, self.writer, hooks)
+        evaluate = Evaluate(progress, self.state, job.model, hooks)
+        end = End(progress, session, self.writer, hooks, loop.report, self.state.weights_ready)
+        if isinstance(self.engine, LayerMajor):
+            self.engine.attach(pick_device(), self._order, self._layer_weights)
+            if self._sketches is not None:
+                evaluate = Evaluate(progress, self.state, job.model, hooks, self.engine.forwards_of)
+                end = End(progress, session, self.writer, hooks, loop.report, self._layer_weights.begin)
+            # no layer can be gathered, for whatever it is, before its weights lie as this epoch's collectives cut them
+            deal = Reshard(progress, self.state, session, costs.owned, always=True)
+            transactions += [Meet(progress, costs), deal, evaluate, save, end, step]
+        else:
+            deal = Reshard(progress, self.state, session, costs.speeds)
+            transactions += [Meet(progress, costs), evaluate, save, end, deal, step]
         loop.transactions = transactions
 
         def start() -> None:
@@ -193,8 +206,59 @@ class ElasticJob:
             name = self.session.member.options.name
             self.console.say(f"worker {name}, started again, has joined after step {self.progress.done}")
 
+    def _fill(self) -> GradientSketches | None:
+        """Gives the model its first weights, or what stands in for them where each member reads its own part."""
+        initial, device = self.job.initial, torch.device("cpu")
+        if not (self.shards and initial.on_meta):
+            initial.fill(device)
+            return None
+        sketches = initial.stand_in(device)
+        self._stack.callback(sketches.close)
+        return sketches
+
+    def _engine(self) -> PassMajor:
+        job, config = self.job, self.job.config
+        if self.shards:
+            return LayerMajor(job.model, seed=config.seed, autocast=config.autocast, loss=job.loss)
+        return PassMajor(
+            job.model,
+            seed=config.seed,
+            autocast=config.autocast,
+            checkpoint_activations=config.checkpoint_activations,
+            loss=job.loss,
+        )
+
+    def _exchange(self) -> GradientReducer:
+        engine, reader, device = self.engine, self.job.reader, pick_device()
+        if not isinstance(engine, LayerMajor):
+            return GradientReducer(self.job.model.parameters(), keep=True)
+        self._order = try_layers(engine, reader, device, self._sketches)
+        halves = []
+        if engine.autocast is not None:
+            halves = working_weights(engine, reader, device, self._order, self._sketches)
+        if not self._order.mappings:
+            engine.recompute()
+        self._facts = {"the order of layers": repr(self._order.layers), "the weights gathered in 16 bit": repr(halves)}
+        parameters = list(self.job.model.parameters())
+        self._working = {parameters[i]: engine.autocast for i in halves if engine.autocast is not None}
+        return layer_reducer(engine, self._order, self._working, scatter=True)
+
     def _state(self) -> StateOwner:
         job, buckets = self.job, self.exchange.buckets
+        if isinstance(self.engine, LayerMajor):
+            if self._sketches is not None:
+                self._sketches.close()
+            self._layer_weights = MirroredWeights(
+                job.optimizer,
+                job.model,
+                buckets,
+                self.engine.own_parameters,
+                working=self._working,
+                source=job.initial if self._sketches is not None else None,
+                restore=self._restore,
+            )
+            self.console.held = self._layer_weights.described
+            return self._layer_weights
         if job.config.shard_optimizer:
             return Sharded(job.optimizer, job.model, buckets)
         return Replicated(job.optimizer, job.model, buckets)
@@ -210,28 +274,46 @@ class ElasticJob:
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
             together=None,
+            shapes=self._shapes,
+            shares=self.shards,
         )
         self._stack.callback(writer.close)
         return writer
 
     def _resume(self) -> None:
+        say = self.console.say if is_first() else lambda _: None
         try:
-            _, state = self.writer.resume(self.console.say if is_first() else lambda _: None)
+            path = self.writer.newest(say)
+            state = read_meta(path)["trainer"] if self.shards else self.writer.load(path)
         except UserError as error:
             if not self.records.restarted:
                 raise
             self._unreadable = error
             return
+        self._restores(self.shards)
         self._notes = self.job.load_trainer_state(state)
         self.progress.resume(state)
 
-    def _join(self) -> None:
-        """Measures this rank's device, then joins the job."""
+    def _restore(self) -> None:
+        """Loads what this member has been dealt, where the job begins with a checkpoint."""
+        self.job.initial.forget()
+        if self._restored:
+            # what the checkpoint's groups have is changed to what this run was told once more
+            self.job.load_trainer_state(self.writer.load(self.writer.path_of(self.progress.done)))
+
+    def _restores(self, restored: bool) -> None:
+        self._restored = restored
+        if self.shards:
+            self._layer_weights.restores = restored
+
+    def _measure(self) -> None:
+        """Measures this rank's device."""
         job, config = self.job, self.job.config
         cost_file = Path(config.cost) if config.cost is not None else None
-        joining = join_options(facts=elastic_facts(job), step=self.progress.done)
+        self._joining = joining = join_options(facts=elastic_facts(job) | self._facts)
         cluster, most = elastic_cluster(config, joining.place), bounds_from_environment().max
-        plan = build_plan(config, cluster or local_cluster(most)) if plan_path(config) is not None else None
+        self._plan = build_plan(config, cluster or local_cluster(most)) if plan_path(config) is not None else None
+        self._links = 1 if cluster is None else max(1, *map(len, nic_rates(cluster)))
         self.members = MemberCosts(
             self.executor,
             job.reader,
@@ -243,11 +325,14 @@ class ElasticJob:
             cost_file=cost_file,
         )
         self.costs = CostLearning(self.members, learns=config.cost is None, waits_known=True)
-        service = PlanService(config.plan_seconds, plan)
+
+    def _join(self) -> None:
+        job, config = self.job, self.job.config
+        service = PlanService(config.plan_seconds, self._plan)
         self._stack.callback(service.close)
         self.work = Planned(job.sampler, job.reader, service, self.costs, None)
-        links = 1 if cluster is None else max(1, *map(len, nic_rates(cluster)))
-        member = Member(replace(joining, state=digest_of(self._state_of_job()), links=links))
+        state = digest_of(self._state_of_job())
+        member = Member(replace(self._joining, step=self.progress.done, state=state, links=self._links))
         os.environ[JOINED] = _this_process()
         self.session = Elastic(
             member,
@@ -265,9 +350,10 @@ class ElasticJob:
         schedule = self.job.schedule
         return {
             "progress": self.progress.snapshot(),
-            "model": dict(self.job.model.state_dict()),
+            "model": self.state.model_snapshot(self.job.model),
             "optimizer": self.state.snapshot(),
             "schedule": schedule.state_dict() if schedule is not None else None,
+            "restored": self._restored,
         }
 
     def _capture(self) -> dict[str, Any]:
@@ -275,8 +361,10 @@ class ElasticJob:
         return self._state_of_job() | {"costs": self.costs.snapshot()}
 
     def _adopt(self, state: dict[str, Any]) -> None:
-        self.job.model.load_state_dict(state["model"])
+        # members have the same model; of one whose weights are dealt out a snapshot has buffers only
+        self.job.model.load_state_dict(state["model"], strict=False)
         self.state.adopt(state["optimizer"])
+        self._restores(state["restored"])
         if self.job.schedule is not None:
             self.job.schedule.load_state_dict(state["schedule"])
         self.progress.adopt(state["progress"])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.initial.stand_ins import GradientSketches
@@ -24,6 +25,7 @@ from heteromesh.parallel.model.call import plain_name
 from heteromesh.parallel.model.self_check import exactly
 from heteromesh.parallel.model.undisturbed import gradients_kept, modes_kept, undisturbed
 from heteromesh.runtime.engine.layer_major import LayerMajor, PassWork, sample_work, untimed
+from heteromesh.runtime.engine.working_trial import try_working_weights
 from heteromesh.runtime.work.reader import Reader
 
 _SIZES = (13, 9)
@@ -68,6 +70,29 @@ def trial_works(reader: Reader, device: torch.device) -> list[PassWork]:
     """Returns passes of a few tokens of the data, to be tried on one device."""
     counts = [min(size, max(reader.lengths)) for size in _SIZES]
     return [sample_work(reader, device, count, sum(_SIZES), place) for place, count in enumerate(counts)]
+
+
+def working_weights(
+    engine: LayerMajor,
+    reader: Reader,
+    device: torch.device,
+    order: LayerOrder,
+    sketches: GradientSketches | None = None,
+) -> list[int]:
+    """Returns which of the model's parameters are gathered in the dtype to which autocast casts them anyway."""
+    numbers = {p: i for i, p in enumerate(engine.model.parameters())}
+    work = trial_works(reader, device)[0]
+    return [numbers[p] for p in try_working_weights(engine, work, order, device, sketches)]
+
+
+def layer_reducer(
+    engine: LayerMajor, order: LayerOrder, working: Mapping[nn.Parameter, torch.dtype], *, scatter: bool
+) -> GradientReducer:
+    """Returns a sum of gradients layer by layer, the last one first, as a backward goes."""
+    last_first = dict.fromkeys(reversed(order.layers))
+    rest = [index for index in range(len(engine.layers)) if index not in last_first]
+    groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
+    return GradientReducer(engine.model.parameters(), scatter=scatter, groups=groups, working=working)
 
 
 def _pass_by_pass(

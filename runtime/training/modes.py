@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.initial.stand_ins import GradientSketches
 from heteromesh.parallel.layer_major.schedule import LayerOrder
+from heteromesh.parallel.model.call import is_compiled
 from heteromesh.parallel.model.pass_buffers import PassBuffers, unexpand
 from heteromesh.parallel.pipeline.check import check_stages
 from heteromesh.parallel.pipeline.engine import StageRunner, check_placement
@@ -44,7 +46,6 @@ from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.passes import PassMajor
 from heteromesh.runtime.engine.pipeline import Pipeline
 from heteromesh.runtime.engine.token_bytes import layer_token_bytes, pass_token_bytes
-from heteromesh.runtime.engine.working_trial import try_working_weights
 from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.hooks.cost_learning import CostLearning, FixedCosts
 from heteromesh.runtime.hooks.recent import RecentSteps
@@ -55,7 +56,7 @@ from heteromesh.runtime.memory.sizes import job_model, job_ranks, separation_of
 from heteromesh.runtime.process.memory import give_back_at_once
 from heteromesh.runtime.training.build import build_collectives, build_compression, build_costs, cluster_path
 from heteromesh.runtime.training.job import Job, name_of
-from heteromesh.runtime.training.layer_trial import trial_works, try_layers
+from heteromesh.runtime.training.layer_trial import layer_reducer, try_layers, working_weights
 from heteromesh.runtime.training.trial import learn_buffers, try_model
 from heteromesh.runtime.work.feed import PlanFeed
 from heteromesh.runtime.work.packed import PackedPipeline, work_of
@@ -297,9 +298,14 @@ class LayerByLayer(WholeModel):
         if not isinstance(state, ShardedWeights):
             self.engine.attach(self._world.device, self._order)
             return hooks
-        self.engine.attach(self._world.device, self._order, state)
+        self.engine.attach(self._world.device, self._order, state, self._kept_layers)
         state.begin()  # what isn't kept is given back before the first step, not in it
         return (*hooks, Settled(state) if self.dealt_out else Gathered(state))
+
+    def _kept_layers(self, of_pass: int, of_step: int) -> int:
+        """Returns of how many layers this rank's activations are kept in such a step."""
+        owned = self._owned
+        return owned.kept_layers(self._world.rank, of_pass, of_step) if owned is not None else 0
 
     def _fill(self, sharded: bool) -> None:
         job, world = self._job, self._world
@@ -354,14 +360,17 @@ class LayerByLayer(WholeModel):
     def _exchange(self, sharded: bool) -> GradientReducer:
         engine, reader, device = self.engine, self._job.reader, self._world.device
         self._order: LayerOrder = self._world.once(lambda: try_layers(engine, reader, device, self._sketches))
-        self._tokens = self._world.once(lambda: layer_token_bytes(engine, reader, device, self._order))
         self._working = self._working_weights() if sharded else {}
+        self._tokens = self._world.once(lambda: self._token_bytes())
         if not self._order.mappings:
             engine.recompute()
-        last_first = dict.fromkeys(reversed(self._order.layers))
-        rest = [index for index in range(len(engine.layers)) if index not in last_first]
-        groups = [engine.own_parameters[index] for index in (*last_first, *rest)]
-        return GradientReducer(self._job.model.parameters(), scatter=sharded, groups=groups, working=self._working)
+        return layer_reducer(engine, self._order, self._working, scatter=sharded)
+
+    def _token_bytes(self) -> TokenBytes:
+        tokens = layer_token_bytes(self.engine, self._job.reader, self._world.device, self._order)
+        # autocast's copies of weights, which a graph would hold, are not counted; compiled layers make their own graphs
+        copies = self.engine.autocast is not None and not self._working
+        return replace(tokens, by_layer=()) if copies or is_compiled(self._job.model) else tokens
 
     def _working_weights(self) -> dict[nn.Parameter, torch.dtype]:
         """Returns the weights that are gathered in the dtype to which autocast casts them anyway."""
@@ -369,14 +378,9 @@ class LayerByLayer(WholeModel):
         dtype = engine.autocast
         if dtype is None:
             return {}
-        numbers = {p: i for i, p in enumerate(engine.model.parameters())}
-
-        def found() -> list[int]:
-            work = trial_works(reader, device)[0]
-            return [numbers[p] for p in try_working_weights(engine, work, self._order, device, self._sketches)]
-
-        parameters = list(numbers)
-        return {parameters[i]: dtype for i in self._world.once(found)}
+        parameters, order = list(engine.model.parameters()), self._order
+        found = self._world.once(lambda: working_weights(engine, reader, device, order, self._sketches))
+        return {parameters[i]: dtype for i in found}
 
     def _state(self, sharded: bool) -> StateOwner:
         if not sharded:

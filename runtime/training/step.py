@@ -101,6 +101,8 @@ class TrainStep(Transaction):
             parts.buffers.begin()
         parameters = parts.state.refresh(world)
         parts.exchange.begin(number, world)
+        if not parts.exchange.held():
+            parts.buffers.undo()  # what an attempt did of which nothing is kept
         if self._known is not world:
             # after a change of members nobody knows what the others hold
             held = world.gather(parts.exchange.held())
@@ -112,6 +114,7 @@ class TrainStep(Transaction):
         waited = time.perf_counter()
         with world.recorder.span("gradient sum, exposed", "wait"):
             summed = parts.exchange.finish()
+            copied = parts.state.copy_sums(summed, world)
         exposed = time.perf_counter() - waited + max(r.parameter_wait_seconds for r in reports)
         result = _Result(
             assignment=assignment,
@@ -122,7 +125,7 @@ class TrainStep(Transaction):
             began=began,
             buffers=tuple(changes for _, changes in told),
         )
-        return Attempt(result, f"{number}:{assignment.batch.index}:{summed.digest}:{parameters}")
+        return Attempt(result, f"{number}:{assignment.batch.index}:{summed.digest}{copied}:{parameters}")
 
     def overlap(self, result: _Result) -> None:
         limit = math.inf if self._job.config.clip_norm is None else self._job.config.clip_norm

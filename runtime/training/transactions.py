@@ -89,7 +89,7 @@ class Meet(Transaction):
         self._progress, self._members = progress, members
 
     def due(self, world: World) -> bool:
-        return self._progress.training and not set(world.members) <= set(self._progress.met)
+        return not set(world.members) <= set(self._progress.met)
 
     def attempt(self, world: World) -> Attempt[list[int]]:
         self._members.meet(world)
@@ -117,7 +117,7 @@ class MeasureLinks(Transaction):
 
 
 class Reshard(Transaction):
-    """Deals the optimizer's state out to whoever is there now."""
+    """Deals out to whoever is there now what no member has whole."""
 
     def __init__(
         self,
@@ -125,11 +125,15 @@ class Reshard(Transaction):
         state: StateOwner,
         session: Session,
         speeds: Callable[[tuple[int, ...]], Sequence[float]],
+        *,
+        always: bool = False,
     ) -> None:
+        """always: also when training is over, as nothing can be done before."""
         self._progress, self._state, self._session, self._speeds = progress, state, session, speeds
+        self._always = always
 
     def due(self, world: World) -> bool:
-        return self._progress.training and not self._state.is_settled(world)
+        return (self._progress.training or self._always) and not self._state.is_settled(world)
 
     def attempt(self, world: World) -> Attempt[None]:
         return Attempt(
@@ -228,9 +232,11 @@ class End(Transaction):
         writer: CheckpointWriter,
         hooks: HookCalls,
         report: Callable[[], TrainingReport],
+        bring: Callable[[], None] | None = None,
     ) -> None:
+        """bring: makes of the model here what is to be found after training; in every attempt."""
         self._progress, self._session, self._writer = progress, session, writer
-        self._hooks, self._report = hooks, report
+        self._hooks, self._report, self._bring = hooks, report, bring
 
     def due(self, world: World) -> bool:
         return not self._progress.training
@@ -238,6 +244,8 @@ class End(Transaction):
     def attempt(self, world: World) -> Attempt[Stop | None]:
         with self._session.busy():
             self._writer.wait()
+        if self._bring is not None:
+            self._bring()
         stop = self._progress.stop or self._told(world)
         if stop is None or not stop.failure:
             self._hooks.end(replace(self._report(), signal=stop.signal if stop else None))

@@ -93,7 +93,7 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
     # equal devices, however busy this machine is: every member has work
     pace = DeviceCosts(0.0, 1e-3, 1e-4, changes.get("tokens_per_device") or 1_000_000)
     MemberCosts.device = property(lambda _: pace, lambda _, measured: None)  # type: ignore[assignment]
-    hooks = changes.pop("hooks", ())
+    hooks, back = changes.pop("hooks", ()), changes.pop("in_backward", False)
     trainer = make_trainer(folder / "run", **({"fault_tolerance": True, "max_steps": STEPS} | changes))
     trainer.hooks = hooks
 
@@ -104,7 +104,11 @@ def member(environment: dict[str, str], folder: Path, dies_in: int, waits_in: in
         while waits_in and step >= waits_in and not (folder / "go").exists():
             time.sleep(0.01)
 
-    trainer.model.layers[0].register_forward_pre_hook(hook)
+    first = trainer.model.layers[0]
+    if back:  # the gradients of the layers behind it are summed already
+        first.down.weight.register_post_accumulate_grad_hook(hook)
+    else:
+        first.register_forward_pre_hook(hook)
     try:
         losses = trainer.fit().losses
         sink.send((losses, digest_of(list(trainer.model.parameters()))))
@@ -140,7 +144,8 @@ def check_ledger(folder: Path) -> list[dict[str, Any]]:
 def through_losses_and_a_join(folder: Path, *, placed: bool = False, **options: Any) -> Any:
     """Three members, of whom two die, and one that joins: what the other two returned.
 
-    placed: they know which ranks they are; the one that joins takes the place of the first that died.
+    options: settings, and `in_backward`: whether they die there. placed: they know which ranks they are; the one that
+    joins takes the place of the first that died.
     """
     places = (0, 1, 2, 1) if placed else (None,) * 4
     with Job(folder, least=2, gather=5.0) as job:

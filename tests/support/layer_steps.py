@@ -11,6 +11,7 @@ from torch import nn
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.world import World
 from heteromesh.parallel.layer_major.schedule import LayerOrder
+from heteromesh.parallel.layer_major.weights import StashedWeights
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.state.weight_source import WeightSource
 from heteromesh.planner.plan import Pass, Step
@@ -34,6 +35,24 @@ class Copies(WeightSource):
         return self._weights[parameter][start:stop]
 
 
+class MovedWeights(StashedWeights):
+    """Weights that are in new memory at each `show`; what they were in has no numbers any more afterwards."""
+
+    def show(self, layer: int) -> None:
+        for parameter, data in self._layers[layer]:
+            parameter.data = data.clone()
+
+    def hide(self, layer: int) -> None:
+        for parameter, data in self._layers[layer]:
+            if parameter.numel() and parameter.data_ptr() != data.data_ptr():
+                parameter.data.fill_(torch.nan)
+        super().hide(layer)
+
+    def close(self) -> None:
+        for index in range(len(self._layers)):
+            super().show(index)
+
+
 class ShardedSteps:
     """Runs steps of one model whose weights are dealt out as the world's collectives say."""
 
@@ -42,9 +61,10 @@ class ShardedSteps:
         resident: Sequence[Collection[int]] = (), bucket_bytes: int = 8 << 20, seed: int = 0,
         speeds: Sequence[float] = (), autocast: torch.dtype | None = None,
         working: Mapping[nn.Parameter, torch.dtype] | None = None, cast: bool = True,
-        source: WeightSource | None = None,
+        source: WeightSource | None = None, kept: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        """cast: whether weights of `working` are gathered so, or only have buckets of their own."""
+        """cast: whether weights of `working` are gathered so, or only have buckets of their own. kept: by rank,
+        how many layers keep their activations; empty: none."""
         self.world, self.engine = world, LayerMajor(model, seed=seed, autocast=autocast)
         own = self.engine.own_parameters
         groups = [own[i] for i in reversed(range(len(own)))]
@@ -55,7 +75,8 @@ class ShardedSteps:
         self.state = ShardedWeights(
             optimizer, model, self.exchange.buckets, world, own, resident=resident, working=gathered, source=source
         )
-        self.engine.attach(world.device, order, self.state)
+        here = kept[world.rank] if kept else 0
+        self.engine.attach(world.device, order, self.state, lambda of_pass, of_step: here)
         self._executor = StepExecutor.of(self.engine, self.exchange, world, scatter=True)
         self._executor.speeds = tuple(speeds) or self._executor.speeds
 
@@ -93,9 +114,11 @@ def local_step(lengths: Sequence[int], ranks: Sequence[int]) -> Step:
 
 def both_orders(
     model: nn.Module, vocab: int, *, lengths: Sequence[int] = (20, 7, 13), autocast: torch.dtype | None = None,
-    offload: float = 0.0,
+    offload: float = 0.0, kept: int = 0,
 ) -> tuple[tuple[float, Gradients], tuple[float, Gradients]]:  # fmt: skip
-    """(loss, gradients) of a step in pass-major and in layer-major order, on one rank; the model was tried first."""
+    """(loss, gradients) of a step in pass-major and in layer-major order, on one rank; the model was tried first.
+
+    kept: of how many layers activations are kept, weights moving about meanwhile."""
     data = [torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     plain = local_step(lengths, (0,) * len(lengths))
     step = replace(plain, passes=tuple(replace(p, offload=offload) for p in plain.passes))
@@ -103,10 +126,13 @@ def both_orders(
     found = []
     for engine in (PassMajor(model, seed=3, autocast=autocast), LayerMajor(model, seed=3, autocast=autocast)):
         if isinstance(engine, LayerMajor):
-            engine.attach(CPU, try_layers(engine, Reader(data), CPU))
+            weights = MovedWeights(engine.own_parameters) if kept else None
+            engine.attach(CPU, try_layers(engine, Reader(data), CPU), weights, lambda of_pass, of_step: kept)
         executor = StepExecutor.of(engine, GradientReducer(model.parameters()), World(), scatter=False)
         result = executor.run(step, inputs, number=5)
         found.append((result.loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
         executor.close()
+        if isinstance(engine, LayerMajor) and weights is not None:
+            weights.close()
         model.zero_grad()
     return found[0], found[1]

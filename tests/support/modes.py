@@ -74,6 +74,9 @@ MODES = {
     "elastic, sharded optimizer": Mode(
         ranks=3, others=2, settings={"fault_tolerance": True, "shard_optimizer": True}, elastic=True
     ),
+    "elastic, sharded weights": Mode(
+        ranks=3, others=2, settings={"fault_tolerance": True, "shard_weights": True}, elastic=True, meta=True
+    ),
 }
 
 

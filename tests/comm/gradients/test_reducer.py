@@ -190,6 +190,22 @@ def test_an_attempt_given_up_in_the_middle_of_its_sums_is_repeated_with_the_same
     assert all(torch.equal(one, other) for one, other in zip(results[0].tensors, results[1].tensors, strict=True))
 
 
+def test_an_attempt_that_is_repeated_begins_with_nothing_where_nothing_is_kept_apart() -> None:
+    model = Branches()
+    reducer = Reducer(model, bucket_bytes=64)
+    passes: list[tuple[tuple[int, ...], int]] = [((0, 1), 2), ((0,), 1), ((0, 1), 4)]
+    reducer.begin(0, OwnWorld(size=2, collectives=Aborting([])))
+    work(reducer, model, passes)
+    with pytest.raises(GroupAborted):
+        reducer.finish()
+    assert reducer.held()
+    reducer.begin(0, OwnWorld(size=2, collectives=Logged([])))
+    assert not reducer.held()
+    assert not reducer.done
+    work(reducer, model, passes[:2])
+    check(reducer.finish(), reducer, [1, 2])
+
+
 def test_a_pass_that_fails_drops_its_share_and_a_lost_member_its_shares() -> None:
     model = Branches()
     reducer = Reducer(model, keep=True)

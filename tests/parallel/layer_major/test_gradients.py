@@ -157,23 +157,26 @@ def compare(found: Any, tolerance: float) -> None:
         assert float((gradient - gradients[name]).abs().max()) <= tolerance * scale, name
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2], ids="{} kept".format)
 @pytest.mark.parametrize("kind", MODELS)
-def test_gradients_are_those_of_passes(kind: str) -> None:
+def test_gradients_are_those_of_passes(kind: str, kept: int) -> None:
     torch.manual_seed(0)
     model = MODELS[kind]().double().train()
-    compare(both_orders(model, min(VOCAB, TINY.vocab)), 1e-12)
+    compare(both_orders(model, min(VOCAB, TINY.vocab), kept=kept), 1e-12)
     if kind == "counts":
         assert [int(layer.count) for layer in model.layers] == [6, 6, 6], "each of two steps' three passes counts once"
 
 
+@pytest.mark.parametrize("kept", [0, 2], ids="{} kept".format)
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gpt2", "mixtral"])
-def test_gradients_of_transformers_models(kind: str) -> None:
-    compare(both_orders(tiny_model(kind, "heteromesh").double().train(), VOCAB), 1e-12)
+def test_gradients_of_transformers_models(kind: str, kept: int) -> None:
+    compare(both_orders(tiny_model(kind, "heteromesh").double().train(), VOCAB, kept=kept), 1e-12)
 
 
-def test_gradients_in_bf16() -> None:
+@pytest.mark.parametrize("kept", [0, 2], ids="{} kept".format)
+def test_gradients_in_bf16(kept: int) -> None:
     torch.manual_seed(0)
-    compare(both_orders(dropping(), TINY.vocab, autocast=torch.bfloat16), 1e-6)
+    compare(both_orders(dropping(), TINY.vocab, autocast=torch.bfloat16, kept=kept), 1e-6)
 
 
 def test_gradients_under_autocast_of_the_callers_own() -> None:

@@ -140,7 +140,6 @@ def test_a_model_without_layers_is_refused() -> None:
         LayerMajor(model)
 
 
-@pytest.mark.parametrize("name", ["fault_tolerance", "compare_batches"])
-def test_settings_that_do_not_go_together(name: str) -> None:
-    with pytest.raises(UserError, match=f"{name} is .* and shard_weights is on"):
-        TrainerConfig(batch_tokens=1, max_steps=1, run_dir="x", shard_weights=True, **{name: 1})
+def test_settings_that_do_not_go_together() -> None:
+    with pytest.raises(UserError, match=r"compare_batches is .* and shard_weights is on"):
+        TrainerConfig(batch_tokens=1, max_steps=1, run_dir="x", shard_weights=True, compare_batches=1)

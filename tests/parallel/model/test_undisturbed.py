@@ -72,6 +72,18 @@ def test_sums_and_other_buffers_are_told_apart() -> None:
     assert int(model.layers[0].tokens) == 0
 
 
+def test_what_passes_did_that_do_not_count_is_undone() -> None:
+    model, x = Counter(), torch.arange(9)[None]
+    buffers = PassBuffers(model)
+    buffers.learn(lambda: model(x))
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    buffers.begin()
+    model(x)
+    assert any(not torch.equal(b, before[n]) for n, b in model.named_buffers())
+    buffers.undo()
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+
+
 def counted(world: World, folder: Path, changes: dict[str, Any]) -> tuple[list[int], list[float], list[float], int]:
     torch.manual_seed(7)
     model = Counter()

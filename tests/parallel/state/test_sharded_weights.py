@@ -68,8 +68,9 @@ def check_worlds(world: World, dtype: torch.dtype, cases: int) -> dict[str, int]
             world.collectives = collectives
             resident = [[i for i in range(3) if rng.random() < 0.5] for _ in range(world.size)] if case % 3 else ()
             source = Copies(model) if case % 4 > 1 else None
+            kept = [rng.randrange(4) for _ in range(world.size)]
             sharded = ShardedSteps(
-                model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=resident, source=source
+                model, world, adam(model), bucket_bytes=9000, speeds=speeds, resident=resident, source=source, kept=kept
             )
             for number, step in enumerate(steps):
                 loss, gradients = reference(plain, data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heteromesh.planner.ownership.ownership import LostState, Ownership
+from heteromesh.planner.ownership.ownership import LostState, Ownership, stride_between
 from heteromesh.planner.reduction.reduction import plan_reduction
 
 FRACTIONS = st.lists(st.floats(0, 1), min_size=1, max_size=9).filter(lambda f: sum(f) > 1e-3).map(tuple)
@@ -76,6 +77,17 @@ def test_a_member_mirrors_the_next_ones_range_and_the_last_one_the_first():
     assert ownership.ranges_held_by(6, 8) == [(0, 2)]
     assert ownership.ranges_held_by(9, 8) == []
     assert ownership.sources([6, 4, 9]) == [6, 4, 4, 6]
+
+
+def test_copies_are_on_another_host_where_there_is_one():
+    assert stride_between(["a"] * 3) == 1
+    assert stride_between(["a", "a", "b", "b"]) == 2
+    assert stride_between(["a", "b", "a", "b"]) == 1
+    assert stride_between(["a"]) == 1
+    ownership = replace(owned([1, 1, 1, 1], copies=2), stride=2)
+    assert [ownership.holders(i) for i in range(4)] == [(3, 5), (4, 6), (5, 3), (6, 4)]
+    with pytest.raises(ValueError, match="stride 4 gives one of 4 members two copies"):
+        replace(ownership, stride=4)
 
 
 def test_lost_copies_end_in_a_sentence_with_the_names():

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from heteromesh.planner.cost.overlap import StepTraffic
-from heteromesh.planner.ownership.in_job import JobModel, JobRank, replicated_in_job, sharded_in_job
+from heteromesh.planner.ownership.in_job import JobModel, JobRank, kept_layers, replicated_in_job, sharded_in_job
 from heteromesh.planner.ownership.memory import TokenBytes
 from heteromesh.planner.participation.in_job import JobTokens, plan_ownership
 from heteromesh.planner.participation.in_job_traffic import job_bytes, job_traffic
@@ -68,6 +68,27 @@ def test_with_ample_memory_all_layers_stay_and_fractions_are_those_of_links() ->
     mixed = plan_ownership(MODEL, ranks_of(math.inf, 0.62), TOKENS, by_links)
     assert mixed.resident[0] == LAYERS
     assert mixed.fractions[1] < 0.3
+
+
+def test_activations_are_kept_where_there_is_room() -> None:
+    acts = tuple(40e3 + 1e3 * layer for layer in range(LAYERS))
+    tokens = replace(TOKENS, bytes=replace(TOKENS.bytes, by_layer=acts))
+    plan = plan_ownership(MODEL, ranks_of(2.2, 0.8), tokens, by_links)
+    assert plan.kept[0] > plan.kept[1] == 0
+    (rank,), counts = ranks_of(1.2), set()
+    for of_step in range(100, 20_000, 600):
+        fixed = {"of_pass": 90, "of_step": of_step}
+        kept = kept_layers(MODEL, rank, 0.3, 4, tokens.bytes, **fixed)
+        held = sharded_in_job(MODEL, rank, 0.3, 4, tokens.bytes, **fixed)
+        bare = sharded_in_job(MODEL, rank, 0.3, 4, TOKENS.bytes, **fixed)
+        assert held.total <= max(rank.memory, bare.total)
+        more = bare.activations + of_step * sum(acts[LAYERS - kept :])
+        assert held.total >= bare.total
+        assert not kept or held.activations <= more
+        counts.add(kept)
+    assert {0, LAYERS} < counts, "as many as there is room for"
+    unknown = ranks_of(math.inf)[0]
+    assert kept_layers(MODEL, unknown, 0.3, 0, tokens.bytes, of_pass=10, of_step=10) == 0
 
 
 def test_a_rank_that_holds_few_tokens_leaves_them_to_the_others() -> None:

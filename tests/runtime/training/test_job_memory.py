@@ -70,6 +70,7 @@ def test_memory_that_is_known_and_short_shards_weights_as_predicted(tmp_path: Pa
     owned = config["ownership"]
     assert owned["fractions"][0] > owned["fractions"][1] > 0
     assert owned["resident_layers"][0] == SIZES.layers > owned["resident_layers"][1]
+    assert owned["layers_not_recomputed"][0] == SIZES.layers, "the large rank has room for activations"
     for row in map(json.loads, (tmp_path / "run/plan.jsonl").read_text().splitlines()):
         for rank, most in enumerate(owned["step_tokens"]):
             dealt = sum(sum(p["shards"][p["ranks"].index(rank)]) for p in row["plan"]["passes"] if rank in p["ranks"])

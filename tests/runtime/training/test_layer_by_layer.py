@@ -14,7 +14,7 @@ from torch import nn
 import heteromesh as hm
 from heteromesh.parallel.model.loss import LossBatch
 from heteromesh.runtime.engine.working_trial import try_working_weights
-from heteromesh.runtime.training import modes
+from heteromesh.runtime.training import layer_trial
 from llama import Llama
 from ranks import World, run_ranks
 from steps import TINY
@@ -162,7 +162,7 @@ def in_halves(world: World, folder: Path) -> dict[bool, tuple[list[float], int]]
                 chosen.append(len(parameters))
                 return parameters if cast else ()
 
-            patch.setattr(modes, "try_working_weights", trial)
+            patch.setattr(layer_trial, "try_working_weights", trial)
             losses, settings = list[float](), {"shard_weights": True, "precision": "bf16", "cost": costs}
             for last in (2, 4):
                 loss = Loss()
