@@ -67,6 +67,15 @@ def check_separable(optimizer: torch.optim.Optimizer) -> Separation:
     return Separation(frozenset(whole), state)
 
 
+def check_cut_anywhere(optimizer: torch.optim.Optimizer, setting: str) -> None:
+    """Raises UserError for an optimizer that needs whole parameters, where the setting's ranges are cut anywhere."""
+    if check_separable(optimizer).whole:
+        raise UserError(
+            f"{type(optimizer).__name__} is not element-wise, and where members come and go parameters are cut "
+            f"anywhere: use an optimizer such as AdamW, or turn {setting} or fault_tolerance off"
+        )
+
+
 def deal_buckets(buckets: Sequence[Bucket], whole: Iterable[nn.Parameter], world: World) -> None:
     """Gives the parameters of the buckets with any of `whole` to one rank each, near to the fractions of the world's
     collectives. All ranks must call it, before anything lies in flat tensors.

@@ -29,7 +29,7 @@ from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
 from heteromesh.parallel.state.parts import StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
-from heteromesh.parallel.state.separable import deal_buckets
+from heteromesh.parallel.state.separable import check_cut_anywhere, deal_buckets
 from heteromesh.planner.ownership.ownership import Ownership, Range
 
 COPIES = 2
@@ -65,11 +65,8 @@ class Sharded(StateOwner):
         self._optimizer = FragmentedOptimizer(optimizer, names)
         if self._world.collectives is not None:
             deal_buckets(buckets, self._optimizer.whole, self._world)
-        elif self._optimizer.whole:
-            raise UserError(
-                f"{type(optimizer).__name__} is not element-wise, and where members come and go parameters are cut "
-                "anywhere: use an optimizer such as AdamW, or turn shard_optimizer or fault_tolerance off"
-            )
+        else:
+            check_cut_anywhere(optimizer, "shard_optimizer")
         self._flats = FlatBuckets(buckets)
         self.ownership = Ownership.whole()
         self.params_synced = True

@@ -29,9 +29,14 @@ class ReductionPiece:
     number: int
 
 
-def pieces(reduction: Reduction, bounds: Sequence[int], itemsize: int, *, one_way: bool = False) -> tuple[ReductionPiece, ...]:
+def pieces(
+    reduction: Reduction, bounds: Sequence[int], itemsize: int, *, one_way: bool = False
+) -> tuple[ReductionPiece, ...]:
     """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
-    time. bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]). one_way: for a gather or a scatter, not for a sum that every rank gets.
+    time.
+
+    bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]). one_way: for a gather or a scatter, not for a sum
+    that every rank gets.
     """
     most, least = (ONE_WAY_PIECES, ONE_WAY_LEAST_BYTES) if one_way else (PIECES, LEAST_BYTES)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
