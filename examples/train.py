@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--meta", action="store_true", help="a model without weights at first, so it need fit no rank")
     parser.add_argument("--shard-weights", action="store_true", help="each rank keeps a part of the parameters")
     parser.add_argument("--shard-optimizer", action="store_true", help="each rank updates a part of the parameters")

@@ -52,8 +52,9 @@ class TrainerConfig:
     """int8: gradients travel in int8, with error feedback (docs/sharded-optimizer.md). auto: where predicted to pay."""
     fault_tolerance: bool = False
     """Training goes on when ranks die, stop or join; `heteromesh run --fault-tolerance` starts it (docs/faults.md)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: forward and backward under torch.autocast."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16, fp16: forward and backward under torch.autocast; fp16, for devices without bf16, with dynamic loss scaling
+    (docs/precision.md)."""
     checkpoint_activations: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
     checkpoint_every: int = 0
@@ -96,7 +97,7 @@ class TrainerConfig:
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number > 0 or None")
         self._require("resume", self.resume in (True, False, "auto"), "True, False or 'auto'")
         self._require("shard_weights", self.shard_weights in (True, False, "auto"), "True, False or 'auto'")
-        self._require("precision", self.precision in ("fp32", "bf16"), "'fp32' or 'bf16'")
+        self._require("precision", self.precision in ("fp32", "bf16", "fp16"), "'fp32', 'bf16' or 'fp16'")
         self._require("labels", self.labels in ("shifted", "unshifted"), "'shifted' or 'unshifted'")
         self._require(
             "offload_optimizer",
@@ -111,6 +112,11 @@ class TrainerConfig:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r} and shard_weights is on ({reason}): turn one of them off"
                 )
+        if self.precision == "fp16" and self.gradient_compression != "none":
+            raise UserError(
+                f"gradient_compression is {self.gradient_compression!r} and precision is 'fp16' (what compression "
+                "leaves for the next step is in units of a loss scale that changes): set one to 'none' or 'bf16'"
+            )
         tokens = self.tokens_per_device
         self._require("tokens_per_device", tokens is None or tokens >= 1, "a whole number >= 1 or None")
 
@@ -122,7 +128,7 @@ class TrainerConfig:
     @property
     def autocast(self) -> torch.dtype | None:
         """The dtype of `precision` for torch.autocast."""
-        return torch.bfloat16 if self.precision == "bf16" else None
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
 
     def _require(self, name: str, fine: bool, rule: str) -> None:
         if not fine:

@@ -33,13 +33,18 @@ class Collectives(Protocol):
         again; None: this tensor must not be compressed.
         """
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        """Starts the sum of which each rank gets its own range; the rest of `flat` is undefined afterwards."""
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
+        """Starts the sum of which each rank gets its own range; the rest of `flat` is undefined afterwards.
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+        cuts: who owns what of this tensor, as `bounds` returns it; empty: what `bounds` returns.
+        """
+
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
         """Starts to copy every rank's own range to all, or only to these receivers: the others' `flat` is only read.
 
-        receivers: the same on all ranks, also on those that are none.
+        receivers: the same on all ranks, also on those that are none. cuts: see `reduce_scatter`.
         """
 
     def commit(self) -> None:

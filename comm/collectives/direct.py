@@ -37,12 +37,13 @@ class DirectCollectives(Collectives):
     def all_reduce(self, flat: torch.Tensor, key: int | None = None) -> Work:
         return self._sum(flat, gather=True)
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        return self._sum(flat, gather=False)
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
+        return self._sum(flat, gather=False, bounds=cuts)
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
-        cuts = self.bounds(flat.numel())
-        parts = [flat[low:high] for low, high in pairwise(cuts)]
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
+        parts = [flat[low:high] for low, high in pairwise(cuts or self.bounds(flat.numel()))]
         takers = range(self.size) if receivers is None else receivers
         sent = parts[self.rank].nbytes * sum(r != self.rank for r in takers)
         return self._submit("all_gather", lambda: all_gather(self._transport, parts, Tag.DIRECT + 3, takers), sent)
@@ -50,8 +51,8 @@ class DirectCollectives(Collectives):
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _sum(self, flat: torch.Tensor, *, gather: bool) -> Work:
-        cuts = list(pairwise(self.bounds(flat.numel())))
+    def _sum(self, flat: torch.Tensor, *, gather: bool, bounds: Sequence[int] = ()) -> Work:
+        cuts = list(pairwise(bounds or self.bounds(flat.numel())))
         low, high = cuts[self.rank]
 
         def act() -> None:

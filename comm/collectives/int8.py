@@ -79,13 +79,15 @@ class Int8Collectives(Collectives):
             return self._through(self.inner.all_reduce(flat, key))
         return self._start(key, flat, gather=True)
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
         if key is None or flat.dtype != torch.float32:
-            return self._through(self.inner.reduce_scatter(flat, key))
-        return self._start(key, flat, gather=False)
+            return self._through(self.inner.reduce_scatter(flat, key, cuts=cuts))
+        return self._start(key, flat, gather=False, cuts=cuts)
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
-        return self._through(self.inner.all_gather(flat, receivers))
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
+        return self._through(self.inner.all_gather(flat, receivers, cuts=cuts))
 
     def commit(self) -> None:
         self._errors.commit()
@@ -103,8 +105,8 @@ class Int8Collectives(Collectives):
 
         return OnceWork(finish)
 
-    def _start(self, key: int, flat: torch.Tensor, *, gather: bool) -> Work:
-        bounds = self.bounds(flat.numel())
+    def _start(self, key: int, flat: torch.Tensor, *, gather: bool, cuts: Sequence[int] = ()) -> Work:
+        bounds = cuts or self.bounds(flat.numel())
         errors, left = self._errors.begin(key, flat)
         ranges = [_Range(flat[low:high], errors[low:high], left[low:high]) for low, high in pairwise(bounds)]
         run = _Int8Sum(self._transport, ranges, Tag.INT8 + self._count % _TAGS * 2, gather=gather)

@@ -54,6 +54,8 @@ class ReductionSchedule:
 
     transport: Transport
     reduction: Reduction
+    bounds: Sequence[int]
+    """Who owns what of it."""
     flat: torch.Tensor
     tag: int
     sources: frozenset[int] | None
@@ -68,7 +70,7 @@ class ReductionSchedule:
     def post(self) -> None:
         """Posts all receives and lists the tasks and the steps."""
         among, one_way = self.receivers | (self.sources or frozenset()), not (self.receivers and self.sources)
-        for piece in pieces(self.reduction, self.flat.numel(), self.flat.element_size(), one_way=one_way):
+        for piece in pieces(self.reduction, self.bounds, self.flat.element_size(), one_way=one_way):
             if piece.owner == self.transport.rank or self.transport.rank in among:
                 members = members_by_host(self.reduction, piece, among)
                 self._post(piece, members, representatives(self.reduction, piece, among))

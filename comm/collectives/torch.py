@@ -32,24 +32,28 @@ class TorchCollectives(Collectives):
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         return self._finished_by([work], 2 * flat.nbytes * (self.size - 1) // self.size)
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
         """Starts one reduction an owner."""
-        works = [dist.reduce(part, group_dst=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
-        return self._finished_by(works, sum(part.nbytes for i, part in self._parts(flat) if i != self.rank))
+        parts = self._parts(flat, cuts)
+        works = [dist.reduce(part, group_dst=i, group=self._group, async_op=True) for i, part in parts]
+        return self._finished_by(works, sum(part.nbytes for i, part in parts if i != self.rank))
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
         """Starts one broadcast an owner; to some receivers, messages from owner to receiver."""
+        parts = self._parts(flat, cuts)
         if receivers is not None:
-            return self._send_to(flat, receivers)
-        works = [dist.broadcast(part, group_src=i, group=self._group, async_op=True) for i, part in self._parts(flat)]
-        sent = sum(part.nbytes for i, part in self._parts(flat) if i == self.rank)
+            return self._send_to(parts, receivers)
+        works = [dist.broadcast(part, group_src=i, group=self._group, async_op=True) for i, part in parts]
+        sent = sum(part.nbytes for i, part in parts if i == self.rank)
         return self._finished_by(works, sent * (self.size - 1))
 
     def close(self) -> None:
         """Does nothing: the group is the caller's."""
 
-    def _send_to(self, flat: torch.Tensor, receivers: Collection[int]) -> Work:
-        parts, group = self._parts(flat), self._group
+    def _send_to(self, parts: Sequence[tuple[int, torch.Tensor]], receivers: Collection[int]) -> Work:
+        group = self._group
         messages = [
             dist.P2POp(dist.isend, part, group=group, group_peer=peer)
             for owner, part in parts
@@ -65,9 +69,9 @@ class TorchCollectives(Collectives):
         # not all ranks come here; NCCL wants them all in a group's first call, which was the broadcast of the model
         return self._finished_by(dist.batch_isend_irecv(messages) if messages else [], sent)
 
-    def _parts(self, flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        cuts = pairwise(self.bounds(flat.numel()))
-        return [(i, flat[low:high]) for i, (low, high) in enumerate(cuts) if low < high]
+    def _parts(self, flat: torch.Tensor, cuts: Sequence[int]) -> list[tuple[int, torch.Tensor]]:
+        ranges = pairwise(cuts or self.bounds(flat.numel()))
+        return [(i, flat[low:high]) for i, (low, high) in enumerate(ranges) if low < high]
 
     def _finished_by(self, works: Sequence[Any], sent: int) -> Work:
         def finish() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -56,24 +56,35 @@ class UnevenCollectives(Collectives):
             return OnceWork(lambda: self._finish_ring(work, flat.nbytes))
         return self._start("all_reduce", flat, frozenset(range(self.size)), frozenset(range(self.size)))
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
-        return self._start("reduce_scatter", flat, frozenset(range(self.size)), frozenset())
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
+        return self._start("reduce_scatter", flat, frozenset(range(self.size)), frozenset(), cuts)
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
-        return self._start("all_gather", flat, None, frozenset(range(self.size) if receivers is None else receivers))
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
+        takers = frozenset(range(self.size) if receivers is None else receivers)
+        return self._start("all_gather", flat, None, takers, cuts)
 
     def close(self) -> None:
         """Ends the threads, after what they are waiting for. The transport stays the caller's."""
         self._engine.close()
 
-    def _start(self, name: str, flat: torch.Tensor, sources: frozenset[int] | None, receivers: frozenset[int]) -> Work:
+    def _start(
+        self,
+        name: str,
+        flat: torch.Tensor,
+        sources: frozenset[int] | None,
+        receivers: frozenset[int],
+        cuts: Sequence[int] = (),
+    ) -> Work:
         self._check(flat)
         if isinstance(self._engine.error, GroupAborted):
             raise self._engine.error
         if self._engine.error is not None:
             raise RuntimeError("an earlier collective failed here: no other can follow") from self._engine.error
+        bounds = cuts or self.bounds(flat.numel())
         schedule = ReductionSchedule(
-            self.transport, self.reduction, flat.view(-1), self._next_tag(), sources, receivers
+            self.transport, self.reduction, bounds, flat.view(-1), self._next_tag(), sources, receivers
         )
         wait = self._engine.start(schedule)
 

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from heteromesh.comm.collectives.api import Collectives
+
 BUCKET_BYTES = 8 << 20
 _NONE: Mapping[nn.Parameter, torch.dtype] = {}
 
@@ -24,10 +26,14 @@ class Bucket:
     """Of the parameters, which may lose their elements later (sharded weights)."""
     dtype: torch.dtype = field(init=False)
     """Of the gradients' sum, that of the parameters now: sharded weights may be given to layers in another one."""
+    cuts: tuple[int, ...] = ()
+    """Where each parameter has one owner: size + 1 offsets, rank i owns [cuts[i], cuts[i + 1]). Empty: cut anywhere."""
+    _places: dict[nn.Parameter, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or tuple(p.shape for p in self.parameters)
         self.dtype = self.parameters[0].dtype
+        self._places = {p: index for index, p in enumerate(self.parameters)}
 
     @property
     def numel(self) -> int:
@@ -36,6 +42,27 @@ class Bucket:
     def empty(self) -> torch.Tensor:
         """Returns a flat tensor for the gradients."""
         return torch.empty(self.numel, dtype=self.dtype, device=self.parameters[0].device)
+
+    def index(self, parameter: nn.Parameter) -> int:
+        """Returns which of the bucket's parameters it is."""
+        return self._places[parameter]
+
+    def bounds(self, collectives: Collectives) -> tuple[int, ...]:
+        """Returns size + 1 offsets: rank i owns [bounds[i], bounds[i + 1])."""
+        return self.cuts or collectives.bounds(self.numel)
+
+    def deal(self, owners: Sequence[int], size: int) -> None:
+        """Gives each parameter to one of `size` ranks as a whole. Between steps, while nothing lies in a flat tensor.
+
+        owners: by parameter, equal on every rank. Parameters are put in the order of their owners.
+        """
+        order = sorted(range(len(owners)), key=lambda index: owners[index])
+        numels = [self.shapes[index].numel() for index in order]
+        owned = [sum(n for i, n in zip(order, numels, strict=True) if owners[i] == rank) for rank in range(size)]
+        self.parameters = tuple(self.parameters[index] for index in order)
+        self.shapes = tuple(self.shapes[index] for index in order)
+        self.offsets, self.cuts = tuple(accumulate(numels, initial=0)), tuple(accumulate(owned, initial=0))
+        self.__post_init__()
 
     def view(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """Returns where the gradient of a parameter lies in the flat tensor."""

@@ -94,7 +94,7 @@ class GradientReducer(GradientExchange):
         """groups, working: see `build_buckets`."""
         self.buckets = build_buckets(parameters, bucket_bytes, groups, working or {})
         self._scatter, self._keep = scatter, keep
-        self._homes = {p: (i, k) for i, bucket in enumerate(self.buckets) for k, p in enumerate(bucket.parameters)}
+        self._homes = {p: number for number, bucket in enumerate(self.buckets) for p in bucket.parameters}
         self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._homes]
         self._world, self._step, self._attempt = World(), -1, _Attempt()
         self._ledger = StepLedger()
@@ -130,8 +130,8 @@ class GradientReducer(GradientExchange):
         key = members if self._keep else _EVERYBODY
         share = self._open = self._ledger.open(key)
         for parameter in share.touched if self._keep else ():
-            number, index = self._homes[parameter]
-            parameter.grad = self.buckets[number].view(share.flats[number], index)
+            number = self._homes[parameter]
+            parameter.grad = self.buckets[number].view(share.flats[number], self.buckets[number].index(parameter))
         try:
             yield share
             share.passes.append(tuple(sequences))
@@ -230,7 +230,7 @@ class GradientReducer(GradientExchange):
             return
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
-        number, index = self._homes[parameter]
+        number = self._homes[parameter]
         if number < len(self._attempt.sums):
             raise UserError(
                 f"a parameter of shape {tuple(parameter.shape)} got a gradient again when its sum had begun, as it is "
@@ -241,7 +241,7 @@ class GradientReducer(GradientExchange):
                 f"a parameter of shape {tuple(parameter.shape)} got a sparse gradient, which can't be sharded: "
                 "build its embedding with sparse=False or turn shard_optimizer and shard_weights off"
             )
-        self._open.put(number, self.buckets[number], index)
+        self._open.put(number, self.buckets[number], self.buckets[number].index(parameter))
         attempt = self._attempt
         if attempt.missing is None:
             return
@@ -261,8 +261,9 @@ class GradientReducer(GradientExchange):
         try:
             collectives = self._attempt.collectives = self._attempt.collectives or self._world.collectives
             assert collectives is not None
-            act = collectives.reduce_scatter if self._scatter and key is not None else collectives.all_reduce
-            return _Sum(flat, act(flat, key), started)
+            if not self._scatter or key is None:
+                return _Sum(flat, collectives.all_reduce(flat, key), started)
+            return _Sum(flat, collectives.reduce_scatter(flat, key, cuts=self.buckets[key].cuts), started)
         except GroupAborted as error:
             # for `finish` to raise: the pass whose backward has come here is none the worse for it
             return _Sum(flat, _Failed(error), started)
@@ -310,7 +311,7 @@ class GradientReducer(GradientExchange):
         """Returns what this rank gets of a bucket's sum; where that is a part, the memory of the rest is given back."""
         if not self._scatter or self._attempt.collectives is None:
             return flat
-        low, high = self._attempt.collectives.bounds(flat.numel())[self._world.rank :][:2]
+        low, high = self.buckets[number].bounds(self._attempt.collectives)[self._world.rank :][:2]
         self._totals.pop(number, None)
         if not self._keep:
             self._ledger.open(_EVERYBODY).flats.pop(number, None)

@@ -60,7 +60,7 @@ class StageRunner:
         self.entry = self.pipeline[0]
         """Micro-batches are named by it."""
         self._schedules: dict[int, tuple[PackStage, Schedule1F1B]] = {}
-        self._divisor = 1
+        self._divisor = 1.0
 
     @property
     def is_last(self) -> bool:
@@ -73,7 +73,7 @@ class StageRunner:
         keep_activations(self._recomputed)
 
     def run(
-        self, batches: Sequence[MicroBatch], number: int, divisor: int, before_last_backward: Callable[[], None]
+        self, batches: Sequence[MicroBatch], number: int, divisor: float, before_last_backward: Callable[[], None]
     ) -> MicroBatchWork:
         """Runs forward and backward of the micro-batches of step `number`; every rank of the pipeline must call it.
 

@@ -30,6 +30,7 @@ from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StoredState, scale_in
 from heteromesh.parallel.state.parts import Slice, StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import hand_out_ranges, squared_norm
+from heteromesh.parallel.state.separable import check_cut_anywhere
 from heteromesh.parallel.state.sharded import COPIES
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.state.weight_source import WeightSource
@@ -53,10 +54,12 @@ class Alone(Collectives):
     def all_reduce(self, flat: torch.Tensor, key: int | None = None) -> Work:
         return OnceWork(lambda: None)
 
-    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None) -> Work:
+    def reduce_scatter(self, flat: torch.Tensor, key: int | None = None, *, cuts: Sequence[int] = ()) -> Work:
         return OnceWork(lambda: None)
 
-    def all_gather(self, flat: torch.Tensor, receivers: Collection[int] | None = None) -> Work:
+    def all_gather(
+        self, flat: torch.Tensor, receivers: Collection[int] | None = None, *, cuts: Sequence[int] = ()
+    ) -> Work:
         return OnceWork(lambda: None)
 
     def close(self) -> None:
@@ -132,6 +135,7 @@ class MirroredWeights(ShardedWeights):
     ) -> None:
         """buckets, layers, working, source: as for `ShardedWeights`. restore: called when this member has got its first
         ranges in a job that had not dealt anything out; where `restores` is set it loads them from a checkpoint."""
+        check_cut_anywhere(optimizer, "shard_weights")
         everything = () if source is not None else [range(len(layers))]
         alone = World(collectives=Alone(owns=source is None))
         super().__init__(optimizer, model, buckets, alone, layers, resident=everything, working=working, source=source)

@@ -85,8 +85,10 @@ def fragments_of(bucket: Bucket, number: int, low: int, memory: torch.Tensor) ->
     for parameter, shape, (start, stop) in zip(bucket.parameters, bucket.shapes, pairwise(bucket.offsets), strict=True):
         first, last = max(low, start), min(low + memory.numel(), stop)
         if first < last:
-            part = nn.Parameter(memory[first - low : last - low])
-            yield Fragment(parameter, shape, first - start, part, number, first)
+            part = memory[first - low : last - low]
+            if bucket.cuts:  # whole, for an optimizer that needs its shape
+                part = part.view(shape)
+            yield Fragment(parameter, shape, first - start, nn.Parameter(part), number, first)
 
 
 def _flatten(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import check_elementwise, has_value_per_element, is_elementwise_state
+from heteromesh.parallel.state.elementwise import has_value_per_element, is_elementwise_state
 from heteromesh.parallel.state.fragments import Fragment, KeepsPieces, Piece
 from heteromesh.parallel.state.parts import Slice, StatePart, concat_state, split_state
+from heteromesh.parallel.state.separable import check_separable
 
 
 class FragmentedOptimizer:
@@ -26,11 +27,12 @@ class FragmentedOptimizer:
     Its groups' hyperparameters, and schedules over them, work as before. State is read and written in the formats of
     the whole optimizer: its state dict, and the entries of a checkpoint by the parameters' names.
 
-    Raises UserError for an optimizer that is not element-wise.
+    Raises UserError for an optimizer whose parameters influence each other.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
-        check_elementwise(optimizer)
+        self.whole = check_separable(optimizer).whole
+        """Parameters that it must be given as a whole."""
         self.inner, self._names = optimizer, names
         self._original = [list(group["params"]) for group in optimizer.param_groups]
         self._group = {p: i for i, group in enumerate(self._original) for p in group}
@@ -101,6 +103,10 @@ class FragmentedOptimizer:
                 "parameters were added to an optimizer after it had been sharded: add them before training starts"
             )
         self.inner.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Drops the gradients of what is held here."""
         for fragment in self.fragments:
             fragment.tensor.grad = None
 
@@ -126,7 +132,7 @@ class FragmentedOptimizer:
                     continue
                 shape = parameters[index].shape
                 target = place.setdefault(key, torch.empty(shape, dtype=value.dtype))
-                target.view(-1)[start : start + value.numel()] = value
+                target.view(-1)[start : start + value.numel()] = value.reshape(-1)
         return {"state": dict(sorted(whole.items())), "param_groups": self._numbered_groups()}
 
     def load_state_dict(self, whole: Mapping[str, Any]) -> None:
@@ -142,7 +148,9 @@ class FragmentedOptimizer:
             if given is not None:
                 # copies: torch's loading may keep what it is given, and the caller's optimizer goes on with its own
                 states[i] = {
-                    k: fragment.slice_of(v).clone() if is_elementwise_state(k, v, fragment.shape) else deepcopy(v)
+                    k: fragment.slice_of(v).clone().view(fragment.tensor.shape)
+                    if is_elementwise_state(k, v, fragment.shape)
+                    else deepcopy(v)
                     for k, v in given.items()
                 }
         self._load(states, whole["param_groups"])
@@ -162,7 +170,9 @@ class FragmentedOptimizer:
                 found[name] = self.inner.checkpoint_pieces(fragment.tensor, fragment.shape, fragment.start)
                 continue
             found[name] = {
-                k: Piece(v, fragment.shape, fragment.start) if is_elementwise_state(k, v, fragment.tensor.shape) else v
+                k: Piece(v.reshape(-1), fragment.shape, fragment.start)
+                if is_elementwise_state(k, v, fragment.tensor.shape)
+                else v
                 for k, v in state.items()
             }
         return {"state": found, "param_groups": self._named_groups()}
@@ -187,7 +197,8 @@ class FragmentedOptimizer:
         states = {}
         for i, fragment in enumerate(self.fragments):
             if given := entries["state"].get(self._names[fragment.parameter]):
-                states[i] = {k: v.loaded() if isinstance(v, Piece) else v for k, v in given.items()}
+                shape = fragment.tensor.shape
+                states[i] = {k: v.loaded().view(shape) if isinstance(v, Piece) else v for k, v in given.items()}
         self._load(states, entries["param_groups"])
 
     def _use(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:

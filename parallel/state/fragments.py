@@ -25,7 +25,7 @@ class Fragment:
     """Of the whole parameter."""
     start: int
     tensor: torch.nn.Parameter
-    """(n,): the same memory; what the inner optimizer updates."""
+    """(n,), or in the parameter's shape where that has one owner: the same memory; what the inner optimizer updates."""
     bucket: int
     """In which bucket of the gradients the parameter lies."""
     first: int

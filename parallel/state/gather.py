@@ -29,6 +29,7 @@ class ParameterGather:
     def __init__(self, model: nn.Module, flats: FlatBuckets, collectives: Collectives, recorder: Recorder) -> None:
         """flats: the parameters, of which the first bucket is used last."""
         self._flats, self._collectives, self._recorder = flats.flats, collectives, recorder
+        self._cuts = [bucket.cuts for bucket in flats.buckets]
         self.exposed_seconds = 0.0
         """Waited for parameters; whoever reads it sets it to zero."""
         self._home = {p: i for i, bucket in enumerate(flats.buckets) for p in bucket.parameters}
@@ -40,7 +41,8 @@ class ParameterGather:
     def start(self) -> None:
         """Gathers every bucket, in the order of their first use."""
         for index in reversed(range(len(self._flats))):
-            self._pending[index] = self._collectives.all_gather(self._flats[index]), time.time_ns()
+            work = self._collectives.all_gather(self._flats[index], cuts=self._cuts[index])
+            self._pending[index] = work, time.time_ns()
 
     def wait_all(self) -> None:
         """Returns when every parameter is up to date."""

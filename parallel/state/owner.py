@@ -61,6 +61,9 @@ class StateOwner(Protocol):
     def update(self) -> None:
         """Lets the optimizer make its step, and drops the gradients."""
 
+    def skip(self) -> None:
+        """Drops what `take` was given, in place of `update`: weights and state stay as they are."""
+
     def is_settled(self, world: World) -> bool:
         """Whether the state lies as it should for these members."""
         return True
@@ -141,6 +144,9 @@ class Replicated(StateOwner):
 
     def update(self) -> None:
         self._optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
 

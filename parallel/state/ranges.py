@@ -19,7 +19,8 @@ def hand_out_ranges(fragments: Sequence[Fragment], starts: Sequence[int], summed
         fragment.tensor.grad = None
         if summed.present[fragment.parameter]:
             start = starts[fragment.bucket]
-            fragment.tensor.grad = summed.tensors[fragment.bucket][fragment.first - start : fragment.last - start]
+            own = summed.tensors[fragment.bucket][fragment.first - start : fragment.last - start]
+            fragment.tensor.grad = own.view(fragment.tensor.shape)
 
 
 def clip_ranges(fragments: Sequence[Fragment], limit: float, world: World) -> float:

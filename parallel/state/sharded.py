@@ -29,6 +29,7 @@ from heteromesh.parallel.state.gather import ParameterGather
 from heteromesh.parallel.state.owner import StateOwner, StoredState, clip_whole, scale_in
 from heteromesh.parallel.state.parts import StatePart, collect, dealt_out, transport_of
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
+from heteromesh.parallel.state.separable import check_cut_anywhere, deal_buckets
 from heteromesh.planner.ownership.ownership import Ownership, Range
 
 COPIES = 2
@@ -38,15 +39,16 @@ COPIES = 2
 class Sharded(StateOwner):
     """Runs an optimizer over the ranges of the buckets that this rank holds.
 
-    Any element-wise optimizer will do; it is tried out here. From here to `close` the optimizer's groups hold this
-    rank's fragments (their hyperparameters, and schedules over them, work as before) and the parameters of a bucket
-    lie one after the other in memory. State that the optimizer has already is kept.
+    Any element-wise optimizer will do, and in a world that stays any that updates each parameter by itself, which then
+    has one owner (parallel/state/separable.py); it is tried out here. From here to `close` the optimizer's groups hold
+    this rank's fragments (their hyperparameters, and schedules over them, work as before) and the parameters of a
+    bucket lie one after the other in memory. State that the optimizer has already is kept.
 
     `world`: one that stays; its collectives say who owns what, and gradients come as this rank's ranges. Without one
     nothing is dealt out until the first `reshard`, and gradients come whole.
 
-    Raises UserError for optimizers that are not element-wise, for parameters that are not the model's, and for
-    embeddings with sparse gradients.
+    Raises UserError for optimizers that can't be dealt out, for parameters that are not the model's, and for embeddings
+    with sparse gradients.
     """
 
     def __init__(
@@ -61,6 +63,10 @@ class Sharded(StateOwner):
         # torch.compile's wrapper is no part of a name, as in torch's own checkpoints
         names = {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
+        if self._world.collectives is not None:
+            deal_buckets(buckets, self._optimizer.whole, self._world)
+        else:
+            check_cut_anywhere(optimizer, "shard_optimizer")
         self._flats = FlatBuckets(buckets)
         self.ownership = Ownership.whole()
         self.params_synced = True
@@ -68,7 +74,7 @@ class Sharded(StateOwner):
         self._arrived_over: object = None
         """The transport over which all parameters have come here, since the last update."""
         self._next: tuple[Ownership, list[list[Range]], list[StatePart]] | None = None
-        own = [self._own_range(size) for size in self._flats.sizes]
+        own = [self._own_range(bucket) for bucket in self._flats.buckets]
         self._starts = [low for low, _ in own]
         """Where in its bucket each summed tensor begins."""
         before = optimizer.state_dict()
@@ -125,6 +131,9 @@ class Sharded(StateOwner):
         self.params_synced, self._arrived_over = False, None
         if self._gather is not None:
             self._gather.start()
+
+    def skip(self) -> None:
+        self._optimizer.drop()
 
     def is_settled(self, world: World) -> bool:
         return self._gather is not None or self.ownership.members == world.members
@@ -214,10 +223,10 @@ class Sharded(StateOwner):
                 self._gather.close()
             self._optimizer.restore()
 
-    def _own_range(self, numel: int) -> Range:
+    def _own_range(self, bucket: Bucket) -> Range:
         if self._world.collectives is None:
-            return 0, numel
-        low, high = self._world.collectives.bounds(numel)[self._world.rank :][:2]
+            return 0, bucket.numel
+        low, high = bucket.bounds(self._world.collectives)[self._world.rank :][:2]
         return low, high
 
     def _hand_out(self, summed: Summed) -> None:

@@ -27,6 +27,7 @@ from heteromesh.parallel.state.fragmented import FragmentedOptimizer
 from heteromesh.parallel.state.fragments import Fragment
 from heteromesh.parallel.state.owner import StateOwner, StoredState, scale_in
 from heteromesh.parallel.state.ranges import clip_ranges, hand_out_ranges
+from heteromesh.parallel.state.separable import deal_buckets
 from heteromesh.parallel.state.weight_shard import OUTSIDE, WeightShard
 from heteromesh.parallel.state.weight_source import WeightSource
 
@@ -65,6 +66,7 @@ class ShardedWeights(StateOwner):
             raise UserError("one rank has no weights to deal out: use Replicated, or start more ranks")
         names = {p: _plain(name) for name, p in model.named_parameters()}
         self._optimizer = FragmentedOptimizer(optimizer, names)
+        deal_buckets(buckets, self._optimizer.whole, world)
         before = optimizer.state_dict()
         self._buckets, self._count = (*buckets, *_frozen((*layers, _outside(model, layers)), working)), len(buckets)
         self._working, self._inside = working, {p: index for index, own in enumerate(layers) for p in own}
@@ -170,6 +172,9 @@ class ShardedWeights(StateOwner):
         """Updates, and starts to gather what is outside layers."""
         self._optimizer.step()
         self._renew(self._trained)
+
+    def skip(self) -> None:
+        self._optimizer.drop()
 
     @contextmanager
     def gathered(self, world: World) -> Iterator[None]:

@@ -44,7 +44,7 @@ class WeightShard:
         self._everybody = frozenset(range(world.size))
         self._keepers = self._everybody if layer == OUTSIDE else frozenset(keepers)
         self._keeps = world.rank in self._keepers
-        self.low, self.high = world.collectives.bounds(bucket.numel)[world.rank :][:2]
+        self.low, self.high = bucket.bounds(world.collectives)[world.rank :][:2]
         self._working, self._dtype = working or bucket.dtype, bucket.dtype
         """That of what has been gathered last: the owners' own at first, and after `gather(exact=True)`."""
         self._holders = self._everybody if source is None else frozenset()
@@ -90,7 +90,8 @@ class WeightShard:
         if not self._inside:
             self.flat[self.low : self.high].copy_(self.own)
         receivers = None if lacking == self._everybody else lacking
-        self.work, self._started_ns = collectives.all_gather(self.flat, receivers), time.time_ns()
+        self.work = collectives.all_gather(self.flat, receivers, cuts=self.bucket.cuts)
+        self._started_ns = time.time_ns()
         self._holders = self._everybody
 
     def wait(self, collectives: Collectives, recorder: Recorder) -> float:
@@ -154,7 +155,7 @@ class WeightShard:
 
     def piece(self, parameter: nn.Parameter) -> Piece:
         """Returns what this rank has of a parameter, in the memory that it is in."""
-        index = next(i for i, p in enumerate(self.bucket.parameters) if p is parameter)
+        index = self.bucket.index(parameter)
         start, stop = self.bucket.offsets[index : index + 2]
         first, last = max(self.low, start), min(self.high, stop)
         own = self.own[first - self.low : last - self.low] if first < last else self.own[:0]

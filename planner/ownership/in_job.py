@@ -47,6 +47,8 @@ class JobModel:
     """Of weights outside layers where they are gathered; None: as at their owners."""
     outside_apart: float = 0.0
     """Of weights outside layers that owners keep beside them."""
+    granule: float = 0.0
+    """Of the largest weight that has one owner, by which a rank may own more than its fraction; 0: there are none."""
 
     @property
     def outside_here(self) -> float:
@@ -153,6 +155,8 @@ class StepMoments:
         self._constant = {kind: np.zeros(2 * count + 3) for kind in KINDS}
         self._per_fraction = {kind: np.zeros(2 * count + 3) for kind in KINDS}
         self._activations, self._inputs = np.zeros(2 * count + 3), np.zeros(2 * count + 3)
+        self._owner = np.zeros(2 * count + 3)
+        """Of gradients, what a rank holds that owns anything, however much."""
         self._throughout(model, rank, dropped)
         self._gradients(model, rank.senders)
         self._gathered(model, dropped)
@@ -167,33 +171,34 @@ class StepMoments:
         `kept` layers keep.
         """
         working = activations * self._activations + self._kept(by_layer, kept)
-        held = self._constants + fraction * self._slopes + working + inputs * self._inputs
+        held = self._held(fraction) + working + inputs * self._inputs
         at = int(held.argmax())
         kinds = {k: float(self._constant[k][at] + fraction * self._per_fraction[k][at]) for k in KINDS}
+        kinds["gradients"] += float(self._owner[at]) * (fraction > 0)
         kinds["activations"] = float(working[at])
         kinds["layer_inputs"] = float(inputs * self._inputs[at])
         return MemoryByKind(**kinds)
 
-    def most_fraction(self, activations: float, inputs: float) -> float:
-        """Returns the largest fraction that fits, at most 1; negative where none does."""
+    def most_fraction(self, activations: float, inputs: float, spare: float = 0.0) -> float:
+        """Returns the largest fraction that fits with `spare` more, at most 1; negative where none does."""
         free = self._memory - self._constants - activations * self._activations - inputs * self._inputs
-        return -1.0 if free.min() < 0 else min(1.0, _least_ratio(free, self._slopes))
+        return -1.0 if free.min() < 0 else min(1.0, max(0.0, _least_ratio(free - self._owner, self._slopes) - spare))
 
     def most_activations(self, fraction: float, inputs: float) -> float:
         """Returns the most bytes of activations that fit; negative where none do."""
-        free = self._memory - self._constants - fraction * self._slopes - inputs * self._inputs
+        free = self._memory - self._held(fraction) - inputs * self._inputs
         return -1.0 if free.min() < 0 else _least_ratio(free, self._activations)
 
     def most_inputs(self, fraction: float, activations: float) -> float:
         """Returns the most bytes of layers' inputs that fit; negative where none do."""
-        free = self._memory - self._constants - fraction * self._slopes - activations * self._activations
+        free = self._memory - self._held(fraction) - activations * self._activations
         return -1.0 if free.min() < 0 else _least_ratio(free, self._inputs)
 
     def most_kept(self, fraction: float, activations: float, inputs: float, by_layer: Sequence[float]) -> int:
         """Returns of how many layers, the last ones, so many bytes of activations fit; none where memory is unknown."""
         if math.isinf(self._memory):
             return 0
-        held = self._constants + fraction * self._slopes + activations * self._activations + inputs * self._inputs
+        held = self._held(fraction) + activations * self._activations + inputs * self._inputs
         counts = range(len(by_layer), 0, -1)
         return next((n for n in counts if (held + self._kept(by_layer, n)).max() <= self._memory), 0)
 
@@ -206,6 +211,10 @@ class StepMoments:
             before = np.concatenate(([0.0], sums[:-1]))
             found[0], found[1:-2:2], found[2:-2:2] = sums[-1], sums[::-1], before[::-1]
         return found
+
+    def _held(self, fraction: float) -> Floats:
+        """Returns what is held at each moment without tokens."""
+        return self._constants + fraction * self._slopes + (fraction > 0) * self._owner
 
     @cached_property
     def _constants(self) -> Floats:
@@ -247,8 +256,9 @@ class StepMoments:
         here[-2], per_fraction[-2] = min(model.largest, outside), own[1]
         sent[-2] = outside + trained[0]
         staged[-2] = senders * sent[-2]
-        # an element-wise update makes a few temporaries of one parameter's part
-        per_fraction[-1] = model.whole_trained + 2 * model.largest
+        # an element-wise update makes a few temporaries of one parameter's part, another one of a whole parameter
+        per_fraction[-1] = model.whole_trained + 2 * (model.largest - model.granule)
+        self._owner[-1] = 2 * model.granule
 
     def _gathered(self, model: JobModel, dropped: int) -> None:
         """Adds layers that don't stay: the last one under the head, two under a backward, one after it."""

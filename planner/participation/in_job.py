@@ -55,6 +55,8 @@ class JobOwnership:
     """By rank, tokens that all its passes of a step may have; empty where memory is not known."""
     memory: tuple[MemoryByKind, ...]
     """By rank, with the tokens that its speed gives it."""
+    expected: tuple[tuple[float, float], ...] = ()
+    """These: by rank, of its largest pass and of its step."""
     kept: tuple[int, ...] = ()
     """By rank, of how many layers, the last ones, activations are kept with these tokens; empty: of none."""
 
@@ -81,6 +83,7 @@ def find_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens,
             pass_tokens=(),
             step_tokens=(),
             memory=tuple(each.memory(0, *n) for each, n in zip(held, expected, strict=True)),
+            expected=tuple(expected),
         )
     return _planned(model, ranks, tokens, choose)
 
@@ -89,10 +92,14 @@ def _planned(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choos
     for level in LEVELS:
         expected = [_expected(ranks, tokens, number, level) for number in range(len(ranks))]
         most = _largest_fractions(model, ranks, tokens, expected)
+        most = [n if n < 1 else SLACK**2 for n in most]  # all of it, if need be
         if min(most) < 0 or sum(most) < SLACK**2:
             continue
-        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, choose([n / SLACK for n in most]), strict=True)]
-        found = _filled(held, tokens, expected)
+        fractions = choose([n / SLACK for n in most])
+        # with whole matrices a rank may own one more
+        owned = [min(1.0, f + _spare(model, rank)) if f else 0.0 for f, rank in zip(fractions, ranks, strict=True)]
+        held = [_Rank(model, r, f, tokens.bytes) for r, f in zip(ranks, owned, strict=True)]
+        found = replace(_filled(held, tokens, expected), fractions=tuple(fractions))
         if min(found.pass_tokens) > 0 and sum(found.step_tokens) >= tokens.step:
             return found
     return None
@@ -163,12 +170,21 @@ def _whole(nbytes: float, each: float) -> int:
 def _largest_fractions(
     model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, expected: Sequence[tuple[float, float]]
 ) -> list[float]:
-    """Returns by rank the largest fraction that it can own, at most 1; -1 where it can't even work."""
+    """Returns by rank the largest fraction that it can own, at most 1; -1 where it can't even work.
 
+    Where weights have one owner each, as much less as the largest one is, by which a rank may own too much.
+    """
     return [
-        StepMoments(model, rank, 0).most_fraction(tokens.bytes.per_pass * p, tokens.bytes.per_step * t)
+        StepMoments(model, rank, 0).most_fraction(
+            tokens.bytes.per_pass * p, tokens.bytes.per_step * t, _spare(model, rank)
+        )
         for rank, (p, t) in zip(ranks, expected, strict=True)
     ]
+
+
+def _spare(model: JobModel, rank: JobRank) -> float:
+    """Returns the fraction of the largest weight that has one owner, on a rank whose memory is known."""
+    return 0.0 if math.isinf(rank.memory) else model.granule / (model.whole_trained or 1.0)
 
 
 def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[float, float]]) -> JobOwnership:
@@ -180,6 +196,7 @@ def _filled(held: Sequence[_Rank], tokens: JobTokens, expected: Sequence[tuple[f
         pass_tokens=tuple(each.of_pass for each in found),
         step_tokens=tuple(each.of_step for each in found),
         memory=tuple(each.memory for each in found),
+        expected=tuple(expected),
         kept=tuple(each.kept for each in found),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from heteromesh.planner.reduction.reduction import Reduction
@@ -29,16 +29,20 @@ class ReductionPiece:
     number: int
 
 
-def pieces(reduction: Reduction, numel: int, itemsize: int, *, one_way: bool = False) -> tuple[ReductionPiece, ...]:
+def pieces(
+    reduction: Reduction, bounds: Sequence[int], itemsize: int, *, one_way: bool = False
+) -> tuple[ReductionPiece, ...]:
     """Returns all pieces, in the order in which everybody works: owners of a wave take turns and end at about the same
-    time. one_way: for a gather or a scatter, not for a sum that every rank gets.
+    time.
+
+    bounds: size + 1 offsets, rank i owns [bounds[i], bounds[i + 1]). one_way: for a gather or a scatter, not for a sum
+    that every rank gets.
     """
     most, least = (ONE_WAY_PIECES, ONE_WAY_LEAST_BYTES) if one_way else (PIECES, LEAST_BYTES)
-    bounds = reduction.bounds(numel)
     ranges = [(owner, low, high) for owner, (low, high) in enumerate(itertools.pairwise(bounds)) if low < high]
     waves = reduction.waves or (0,) * len(reduction.fractions)
     together = max(Counter(waves[owner] for owner, _, _ in ranges).values(), default=1)
-    size = -(-numel * itemsize // (most * together))
+    size = -(-bounds[-1] * itemsize // (most * together))
     step = max(min(max(size, least), MOST_BYTES) // itemsize, 1)
     cuts: list[tuple[int, float, int, int, int]] = []
     for owner, low, high in ranges:

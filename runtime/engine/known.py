@@ -19,7 +19,7 @@ def known_costs(
 ) -> Costs | None:
     """Returns the file's costs where they are for this shape and dtype; shape: of the executor's attention."""
     model = cluster.measured.model
-    if model is None or shape is None or executor.forwards != 1:
+    if model is None or shape is None or executor.forwards != 1 or autocast is torch.float16:
         return None
     parameters = list(executor.model.parameters())
     count = sum(p.numel() for p in parameters)

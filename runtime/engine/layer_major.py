@@ -48,7 +48,7 @@ class PassWork:
     context: PassContext
     batch: PassInput
     places: Sequence[int]
-    divisor: int
+    divisor: float
     number: int
     """Of the step."""
     offload: float = 0.0

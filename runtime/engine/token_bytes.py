@@ -115,7 +115,7 @@ def _works(reader: Reader, device: torch.device) -> Sequence[PassWork]:
     return [sample_work(reader, device, count, divisor=count) for count in (longest // 2, longest)]
 
 
-def _slope(points: Sequence[tuple[int, int]]) -> float:
+def _slope(points: Sequence[tuple[float, int]]) -> float:
     """Returns bytes a token."""
     (few, less), (many, more) = points
     return max(1.0, (more - less) / max(1, many - few))

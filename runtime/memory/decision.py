@@ -13,7 +13,7 @@ from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.model.call import uncompiled
 from heteromesh.parallel.model.layers import outermost_layers
-from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.parallel.state.separable import check_separable
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.ownership.in_job import JobModel, JobRank, replicated_in_job
 from heteromesh.runtime.config import SHARDED_WEIGHTS_REFUSE, TrainerConfig
@@ -86,7 +86,7 @@ def _obstacle(config: TrainerConfig, model: nn.Module, optimizer: torch.optim.Op
     if not outermost_layers(inner):
         return f"{type(inner).__name__} has no layers in an nn.ModuleList"
     try:
-        check_elementwise(optimizer)
+        check_separable(optimizer)
     except UserError as error:
         return str(error)
     return ""

@@ -19,6 +19,7 @@ from heteromesh.planner.participation.in_job import Choose, JobOwnership, JobTok
 from heteromesh.planner.participation.in_job_traffic import job_traffic
 from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.runtime.memory.offload import OptimizerOffload, TiersBelow
+from heteromesh.runtime.memory.shares import OwnedBytes
 
 _RECOMPUTED = 4.0
 """Forwards that a pass costs whose layers are all computed again: twice forward, and a backward of two."""
@@ -36,6 +37,17 @@ class OwnedJob:
     plan: JobOwnership
     offload: OptimizerOffload
     """Of the optimizer's state that each rank owns."""
+    owned: tuple[OwnedBytes, ...] = ()
+    """By rank, what it owns of trained weights where these have one owner each; empty: the plan's fractions."""
+
+    def dealt(self, owned: Sequence[OwnedBytes]) -> OwnedJob:
+        """Returns the same with what the ranks own in fact."""
+        model, plan = self.model, self.plan
+        frozen = model.whole - model.whole_trained
+        fractions = [(o.weights + f * frozen) / model.whole for o, f in zip(owned, plan.fractions, strict=True)]
+        found = replace(self, plan=replace(plan, fractions=tuple(fractions)), owned=tuple(owned))
+        memory = found.memory(*zip(*plan.expected, strict=True))
+        return replace(found, plan=replace(found.plan, memory=memory))
 
     @property
     def resident(self) -> list[Collection[int]]:
@@ -64,17 +76,24 @@ class OwnedJob:
         """Returns of how many layers, the last ones, a rank keeps activations in a step of so many of its tokens."""
         resident, fraction = self.plan.resident[rank], self.plan.fractions[rank]
         sizes = {"of_pass": of_pass, "of_step": of_step}
-        return kept_layers(self.model, self.ranks[rank], fraction, resident, self.tokens, **sizes)
+        return kept_layers(self._models()[rank], self.ranks[rank], fraction, resident, self.tokens, **sizes)
 
     def memory(self, of_pass: Sequence[float], of_step: Sequence[float]) -> tuple[MemoryByKind, ...]:
         """Returns by rank what it holds at the most in a step of so many tokens by rank."""
         plan = self.plan
         return tuple(
-            sharded_in_job(self.model, rank, fraction, kept, self.tokens, of_pass=p, of_step=t)
-            for rank, fraction, kept, p, t in zip(
-                self.ranks, plan.fractions, plan.resident, of_pass, of_step, strict=True
+            sharded_in_job(model, rank, fraction, kept, self.tokens, of_pass=p, of_step=t)
+            for model, rank, fraction, kept, p, t in zip(
+                self._models(), self.ranks, plan.fractions, plan.resident, of_pass, of_step, strict=True
             )
         )
+
+    def _models(self) -> list[JobModel]:
+        """Returns the model as each rank owns it: state of whole matrices may be other than its fraction of all."""
+        if not self.owned:
+            return [self.model] * len(self.ranks)
+        parts = [fraction * self.model.whole_trained for fraction in self.plan.fractions]
+        return [replace(self.model, state=o.state / (n or 1.0)) for o, n in zip(self.owned, parts, strict=True)]
 
     def resolved(self) -> dict[str, Any]:
         """Returns what config.json has of it."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import check_elementwise
+from heteromesh.parallel.state.separable import Separation, check_separable
 from heteromesh.planner.cluster.catalog import CATALOG
 from heteromesh.planner.cluster.cluster import Cluster
 from heteromesh.planner.ownership.in_job import JobModel, JobRank
@@ -35,8 +35,7 @@ def job_model(
     dtypes = working or {}
     inside = {p for own in layers for p in own}
     outside = [p for p in model.parameters() if p not in inside]
-    updated = {p for group in optimizer.param_groups for p in group["params"]}
-    every = list(model.parameters())
+    every, separation = list(model.parameters()), separation_of(optimizer)
     trained = _bytes(p for p in every if p.requires_grad)
     return JobModel(
         layers=tuple(_bytes(own) for own in layers),
@@ -48,20 +47,18 @@ def job_model(
         apart=tuple(_apart(own, dtypes) for own in layers),
         outside_gathered=_gathered(outside, dtypes),
         outside_apart=_apart(outside, dtypes),
-        state=state_bytes(optimizer) * _bytes(p for p in every if p in updated and p.requires_grad) / (trained or 1.0),
+        state=sum(separation.state_bytes.get(p, 0.0) for p in every) / (trained or 1.0),
+        granule=max((float(_size(p)) for p in separation.whole), default=0.0),
     )
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> float:
-    """Returns bytes of optimizer state for each byte of trained weights."""
-    like = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
-    if like is None:
-        return 0.0
+def separation_of(optimizer: torch.optim.Optimizer) -> Separation:
+    """Returns what `check_separable` does, or a guess at the state where the optimizer can't be tried."""
     try:
-        each = check_elementwise(optimizer)
+        return check_separable(optimizer)
     except UserError:
-        return ADAM
-    return each / float(like.element_size())
+        updated = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        return Separation(frozenset(), {p: ADAM * _size(p) for p in updated})
 
 
 def job_ranks(cluster: Cluster, world: World, model: nn.Module, *, described: bool) -> list[JobRank]:

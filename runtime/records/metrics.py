@@ -28,7 +28,8 @@ class StepMetrics:
     step: int
     loss: float
     """Mean over the step's valid tokens, before the update."""
-    grad_norm: float
+    grad_norm: float | None
+    """None: gradients were not finite at this loss scale, and the step was skipped."""
     learning_rate: float
     tokens: int
     tokens_per_second: float
@@ -45,11 +46,14 @@ class StepMetrics:
     """Of gradient sum and parameter gather, what backward and forward did not hide (see StepResult)."""
     solve_seconds: float
     passes: int
+    loss_scale: float | None = None
+    """That of the step, with precision="fp16"."""
 
     def line(self, eta_seconds: float) -> str:
         """Returns the line, aligned under HEADER."""
+        norm = "skipped" if self.grad_norm is None else f"{self.grad_norm:.3f}"
         return (
-            f"{self.step:>6} {self.loss:>8.4f} {self.grad_norm:>9.3f} {self.tokens_per_second:>9,.0f} "
+            f"{self.step:>6} {self.loss:>8.4f} {norm:>9} {self.tokens_per_second:>9,.0f} "
             f"{self.predicted_seconds:>8.3f}s {self.measured_seconds:>8.3f}s {self.gap:>6.1%} {self.imbalance:>9.3f} "
             f"{(self.plan_wait_seconds + self.data_wait_seconds) * 1e3:>5.1f}ms {duration(eta_seconds):>8}"
         )
@@ -75,7 +79,7 @@ class Tensorboard:
         if self._writer is None:
             return
         for name, value in asdict(metrics).items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, metrics.step)
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:

@@ -18,8 +18,8 @@ from heteromesh.comm.gradients.buckets import Bucket
 from heteromesh.comm.tcp.abort import GroupAborted
 from heteromesh.comm.world import World
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.offload.optimizer import is_offloadable
+from heteromesh.parallel.state.separable import check_separable
 from heteromesh.planner.cluster.cluster import Cluster, load_cluster, local_cluster
 from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.measured import bind
@@ -228,8 +228,14 @@ def _limits(config: TrainerConfig, cluster: Cluster, optimizer: torch.optim.Opti
     if not config.shards_state or not cluster_path(config):
         return None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = check_elementwise(optimizer) * sum(p.numel() for p in parameters)
-    limits = largest_fractions(cluster, parameter_bytes=sum(p.nbytes for p in parameters), state_bytes=state)
+    separation = check_separable(optimizer)
+    state = separation.state_bytes
+    limits = largest_fractions(
+        cluster,
+        parameter_bytes=sum(p.nbytes for p in parameters),
+        state_bytes=sum(state.values()),
+        granule=max((state[p] for p in separation.whole), default=0.0),
+    )
     asked = config.offload_optimizer
     # what does not fit is offloaded (runtime/memory/replicated.py)
     moved = asked == "disk" or (asked == "auto" and sum(limits) < 1 and is_offloadable(optimizer))

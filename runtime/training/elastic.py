@@ -60,10 +60,10 @@ from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_plan, elastic_cluster, plan_path
 from heteromesh.runtime.training.consistency import elastic_facts
 from heteromesh.runtime.training.job import Job
-from heteromesh.runtime.training.job_check import check_job
+from heteromesh.runtime.training.job_check import check_job, check_precision
 from heteromesh.runtime.training.layer_trial import layer_reducer, try_layers, working_weights
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.progress import TrainingProgress
+from heteromesh.runtime.training.progress import TrainingProgress, scale_of
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import (
     Begin,
@@ -93,6 +93,7 @@ class ElasticJob:
     def __init__(self, job: Job, stack: ExitStack) -> None:
         check_settings(job)
         check_job(job)
+        check_precision(job, World())
         self.job, self._stack, config = job, stack, job.config
         self.shards = config.shard_weights is True
         """Whether the weights are dealt out too."""
@@ -100,7 +101,8 @@ class ElasticJob:
         unexpand(job.model)
         self._shapes = shapes_of(job.model)
         self.interrupt = stack.enter_context(Interrupt())
-        self.progress = TrainingProgress(last=config.max_steps, sampled=job.sampler.state_dict())
+        sampled = job.sampler.state_dict()
+        self.progress = TrainingProgress(last=config.max_steps, sampled=sampled, scale=scale_of(config))
         self.engine = self._engine()
         stack.callback(self.engine.close)
         try_model(job.model, job.reader, job.loss)
@@ -267,7 +269,7 @@ class ElasticJob:
             Path(config.run_dir),
             self.job.model,
             self.state,
-            self.job.trainer_state,
+            lambda done, sampled: self.job.trainer_state(done, sampled, self.progress.scale),
             self.recorder,
             every=config.checkpoint_every,
             keep=config.keep_checkpoints,
@@ -290,8 +292,7 @@ class ElasticJob:
             return
         self._restores(self.shards)
         self._notes = self.job.load_trainer_state(state)
-        self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
-        self.progress.sampled = state["sampler"]
+        self.progress.resume(state)
 
     def _restore(self) -> None:
         """Loads what this member has been dealt, where the job begins with a checkpoint."""

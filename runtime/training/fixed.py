@@ -34,9 +34,13 @@ from heteromesh.runtime.records.writer import CheckpointWriter
 from heteromesh.runtime.training.build import build_cluster, build_plan, cluster_path, plan_path
 from heteromesh.runtime.training.consistency import check_equal, job_facts
 from heteromesh.runtime.training.job import Job
+from heteromesh.runtime.training.job_check import check_precision
 from heteromesh.runtime.training.loop import TrainingLoop
-from heteromesh.runtime.training.modes import LayerByLayer, Mode, Stages, WholeModel
-from heteromesh.runtime.training.progress import TrainingProgress
+from heteromesh.runtime.training.modes.api import Mode
+from heteromesh.runtime.training.modes.layer_by_layer import LayerByLayer
+from heteromesh.runtime.training.modes.stages import Stages
+from heteromesh.runtime.training.modes.whole_model import WholeModel
+from heteromesh.runtime.training.progress import TrainingProgress, scale_of
 from heteromesh.runtime.training.step import StepParts, TrainStep
 from heteromesh.runtime.training.transactions import End, Evaluate, Save
 from heteromesh.runtime.work.participation import told, working_ranks
@@ -49,11 +53,12 @@ class FixedJob:
         self.job, self.everyone, self.world, self._stack = job, world, world, stack
         self._asked_shards = job.config.shard_weights
         config = job.config
-        self.progress = TrainingProgress(last=config.max_steps, begun=True)
+        self.progress = TrainingProgress(last=config.max_steps, begun=True, scale=scale_of(config))
         self.interrupt = stack.enter_context(Interrupt())
         limit = min(SILENCE_SECONDS, config.timeout_seconds)
         stack.enter_context(PeerWatch(world, limit, self._hint))
         check_equal(world, lambda: job_facts(job, world.size))
+        check_precision(job, world)
         self.cluster: Cluster = build_cluster(config, world.size)
         self.plan: Plan | None = world.once(lambda: build_plan(config, self.cluster))
         self.console = Console(config.max_steps, config.print_plans, str(config.run_dir))
@@ -203,7 +208,7 @@ class FixedJob:
             Path(config.run_dir),
             self.mode.held,
             self.mode.state,
-            self.job.trainer_state,
+            lambda done, sampled: self.job.trainer_state(done, sampled, self.progress.scale),
             self.world.recorder,
             shapes=self._shapes,
             every=config.checkpoint_every,
@@ -217,8 +222,7 @@ class FixedJob:
     def _resume(self) -> None:
         path, state = self.writer.resume(self.console.say if self.world.rank == 0 else lambda _: None)
         notes = self.job.load_trainer_state(state)
-        self.progress.done = self.progress.saved = self.progress.evaluated = int(state["step"])
-        self.progress.sampled = state["sampler"]
+        self.progress.resume(state)
         if self.world.rank == 0:
             self.console.say("\n".join((f"resumed from {path} at step {state['step']}", *notes)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.model.loss import Loss
 from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.engine.loss_scale import LossScale
 from heteromesh.runtime.hooks.api import Hook
 from heteromesh.runtime.records.plain import from_text, to_text
 from heteromesh.runtime.work.reader import Reader
@@ -46,14 +47,15 @@ class Job:
     initial: InitialWeights
     """Where the model's first weights come from."""
 
-    def trainer_state(self, done: int, sampled: dict[str, Any]) -> dict[str, Any]:
-        """Returns what a checkpoint has beside model and optimizer."""
+    def trainer_state(self, done: int, sampled: dict[str, Any], scale: LossScale | None = None) -> dict[str, Any]:
+        """Returns what a checkpoint has beside model and optimizer. scale: of losses, if there is one."""
         return {
             "step": done,
             "sampler": sampled,
             "schedule": to_text(self.schedule.state_dict()) if self.schedule is not None else None,
             "schedule_type": _type_of(self.schedule),
             "optimizer": _as_json(self.given),
+            "loss_scale": asdict(scale) if scale is not None else None,
         }
 
     def described(self) -> dict[str, Any]:

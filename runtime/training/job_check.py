@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heteromesh.comm.world import World
 from heteromesh.errors import UserError
 from heteromesh.parallel.model.undisturbed import modes_kept
 from heteromesh.parallel.state.offload.optimizer import check_offloadable
@@ -24,6 +25,41 @@ def check_job(job: Job) -> None:
         check_offloadable(job.optimizer)
     if job.schedule is not None:
         _check_schedule(job.schedule, job.optimizer)
+
+
+def check_precision(job: Job, world: World) -> None:
+    """Raises UserError, on every rank, where the precision is none of any rank's device or of the model."""
+    found = next(filter(None, world.gather(_wrong_precision(job, world.device))), "")
+    if found:
+        raise UserError(found)
+
+
+def _wrong_precision(job: Job, device: torch.device) -> str:
+    """Says what is wrong with the job's precision on a device; empty: nothing."""
+    precision, dtype = job.config.precision, job.config.autocast
+    if dtype is None:
+        return ""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return (
+            f"precision is 'bf16' and {where} has none: use precision='fp16', whose losses are scaled so that "
+            "gradients keep their digits, or 'fp32'"
+        )
+    halves = [name for name, p in job.model.named_parameters() if p.requires_grad and p.dtype is torch.float16]
+    if precision == "fp16" and halves:
+        return (
+            f"precision is 'fp16' and parameter {halves[0]} is float16: updates are lost in it, so keep trained "
+            "weights in float32 (model.float()); layers compute in fp16 all the same"
+        )
+    try:
+        weight = torch.ones(8, 8, device=device, requires_grad=True)
+        with torch.autocast(device.type, dtype):
+            made = weight @ weight
+        made.float().sum().backward()
+        fine = made.dtype is dtype
+    except RuntimeError:
+        fine = False
+    return "" if fine else f"precision is {precision!r} and {where} can't compute in it: use precision='fp32'"
 
 
 @contextmanager

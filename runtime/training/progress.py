@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from heteromesh.planner.cost.devices import LinkCosts
+from heteromesh.runtime.config import TrainerConfig
+from heteromesh.runtime.engine.loss_scale import LossScale
 from heteromesh.runtime.hooks.api import Stop
 
 
@@ -33,11 +35,20 @@ class TrainingProgress:
     stop: Stop | None = None
     links: LinkCosts | None = None
     """What exchanges cost, where that is measured once in the job."""
+    scale: LossScale | None = None
+    """Of the next step's losses; None: they are not scaled."""
 
     @property
     def training(self) -> bool:
         """Whether a step is left to do."""
         return self.done < self.last and self.stop is None
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what a checkpoint has of the trainer."""
+        self.done = self.saved = self.evaluated = int(state["step"])
+        self.sampled = state["sampler"]
+        if self.scale is not None and state.get("loss_scale"):
+            self.scale = LossScale(**state["loss_scale"])
 
     def snapshot(self) -> dict[str, Any]:
         """Returns plain values, which `adopt` takes."""
@@ -51,3 +62,9 @@ class TrainingProgress:
             setattr(self, name, value)
         self.stop = Stop(**values["stop"]) if values["stop"] else None
         self.links = LinkCosts(**values["links"]) if values["links"] else None
+        self.scale = LossScale(**values["scale"]) if values["scale"] else None
+
+
+def scale_of(config: TrainerConfig) -> LossScale | None:
+    """Returns the scale that a job's losses begin with; None where they are not scaled."""
+    return LossScale() if config.precision == "fp16" else None

@@ -15,6 +15,7 @@ from heteromesh.errors import UserError
 from heteromesh.parallel.model.pass_buffers import Changes, PassBuffers
 from heteromesh.parallel.state.owner import StateOwner
 from heteromesh.runtime.engine.api import Engine, Measurements
+from heteromesh.runtime.engine.loss_scale import LossScale
 from heteromesh.runtime.hooks.api import MemberReport, Round, StepCommitted, Stop
 from heteromesh.runtime.records.metrics import StepMetrics
 from heteromesh.runtime.training.job import Job
@@ -137,15 +138,20 @@ class TrainStep(Transaction):
         self._check(number, loss, result)
         optimizer, schedule = self._job.optimizer, self._job.schedule
         rate = float(optimizer.param_groups[0]["lr"])
+        scale = replace(self._progress.scale) if self._progress.scale is not None else None
+        skipped = not math.isfinite(self._norm)
         with world.recorder.span("optimizer", "optimizer"):
-            self._parts.state.update()
-        if schedule is not None:
+            if skipped:
+                self._parts.state.skip()
+            else:
+                self._parts.state.update()
+        if schedule is not None and not skipped:
             schedule.step()
         self._parts.buffers.settle(result.buffers)
         self._parts.exchange.committed()
         self._apply(number, result, world)
         now = time.perf_counter()
-        metrics = self._metrics(number, loss, rate, result, now - self._mark)
+        metrics = self._metrics(number, loss, rate, result, now - self._mark, scale)
         before, self._members = self._members, dict(zip(world.members, world.names, strict=True))
         self._hooks(
             StepCommitted(
@@ -170,6 +176,8 @@ class TrainStep(Transaction):
         # the planner is another process: waiting for it is no sign of life
         with self._busy():
             assignment = self._parts.work.plan(number, world, self._parts.exchange.done)
+        if self._progress.scale is not None:
+            assignment = replace(assignment, divisor=assignment.divisor / self._progress.scale.value)
         current.plan_wait_seconds += assignment.plan_wait_seconds
         current.data_wait_seconds += assignment.data_wait_seconds
         if assignment.step is not None:
@@ -190,6 +198,8 @@ class TrainStep(Transaction):
         )
 
     def _apply(self, number: int, result: _Result, world: World) -> None:
+        if self._progress.scale is not None:
+            self._progress.scale.settle(finite=math.isfinite(self._norm))
         self._progress.done = number
         self._progress.sampled = self._job.sampler.state_after(result.assignment.batch)
         self._progress.stop = next((r.stop for r in result.reports if r.stop is not None), None)
@@ -201,19 +211,24 @@ class TrainStep(Transaction):
                 f"the loss is {loss} at step {number}: {_blame(result)}; look at that sequence, lower the learning "
                 f"rate or clip_norm, then resume; {self._kept()}"
             )
-        if not math.isfinite(self._norm):
+        if not math.isfinite(self._norm) and self._progress.scale is not None:
+            self._progress.scale.check(number)
+        elif not math.isfinite(self._norm):
             raise UserError(
                 f"the gradient norm is {self._norm} at step {number} although the loss is finite: "
                 f"lower the learning rate or use fp32; {self._kept()}"
             )
 
-    def _metrics(self, number: int, loss: float, rate: float, result: _Result, seconds: float) -> StepMetrics:
+    def _metrics(
+        self, number: int, loss: float, rate: float, result: _Result, seconds: float, scale: LossScale | None
+    ) -> StepMetrics:
         tokens, plans = result.assignment.batch.tokens, [r.plan for r in result.rounds]
         busy = [r.measured.busy_seconds for r in result.reports]
         return StepMetrics(
             step=number,
             loss=loss,
-            grad_norm=self._norm,
+            grad_norm=self._norm if math.isfinite(self._norm) else None,
+            loss_scale=scale.value if scale is not None else None,
             learning_rate=rate,
             tokens=tokens,
             tokens_per_second=tokens / seconds,

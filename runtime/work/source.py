@@ -28,8 +28,9 @@ class Assignment:
     """The plan; None where nothing is missing."""
     inputs: Mapping[int, PassInput] = field(default_factory=dict)
     """By position in the plan, this rank's tensors."""
-    divisor: int
-    """What losses are divided by before the backward: the valid tokens of the whole batch where they are known."""
+    divisor: float
+    """What losses are divided by before the backward: the valid tokens of the whole batch where they are known, over
+    the loss scale where there is one."""
     speeds: tuple[float, ...] = ()
     """By rank, as the planner had them."""
     correction: Correction = field(default_factory=Correction)

@@ -90,7 +90,7 @@ class ShardedSteps:
         for bucket, mine in zip(self.exchange.buckets, result.summed.tensors, strict=True):
             whole = torch.cat([by_parameter[p].reshape(-1) for p in bucket.parameters])
             assert self.world.collectives is not None
-            low, high = self.world.collectives.bounds(whole.numel())[self.world.rank :][:2]
+            low, high = bucket.bounds(self.world.collectives)[self.world.rank :][:2]
             if low < high:
                 scale = float(whole.abs().max()) or 1.0
                 worst = max(worst, float((mine - whole[low:high]).abs().max()) / scale)

@@ -93,6 +93,8 @@ class Run:
     environments: tuple[Mapping[str, str], ...] = ()
     """By rank."""
     meta: bool = False
+    matrices: bool = False
+    """Whether the optimizer is one that needs whole matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class HeldOut(Hook):
         return {"held_out": float(nn.functional.cross_entropy(logits, self.tokens[0, 1:]))}
 
 
-def make_job(folder: Path, settings: Mapping[str, Any], *, meta: bool = False) -> hm.Trainer:
+def make_job(folder: Path, settings: Mapping[str, Any], *, meta: bool = False, matrices: bool = False) -> hm.Trainer:
     """A model with dropouts, gradients that are clipped, evaluations and checkpoints."""
     with torch.device("meta"):
         model = Llama(TINY)
@@ -130,7 +132,9 @@ def make_job(folder: Path, settings: Mapping[str, Any], *, meta: bool = False) -
     if not meta:
         InitialWeights(model, None, 0).fill(torch.device("cpu"))
     # a large epsilon: AdamW's first steps are the gradients' signs, which rounding decides where gradients are small
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-4)
+    if matrices:
+        optimizer = torch.optim.Adafactor(model.parameters(), lr=3e-3)
     options: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "run_dir": folder, "plan_seconds": 0.02, "clip_norm": 0.5}
     options |= {"checkpoint_every": 2, "print_plans": 0}
     config = hm.TrainerConfig(**(options | dict(settings)))
@@ -142,7 +146,7 @@ def train(runs: Sequence[Run], rank: int) -> list[Result]:
     results = []
     for run in runs:
         os.environ.update(run.environments[rank] if run.environments else {})
-        trainer = make_job(run.folder, run.settings, meta=run.meta)
+        trainer = make_job(run.folder, run.settings, meta=run.meta, matrices=run.matrices)
         try:
             losses = trainer.fit().losses
         except BaseException:

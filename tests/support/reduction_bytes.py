@@ -27,7 +27,7 @@ def sent_bytes(
         wide: bytes of an element of a sum, where that is not rounded to the tensor's type on its way (bf16: 4).
     """
     sent = [0] * len(reduction.hosts)
-    for piece in pieces(reduction, numel, itemsize):
+    for piece in pieces(reduction, reduction.bounds(numel), itemsize, one_way=sources is None or not spread):
         count = piece.stop - piece.start
         speakers = representatives(reduction, piece, receivers)
         for host, speaker in speakers.items():

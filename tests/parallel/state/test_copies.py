@@ -17,6 +17,7 @@ from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.session import Attempt
 from heteromesh.comm.tcp.state_transfer import digest_of
 from heteromesh.comm.world import World
+from heteromesh.errors import UserError
 from heteromesh.faults.member.member import JoinOptions, Member
 from heteromesh.faults.member.session import Elastic
 from heteromesh.faults.membership.view import Stopped
@@ -272,3 +273,10 @@ def test_two_lost_at_once_on_one_host_are_survived_and_both_holders_of_a_range_a
         told = "x:b and y:d were lost at once, and with them both copies of a part of the weights and the optimizer st"
         with pytest.raises(Stopped, match=told):
             futures[0].result(60)
+
+
+def test_optimizers_that_need_whole_matrices_are_refused() -> None:
+    model = torch.nn.Linear(3, 3, bias=False)
+    rule = "Adafactor is not element-wise, and where members come .* or turn shard_weights or fault_tolerance off"
+    with pytest.raises(UserError, match=rule):
+        MirroredWeights(torch.optim.Adafactor(model.parameters()), model, build_buckets(model.parameters()), [])

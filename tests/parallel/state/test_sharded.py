@@ -17,7 +17,6 @@ from heteromesh.comm.gradients.exchange import Summed
 from heteromesh.comm.gradients.reducer import GradientReducer
 from heteromesh.comm.records import Recorder
 from heteromesh.errors import UserError
-from heteromesh.parallel.state.elementwise import check_elementwise
 from heteromesh.parallel.state.flats import FlatBuckets
 from heteromesh.parallel.state.fragments import Piece, boxes
 from heteromesh.parallel.state.gather import ParameterGather
@@ -26,6 +25,7 @@ from heteromesh.parallel.state.offload.optimizer import OffloadedAdamW
 from heteromesh.parallel.state.owner import Replicated, StateOwner, hand_out
 from heteromesh.parallel.state.sharded import ShardedOptimizer
 from heteromesh.runtime.records.checkpoint import Checkpoints
+from muon import MuonAdamW
 from owners import collectives_of
 from ranks import World, run_ranks
 
@@ -36,6 +36,8 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
     "OffloadedAdamW": lambda p: OffloadedAdamW(p, lr=1e-2, weight_decay=0.1),
+    "MuonAdamW": lambda p: MuonAdamW(p, lr=1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2, eps=(1e-30, 1e-3)),
 }
 FRACTIONS = {"even": (), "one owns all": (0.0, 1.0), "uneven": (0.55, 0.0, 0.3, 0.15)}
 
@@ -187,17 +189,17 @@ def test_the_same_bits_on_all_ranks_after_200_steps() -> None:
     run_ranks(4, two_hundred_steps)
 
 
-def saved(world: World, folder: Path, fractions: Sequence[float], sharded: bool) -> bytes:
+def saved(world: World, folder: Path, name: str, fractions: Sequence[float], sharded: bool) -> bytes:
     """Three steps, then a checkpoint: parameters and whole optimizer state."""
-    model, optimizer, _, stack = trained(world, fractions, sharded, 3)
+    model, optimizer, _, stack = trained(world, name, fractions, sharded, 3)
     checkpoints = Checkpoints(folder, world, 2)
     checkpoints.save(3, model, owner_of(model, optimizer), {})
     checkpoints.close()
     return everything(model, optimizer, stack)
 
 
-def resumed(world: World, folder: Path, fractions: Sequence[float], sharded: bool) -> bytes:
-    model, optimizer, _, stack = trained(world, fractions, sharded, 1)
+def resumed(world: World, folder: Path, name: str, fractions: Sequence[float], sharded: bool) -> bytes:
+    model, optimizer, _, stack = trained(world, name, fractions, sharded, 1)
     checkpoints = Checkpoints(folder, world, 2)
     path = checkpoints.latest()
     assert path is not None
@@ -210,11 +212,13 @@ def owner_of(model: nn.Module, optimizer: Any) -> StateOwner:
     return optimizer if isinstance(optimizer, ShardedOptimizer) else Replicated(optimizer, model)
 
 
-def trained(world: World, fractions: Sequence[float], sharded: bool, steps: int) -> tuple[Any, Any, Any, ExitStack]:
+def trained(
+    world: World, name: str, fractions: Sequence[float], sharded: bool, steps: int
+) -> tuple[Any, Any, Any, ExitStack]:
     stack = ExitStack()
     torch.manual_seed(steps)
     model = Small()
-    optimizer: Any = OPTIMIZERS["AdamW"](groups(model))
+    optimizer: Any = OPTIMIZERS[name](groups(model))
     if not sharded:
         for step in range(steps):
             optimizer.zero_grad()
@@ -239,21 +243,28 @@ def everything(model: nn.Module, optimizer: Any, stack: ExitStack) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [((4, True), (3, True)), ((3, True), (1, False)), ((1, False), (3, True))],
+    ("name", "before", "after"),
+    [
+        ("AdamW", (4, True), (3, True)),
+        ("AdamW", (3, True), (1, False)),
+        ("AdamW", (1, False), (3, True)),
+        ("MuonAdamW", (3, True), (2, True)),
+        ("Adafactor", (3, True), (1, False)),
+        ("Adafactor", (1, False), (2, True)),
+    ],
 )
 def test_resume_on_another_number_of_ranks_is_exact(
-    before: tuple[int, bool], after: tuple[int, bool], tmp_path: Path
+    name: str, before: tuple[int, bool], after: tuple[int, bool], tmp_path: Path
 ) -> None:
-    expected = pickle.loads(run_ranks(before[0], saved, tmp_path, FRACTIONS["uneven"], before[1])[0])
+    expected = pickle.loads(run_ranks(before[0], saved, tmp_path, name, FRACTIONS["uneven"], before[1])[0])
     assert len(expected["optimizer"]["state"]) >= 6
-    for state in run_ranks(after[0], resumed, tmp_path, (0.2, 0.7), after[1]):
+    for state in run_ranks(after[0], resumed, tmp_path, name, (0.2, 0.7), after[1]):
         same(expected, pickle.loads(state), True)
 
 
 def exchanged(world: World) -> None:
     """The whole state goes to a plain optimizer and back."""
-    model, sharded, exchange, stack = trained(world, FRACTIONS["uneven"], True, 3)
+    model, sharded, exchange, stack = trained(world, "AdamW", FRACTIONS["uneven"], True, 3)
     state = sharded.state_dict()
     plain_model = Small()
     plain = OPTIMIZERS["AdamW"](groups(plain_model))
@@ -314,45 +325,6 @@ def test_any_range_of_a_tensor_is_boxes() -> None:
         assert sorted(seen) == list(range(start, stop))
 
 
-class Noisy(torch.optim.SGD):
-    """Scales each step by the norm of the whole parameter's gradient, as LARS does."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = p.grad / p.grad.norm()
-        super().step()
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda p: torch.optim.LBFGS(p), "LBFGS can't be sharded, as it failed"),
-        (lambda p: torch.optim.Adafactor(p), "Adafactor can't be sharded"),
-        (lambda p: torch.optim.SparseAdam(p), "SparseAdam can't be sharded, as it failed"),
-        (lambda p: torch.optim.Muon(p), "Muon can't be sharded.*turn shard_optimizer and shard_weights off"),
-        (lambda p: Noisy(p, lr=0.1), "Noisy can't be sharded, as stepping two halves"),
-    ],
-)
-def test_optimizers_that_look_at_more_than_one_element_are_refused(make: Any, words: str) -> None:
-    weights = [nn.Parameter(torch.randn(8, 4))]
-    with pytest.raises(UserError, match=words):
-        check_elementwise(make(weights))
-
-
-def test_the_trial_leaves_the_optimizer_alone() -> None:
-    weights = nn.Parameter(torch.ones(8, 4))
-    optimizer = torch.optim.AdamW([weights])
-    torch.optim.lr_scheduler.LinearLR(optimizer)
-    calls = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
-    assert check_elementwise(optimizer) == 8
-    assert torch.equal(weights, torch.ones(8, 4))
-    assert not calls
-    assert not optimizer.state
-    assert check_elementwise(torch.optim.SGD([weights])) == 0
-
-
 class Logged:
     """Collectives that gather nothing and note when they are waited for."""
 
@@ -362,7 +334,7 @@ class Logged:
         self.log: list[str] = []
         self.names: dict[int, str] = {}
 
-    def all_gather(self, flat: torch.Tensor) -> "Logged":
+    def all_gather(self, flat: torch.Tensor, *, cuts: Sequence[int] = ()) -> "Logged":
         handle = Logged()
         handle.log, handle.names = self.log, {0: self.names[flat.data_ptr()]}
         self.log.append(f"gather {handle.names[0]}")

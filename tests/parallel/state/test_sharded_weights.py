@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import weakref
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from heteromesh.runtime.work.reader import Reader
 from instances import random_costs, random_lengths, random_step
 from layer_steps import Copies, ShardedSteps, local_step
 from llama import Llama, LlamaConfig
+from muon import MuonAdamW, muon_groups
 from owners import collectives_of
 from ranks import World, run_ranks
 from steps import TINY, reference
@@ -94,6 +96,55 @@ def check_worlds(world: World, dtype: torch.dtype, cases: int) -> dict[str, int]
 def test_any_plan_equals_one_process(ranks: int, dtype: torch.dtype, cases: int) -> None:
     seen = run_ranks(ranks, check_worlds, dtype, cases)
     assert len(seen[0]) > 2, "split passes too"
+
+
+def whole_matrices(world: World, name: str, working: bool) -> list[float]:
+    """Steps beside a plain optimizer's on the same sums: the same bits. Returns what each rank owns."""
+    model, plain = tiny(3, torch.float32, layers=2), tiny(3, torch.float32, layers=2)
+    for each in (model, plain):
+        each.head.weight = each.embed.weight
+        each.layers[0].down.weight.requires_grad = False
+    mine, other = (
+        torch.optim.Adafactor([p for p in each.parameters() if p.requires_grad])
+        if name == "Adafactor"
+        else MuonAdamW(muon_groups(each))
+        for each in (model, plain)
+    )
+    matrices = [p for layer in model.layers for p in layer.parameters() if p.ndim == 2]
+    places = dict(zip(model.parameters(), plain.parameters(), strict=True))
+    dtype = torch.bfloat16 if working else None
+    with collectives_of(world, (0.0, 0.3)) as collectives:
+        world.collectives = collectives
+        sharded = ShardedSteps(
+            model, world, mine, bucket_bytes=9000, resident=[{1}, set(), {0}][: world.size], source=Copies(model),
+            autocast=dtype, working=dict.fromkeys(matrices, torch.bfloat16) if working else None,
+        )  # fmt: skip
+        for fragment in sharded.state.fragments:
+            assert fragment.tensor.shape == fragment.shape or len(fragment.shape) == 1
+        owned = world.gather(float(sum(f.shape.numel() for f in sharded.state.fragments)))
+        data = batch_of((20, 7, 13))
+        for _ in range(3):
+            summed = sharded.run(local_step((20, 7, 13), (0, 1, world.size - 1)), data).summed
+            ranges = world.gather([tensor * summed.scale for tensor in summed.tensors])
+            for bucket, parts in zip(sharded.exchange.buckets, zip(*ranges, strict=True), strict=True):
+                flat = torch.cat(parts)
+                for index, parameter in enumerate(bucket.parameters):
+                    places[parameter].grad = bucket.view(flat, index)
+            sharded.state.apply(summed, math.inf)
+            other.step()
+        sharded.close()
+        world.barrier()
+    assert all(torch.equal(p, q) for p, q in places.items())
+    return owned
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("name", "working"), [("Adafactor", False), ("MuonAdamW", True)])
+def test_matrices_have_one_owner_where_the_optimizer_needs_them(ranks: int, name: str, working: bool) -> None:
+    """Tied and frozen weights, 16-bit gathers, a rank that owns nothing."""
+    owned = run_ranks(ranks, whole_matrices, name, working)[0]
+    assert owned[0] == 0
+    assert min(owned[1:]) > 0
 
 
 def nbytes(parameters: Sequence[nn.Parameter]) -> int:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from heteromesh.comm.gradients.buckets import build_buckets
-from heteromesh.errors import UserError
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.runtime.engine.layer_major import LayerMajor
 from heteromesh.runtime.engine.working_trial import try_working_weights
@@ -179,7 +178,7 @@ def test_weights_in_16_bit_travel_and_are_held_in_half_the_bytes() -> None:
     assert one.most - other.most == second.most - another.most == 2 * 2 * matrices
 
 
-def test_buckets_of_two_dtypes_and_optimizers_of_whole_matrices_are_refused() -> None:
+def test_buckets_of_two_dtypes_are_refused() -> None:
     run_ranks(2, refused)
 
 
@@ -192,6 +191,3 @@ def refused(world: World) -> None:
         buckets = build_buckets(model.parameters(), groups=layers)
         with pytest.raises(ValueError, match="several dtypes"):
             ShardedWeights(torch.optim.SGD(model.parameters()), model, buckets, world, layers, working=working)
-        muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
-        with pytest.raises(UserError, match=r"Muon can't be sharded.*shard_weights off"):
-            ShardedWeights(muon, model, buckets, world, layers)

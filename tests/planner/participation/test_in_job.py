@@ -97,6 +97,18 @@ def test_a_rank_that_holds_few_tokens_leaves_them_to_the_others() -> None:
     assert plan.step_tokens[1] < TOKENS.step / 2 < plan.step_tokens[0]
 
 
+def test_room_is_left_for_a_matrix_more_than_a_fraction() -> None:
+    """With one owner a matrix, the small rank may get the largest beyond its fraction."""
+    ranks, whole = ranks_of(1.6, 0.8), replace(MODEL, granule=30 * MB)
+    plan, cut = (plan_ownership(model, ranks, TOKENS, by_links) for model in (whole, MODEL))
+    assert plan.fractions[1] < cut.fractions[1]
+    more = plan.fractions[1] + 30 * MB / MODEL.whole_trained
+    step = {"of_pass": plan.pass_tokens[1], "of_step": plan.step_tokens[1]}
+    assert sharded_in_job(whole, ranks[1], more, plan.resident[1], TOKENS.bytes, **step).total <= ranks[1].memory
+    tiny = plan_ownership(replace(MODEL, granule=200 * MB), ranks_of(9, 0.62), TOKENS, by_links)
+    assert tiny.fractions == pytest.approx((1, 0)), "nothing, where the largest doesn't fit"
+
+
 def test_who_is_short_is_told_with_what_helps() -> None:
     with pytest.raises(DoesNotFit) as caught:
         plan_ownership(MODEL, ranks_of(0.8, 0.6), TOKENS, by_links)

@@ -231,21 +231,23 @@ def test_pieces_cover_each_range_once(weights, numel, itemsize):
     bounds = reduction.bounds(numel)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, numel, len(weights) + 1)
     assert all(w or low == high for w, low, high in zip(weights, bounds, bounds[1:], strict=False))
-    owned = sorted((p.start, p.stop, p.owner) for p in pieces(reduction, numel, itemsize))
+    owned = sorted((p.start, p.stop, p.owner) for p in pieces(reduction, reduction.bounds(numel), itemsize))
     assert sum(stop - start for start, stop, _ in owned) == numel
     assert all(bounds[o] <= start < stop <= bounds[o + 1] for start, stop, o in owned)
     assert all(a[1] <= b[0] for a, b in pairwise(owned))
 
 
 def test_owners_take_turns():
-    order = [piece.owner for piece in pieces(made((2, 1)), 3_000_000, 4)]
+    reduction = made((2, 1))
+    order = [piece.owner for piece in pieces(reduction, reduction.bounds(3_000_000), 4)]
     assert order[:6].count(0) == 4
     assert order[-6:].count(0) == 4
 
 
 def test_waves_follow_each_other_and_have_larger_pieces():
     waves = (1, 0, 1, 0)
-    cut, at_once = (pieces(made((1, 1, 1, 1), waves=w), 32_000_000, 4) for w in (waves, ()))
+    cases = [made((1, 1, 1, 1), waves=w) for w in (waves, ())]
+    cut, at_once = (pieces(reduction, reduction.bounds(32_000_000), 4) for reduction in cases)
     assert [waves[piece.owner] for piece in cut] == sorted(waves[piece.owner] for piece in cut)
     assert cut[0].owner != cut[1].owner  # owners of a wave take turns
     assert len(at_once) == 2 * len(cut)
@@ -267,7 +269,7 @@ def test_bytes_are_those_of_the_formula(weights, numel):
 def test_each_byte_leaves_a_host_of_several_devices_once():
     reduction = made((1, 1, 1, 1), hosts=(0, 0, 1, 1))
     across = 0
-    for piece in pieces(reduction, 1_000_000, 4):
+    for piece in pieces(reduction, reduction.bounds(1_000_000), 4):
         speakers = representatives(reduction, piece)
         assert speakers[reduction.hosts[piece.owner]] == piece.owner
         across += (piece.stop - piece.start) * 4 * (1 if reduction.hosts[piece.owner] == 1 else 0)

@@ -25,8 +25,8 @@ import heteromesh as hm
 from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.transformers import register
-from heteromesh.runtime.training import modes
 from heteromesh.runtime.training.fixed import FixedJob
+from heteromesh.runtime.training.modes import layer_by_layer as modes
 from llama import Llama, LlamaConfig
 from owners import collectives_of
 from ranks import World, run_ranks

@@ -31,6 +31,10 @@ class Trained:
     """By rank."""
     alone: Path
     """The run directory of one process."""
+    matrices: tuple[float, ...]
+    """Losses of one process with an optimizer that needs whole matrices."""
+    scaled: tuple[float, ...]
+    """Losses of one process in fp16, with loss scaling."""
 
     def losses(self, run: str) -> tuple[float, ...]:
         """Equal on every rank, as the parameters are."""
@@ -51,8 +55,28 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def matrices(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
+    """The losses of one process whose optimizer needs whole matrices."""
+    folder = tmp_path_factory.mktemp("matrices") / "run"
+    return make_job(folder, {"max_steps": FROM_FILE}, matrices=True).fit().losses
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, ...]:
+    """The losses of one process in fp16."""
+    folder = tmp_path_factory.mktemp("scaled") / "run"
+    return make_job(folder, {"max_steps": FROM_FILE, "precision": "fp16"}).fit().losses
+
+
 @pytest.fixture(scope="module", params=MODES)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, alone: Path) -> Trained:
+def trained(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    alone: Path,
+    matrices: tuple[float, ...],
+    scaled: tuple[float, ...],
+) -> Trained:
     mode, folder = MODES[request.param], tmp_path_factory.mktemp("mode")
     described = write_files(folder, mode)
     costs: dict[str, Any] = {"cost": described["cost"]} | mode.plan(folder, mode.ranks)
@@ -60,13 +84,20 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         "begun": Run(folder=folder / "run", settings={"max_steps": STEPS} | mode.plan(folder, mode.ranks)),
         "resumed": Run(folder=folder / "run", settings={"max_steps": RESUMED, "resume": True} | costs),
         "described": Run(folder=folder / "described", settings={"max_steps": FROM_FILE + 1} | described),
+        "matrices": Run(
+            folder=folder / "matrices", settings={"max_steps": FROM_FILE} | mode.plan(folder, mode.ranks), matrices=True
+        ),
+        "scaled": Run(
+            folder=folder / "scaled",
+            settings={"max_steps": FROM_FILE, "precision": "fp16"} | mode.plan(folder, mode.ranks),
+        ),
         "int8": Run(folder=folder / "int8", settings={"max_steps": STEPS, "gradient_compression": "int8"} | costs),
     }
     results = dict(zip(runs, in_mode(mode, mode.ranks, list(runs.values())), strict=True))
     costs |= mode.plan(folder, mode.others)
     elsewhere = Run(folder=folder / "run", settings={"max_steps": ELSEWHERE, "resume": True} | costs)
     results["elsewhere"] = in_mode(mode, mode.others, [elsewhere])[0]
-    return Trained(mode=mode, folder=folder, results=results, alone=alone)
+    return Trained(mode=mode, folder=folder, results=results, alone=alone, matrices=matrices, scaled=scaled)
 
 
 def curve(trained: Trained, run: str, first: int, last: int) -> None:
@@ -145,6 +176,20 @@ def compression(trained: Trained) -> None:
     assert json.loads((trained.folder / "int8/config.json").read_text())["gradient_compression"] == "int8"
 
 
+def whole_matrices(trained: Trained) -> None:
+    if trained.mode.elastic and trained.mode.settings.get("shard_optimizer"):
+        for result in trained.results["matrices"]:
+            assert "Adafactor is not element-wise, and where members come and go" in result.failed
+        return
+    assert trained.losses("matrices") == pytest.approx(trained.matrices, rel=1e-5)
+
+
+def loss_scaling(trained: Trained) -> None:
+    assert trained.losses("scaled") == pytest.approx(trained.scaled, rel=2e-3)
+    for row in rows(trained.folder / "scaled/metrics.jsonl"):
+        assert row["loss_scale"] >= 1024
+
+
 def metrics(trained: Trained) -> None:
     written = rows(trained.folder / "run/metrics.jsonl")
     assert [row["step"] for row in written] == list(range(1, ELSEWHERE + 1))
@@ -174,6 +219,8 @@ FEATURES: dict[str, Callable[[Trained], None]] = {
         cluster_file,
         cost_file,
         compression,
+        whole_matrices,
+        loss_scaling,
         metrics,
         evaluation_hook,
     )

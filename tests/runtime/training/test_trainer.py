@@ -130,21 +130,6 @@ def test_compressed_gradients_train(four: tuple[Path, tuple[float, ...]], tmp_pa
     assert json.loads((tmp_path / "run/config.json").read_text())["gradient_compression"] == "int8"
 
 
-def test_an_optimizer_that_cant_be_sharded_is_told_before_training(tmp_path: Path) -> None:
-    messages = run_ranks(2, muon_run, tmp_path / "run")
-    assert all("Muon can't be sharded" in m for m in messages)
-
-
-def muon_run(world: World, folder: Path) -> str:
-    trainer = make_trainer(folder, shard_optimizer=True)
-    trainer.optimizer = torch.optim.Muon([p for p in trainer.model.parameters() if p.ndim == 2])
-    try:
-        trainer.fit()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def write_cluster(folder: Path, gigabytes: float = 4, gbit: float = 1) -> Path:
     """Two hosts of one device."""
     (folder / "cluster.toml").write_text(
