@@ -197,8 +197,10 @@ class FragmentedOptimizer:
         states = {}
         for i, fragment in enumerate(self.fragments):
             if given := entries["state"].get(self._names[fragment.parameter]):
+                loaded = {k: v.loaded() if isinstance(v, Piece) else v for k, v in given.items()}
+                flat = {k for k, v in given.items() if isinstance(v, Piece) and isinstance(loaded[k], torch.Tensor)}
                 shape = fragment.tensor.shape
-                states[i] = {k: v.loaded().view(shape) if isinstance(v, Piece) else v for k, v in given.items()}
+                states[i] = {k: v.view(shape) if k in flat else v for k, v in loaded.items()}
         self._load(states, entries["param_groups"])
 
     def _use(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:

@@ -40,7 +40,7 @@ test_peers.make_trainer(test_peers.Path({folder!r}), max_steps=100000, timeout_s
 
 
 class Data:
-    """Sequences; a process that reads one when the file `fatal` exists is killed."""
+    """Sequences; a process that reads one when there is a checkpoint of step 3 or later in `fatal` is killed."""
 
     def __init__(self, fatal: Path | None) -> None:
         self.rows = [torch.tensor([random.Random(i).randrange(TINY.vocab) for _ in range(20)]) for i in range(40)]
@@ -50,7 +50,7 @@ class Data:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.fatal and self.fatal.exists():
+        if self.fatal and any(path.name >= "step-00000003" for path in self.fatal.glob("step-????????")):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.rows[index]
 
@@ -59,7 +59,7 @@ def make_trainer(folder: Path, victim: bool = False, **changes: Any) -> hm.Train
     torch.manual_seed(7)
     settings = {"batch_tokens": 80, "max_steps": 400, "run_dir": folder / "run", "plan_seconds": 0.02}
     settings |= {"checkpoint_every": 1, "print_plans": 0}
-    fatal = folder / "run/checkpoints/step-00000003" if victim else None
+    fatal = folder / "run/checkpoints" if victim else None
     return hm.Trainer(Llama(TINY), None, Data(fatal), hm.TrainerConfig(**(settings | changes)))
 
 

@@ -26,7 +26,7 @@ from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.transformers import register
 from heteromesh.runtime.training.fixed import FixedJob
-from heteromesh.runtime.training.modes import layer_by_layer as modes
+from heteromesh.runtime.training.modes import whole_model
 from llama import Llama, LlamaConfig
 from owners import collectives_of
 from ranks import World, run_ranks
@@ -119,7 +119,7 @@ def sharded(world: World, folder: Path, changes: dict[str, Any]) -> list[tuple[t
     found = []
     for kind in KINDS:
         trainer = trainer_of(kind, folder, shard_weights=True, **changes)
-        with patch.object(modes, "build_collectives", lambda *given: collectives_of(given[3], FRACTIONS)):
+        with patch.object(whole_model, "build_collectives", lambda *given: collectives_of(given[3], FRACTIONS)):
             losses = trainer.fit().losses
         inner = [p.numel() for n, p in trainer.model.named_parameters() if ".layers." in f".{n}"]
         found.append((losses, max(inner)))
@@ -218,7 +218,7 @@ class Noted(ShardedWeights):
 
 def twice(world: World, folder: Path) -> tuple[tuple[float, ...], bool, str]:
     trainer = trainer_of("Transformers, initialised", folder, shard_weights=True, max_steps=2, precision="bf16")
-    with patch.object(modes, "ShardedWeights", Noted):
+    with patch.object(whole_model, "ShardedWeights", Noted):
         losses = trainer.fit().losses
     works_in_halves = min(NOTED) > 0
     try:
