@@ -26,7 +26,7 @@ from heteromesh.parallel.initial.weights import InitialWeights
 from heteromesh.parallel.state.sharded_weights import ShardedWeights
 from heteromesh.parallel.transformers import register
 from heteromesh.runtime.training.fixed import FixedJob
-from heteromesh.runtime.training.modes import whole_model
+from heteromesh.runtime.training.modes import layer_by_layer, whole_model
 from llama import Llama, LlamaConfig
 from owners import collectives_of
 from ranks import World, run_ranks
@@ -218,7 +218,7 @@ class Noted(ShardedWeights):
 
 def twice(world: World, folder: Path) -> tuple[tuple[float, ...], bool, str]:
     trainer = trainer_of("Transformers, initialised", folder, shard_weights=True, max_steps=2, precision="bf16")
-    with patch.object(whole_model, "ShardedWeights", Noted):
+    with patch.object(layer_by_layer, "ShardedWeights", Noted):
         losses = trainer.fit().losses
     works_in_halves = min(NOTED) > 0
     try:
