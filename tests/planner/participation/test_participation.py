@@ -106,7 +106,8 @@ def test_choice_is_within_two_percent_of_the_best_subset():
         assert decision.proved
         assert decision.best.seconds <= 1.02 * best
         assert decision.bound <= decision.best.seconds
-        assert decision.bound <= best * 1.005, "but for ownerships that the program's gap leaves"
+        # both may be off by the gap at which the program of ownerships stops
+        assert decision.bound <= best * 1.01
 
 
 def test_subsets_count_alike_hosts_once():
