@@ -118,10 +118,7 @@ def sharded_in_job(
 
     resident: how many layers stay gathered, the last ones. `kept_layers` says whose activations are kept.
     """
-    moments = StepMoments(model, rank, resident)
-    acts, inputs = tokens.per_pass * of_pass, tokens.per_step * of_step
-    by_layer = [each * of_step for each in tokens.by_layer]
-    return moments.largest(fraction, acts, inputs, by_layer, moments.most_kept(fraction, acts, inputs, by_layer))
+    return StepMoments(model, rank, resident).largest(fraction, *_token_sizes(tokens, of_pass, of_step))
 
 
 def kept_layers(
@@ -136,10 +133,12 @@ def kept_layers(
 ) -> int:
     """Returns of how many layers, the last ones, activations of all of the rank's tokens of a step fit beside the rest;
     none where memory is not known."""
-    by_layer = [each * of_step for each in tokens.by_layer]
-    return StepMoments(model, rank, resident).most_kept(
-        fraction, tokens.per_pass * of_pass, tokens.per_step * of_step, by_layer
-    )
+    return StepMoments(model, rank, resident).most_kept(fraction, *_token_sizes(tokens, of_pass, of_step))
+
+
+def _token_sizes(tokens: TokenBytes, of_pass: float, of_step: float) -> tuple[float, float, list[float]]:
+    """Returns bytes of the largest pass's activations, of all layers' inputs, and by layer of kept activations."""
+    return tokens.per_pass * of_pass, tokens.per_step * of_step, [each * of_step for each in tokens.by_layer]
 
 
 class StepMoments:
@@ -162,14 +161,13 @@ class StepMoments:
         self._gathered(model, dropped)
         self._tokens(count)
 
-    def largest(
-        self, fraction: float, activations: float, inputs: float, by_layer: Sequence[float] = (), kept: int = 0
-    ) -> MemoryByKind:
+    def largest(self, fraction: float, activations: float, inputs: float, by_layer: Sequence[float]) -> MemoryByKind:
         """Returns the memory at the moment at which it is most.
 
-        Bytes of activations of the largest pass, of all layers' inputs, and by layer of activations, which the last
-        `kept` layers keep.
+        Bytes of activations of the largest pass, of all layers' inputs, and by layer of activations, which as many
+        layers keep as `most_kept` says.
         """
+        kept = self.most_kept(fraction, activations, inputs, by_layer)
         working = activations * self._activations + self._kept(by_layer, kept)
         held = self._held(fraction) + working + inputs * self._inputs
         at = int(held.argmax())

@@ -72,6 +72,11 @@ def plan_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens,
     return found
 
 
+def keeping(ranks: Sequence[JobRank], kept: Sequence[float]) -> list[JobRank]:
+    """Returns the ranks with such shares of the optimizer's state that they own on the device, the rest below it."""
+    return [replace(r, in_memory=StateTiers(device=share).in_memory) for r, share in zip(ranks, kept, strict=True)]
+
+
 def find_ownership(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens, choose: Choose) -> JobOwnership | None:
     """Does what `plan_ownership` does, but returns None where it raises."""
     if all(math.isinf(rank.memory) for rank in ranks):
@@ -248,8 +253,7 @@ def _offloaded(model: JobModel, ranks: Sequence[JobRank], tokens: JobTokens) -> 
         return
 
     def works(kept: tuple[float, ...]) -> bool:
-        held = [replace(r, in_memory=StateTiers(device=k).in_memory) for r, k in zip(ranks, kept, strict=True)]
-        return _planned(model, held, tokens, _as_they_fit) is not None
+        return _planned(model, keeping(ranks, kept), tokens, _as_they_fit) is not None
 
     kept = least_offloaded(works, [rank.memory for rank in ranks])
     if kept is not None:

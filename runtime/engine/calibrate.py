@@ -37,6 +37,7 @@ from heteromesh.planner.model.mask import Mask
 from heteromesh.planner.plan import Pass
 from heteromesh.runtime.engine.executor import StepExecutor
 from heteromesh.runtime.network.measure import measure_links
+from heteromesh.runtime.process.memory import available_bytes
 from heteromesh.runtime.work.reader import PassInput
 
 REPEATS = 3
@@ -54,7 +55,7 @@ ROUNDS = 8
 """Of messages, timed together."""
 SPLIT_SECONDS = 4.0
 """Once methods have been measured for this long no further one is."""
-MEMINFO = "/proc/meminfo"
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,11 +370,7 @@ def free_bytes(world: World) -> float:
 
 def _free_host_bytes() -> float:
     """Returns what the kernel could give (page cache counts as free), at most what is left of a container's limit."""
-    free = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    meminfo, limit, used = (Path(p) for p in (MEMINFO, "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"))
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        free = float(lines["MemAvailable"].split()[0]) * 1024
+    free, (limit, used) = available_bytes(), (CGROUP / "memory.max", CGROUP / "memory.current")
     if limit.exists() and limit.read_text().strip() != "max":
         free = min(free, float(limit.read_text()) - float(used.read_text()))
     return max(0.0, free)

@@ -14,8 +14,15 @@ from heteromesh.planner.cluster.links import cluster_links
 from heteromesh.planner.cost.passes import Costs
 from heteromesh.planner.ownership.in_job import JobModel, JobRank, kept_layers, sharded_in_job
 from heteromesh.planner.ownership.memory import MemoryByKind, TokenBytes
-from heteromesh.planner.ownership.state_tiers import StateTiers, least_offloaded
-from heteromesh.planner.participation.in_job import Choose, JobOwnership, JobTokens, find_ownership, plan_ownership
+from heteromesh.planner.ownership.state_tiers import least_offloaded
+from heteromesh.planner.participation.in_job import (
+    Choose,
+    JobOwnership,
+    JobTokens,
+    find_ownership,
+    keeping,
+    plan_ownership,
+)
 from heteromesh.planner.participation.in_job_traffic import job_traffic
 from heteromesh.planner.reduction.nics import over_one_nic
 from heteromesh.runtime.memory.offload import OptimizerOffload, TiersBelow
@@ -145,14 +152,11 @@ def own_and_offload(
     Raises DoesNotFit, and UserError where a tier has too little space.
     """
 
-    def held(kept: Sequence[float]) -> list[JobRank]:
-        return [replace(r, in_memory=StateTiers(device=share).in_memory) for r, share in zip(ranks, kept, strict=True)]
-
     def placed(plan: JobOwnership, kept: Sequence[float]) -> OptimizerOffload:
         return below.placed(kept, [fraction * model.state * model.whole_trained for fraction in plan.fractions])
 
     def works(kept: tuple[float, ...]) -> bool:
-        plan = find_ownership(model, held(kept), tokens, choose)
+        plan = find_ownership(model, keeping(ranks, kept), tokens, choose)
         if plan is None:
             return False
         try:
@@ -162,7 +166,7 @@ def own_and_offload(
         return True
 
     def owned(kept: Sequence[float]) -> tuple[JobOwnership, OptimizerOffload]:
-        plan = plan_ownership(model, held(kept), tokens, choose)
+        plan = plan_ownership(model, keeping(ranks, kept), tokens, choose)
         return plan, placed(plan, kept)
 
     asked = tuple(tiers.device for tiers in below.placed([1.0] * len(ranks), [1.0] * len(ranks)).tiers)
